@@ -1,0 +1,23 @@
+//! The gRPC interface between the daemon and the agent in the guest, as
+//! generated from `proto/agent.proto`, and the bounds both sides keep to.
+#![forbid(unsafe_code)]
+
+tonic::include_proto!("drupe.agent.v1");
+
+/// Largest gRPC message either side takes. An OCI runtime spec is tens of KiB;
+/// statistics of a hundred containers fit many times.
+pub const MAX_MESSAGE_BYTES: usize = 4 * 1024 * 1024;
+
+/// Where the agent mounts the pod's shared directory (virtio-fs tag
+/// [`SHARED_TAG`]); bind mount sources in OCI specs lie below it.
+pub const SHARED_DIR: &str = "/run/drupe/shared";
+pub const SHARED_TAG: &str = "shared";
+
+/// Serial (virtio-blk id) of the pod's scratch disk.
+pub const SCRATCH_SERIAL: &str = "scratch";
+
+/// Serial of image disk slot `slot`.
+#[must_use]
+pub fn image_serial(slot: u32) -> String {
+    format!("image{slot}")
+}

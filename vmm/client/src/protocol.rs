@@ -1,0 +1,81 @@
+//! The control protocol between the daemon and a pod's VMM.
+//!
+//! A SOCK_SEQPACKET unix socket; each packet is one JSON message, at most
+//! [`MAX_MESSAGE`] bytes, file descriptors beside it. A connection carries
+//! requests, each answered by exactly one [`Reply`] in order; after
+//! [`Request::Subscribe`] it carries [`Event`]s only. The daemon that loses
+//! its connections loses nothing: a new one asks [`Request::Status`] and goes
+//! on. The VMM's end of the socket closing means the VMM is gone.
+
+use serde::{Deserialize, Serialize};
+
+/// Room for a status with the tail of a console.
+pub const MAX_MESSAGE: usize = 64 * 1024;
+
+/// Descriptors in one message: a disk of 64 image layers and some room.
+pub const MAX_FDS: usize = 128;
+
+/// The guest's port on which the agent serves gRPC.
+pub const AGENT_PORT: u32 = 1024;
+/// The host's port that the agent connects to once it serves.
+pub const READY_PORT: u32 = 1;
+/// The host's port that takes the output of containers; see [`Request::OpenLog`].
+pub const LOG_PORT: u32 = 2;
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Request {
+    Status,
+    /// Turn this connection into a stream of events, starting with the
+    /// present state.
+    Subscribe,
+    /// Back disk slot `slot` by the concatenation of the files sent beside
+    /// this message. Each file's length is rounded up to 4 KiB.
+    AttachDisk { slot: u32 },
+    DetachDisk { slot: u32 },
+    /// Take the output of container `container` into the log file sent beside
+    /// this message, in the CRI log format. The guest opens [`LOG_PORT`] and
+    /// sends one line, `container stream\n` with `stream` either `stdout` or
+    /// `stderr`, then raw bytes. Sent again, the new file replaces the old
+    /// one between two lines: log rotation.
+    OpenLog { container: String },
+    /// Forget the log once its streams have ended.
+    CloseLog { container: String },
+    /// End the machine now.
+    Kill,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "kebab-case")]
+pub enum Reply {
+    Ok,
+    Status(Status),
+    Error { message: String },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    pub state: VmState,
+    /// Microseconds from the VMM's exec to each point that was reached.
+    pub jailed_us: Option<u64>,
+    pub machine_started_us: Option<u64>,
+    pub guest_ready_us: Option<u64>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "kebab-case")]
+pub enum VmState {
+    /// The machine was started; the agent has not been heard of.
+    Booting,
+    /// The agent has connected to [`READY_PORT`].
+    Ready,
+    /// The guest ended; `reason` says how and ends with the console's tail.
+    /// The VMM exits once this was sent to every subscriber.
+    Ended { reason: String },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub enum Event {
+    State(Status),
+}

@@ -1,0 +1,83 @@
+//! What a pod's VMM is told when it starts.
+//!
+//! The daemon spawns `drupe-vmm` with one end of a unix socket pair as its
+//! standard input and sends one message: a [`VmSpec`] as JSON, its file
+//! descriptors beside it by `SCM_RIGHTS`, in the order of [`VmSpec::fds`]. The
+//! VMM opens no path of the host: whatever it uses is in that list.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// The virtual machine to run. File descriptors travel beside it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmSpec {
+    /// The pod sandbox's id: only for logs and process titles.
+    pub pod_id: String,
+    pub machine: Machine,
+    /// 1 to 32. `uml` in ptrace mode takes 1.
+    pub vcpus: u32,
+    pub memory_mib: u32,
+    /// Words added to the guest kernel's command line.
+    pub kernel_args: Vec<String>,
+    /// The guest NIC's address; absent in a pod without a network.
+    pub mac: Option<[u8; 6]>,
+    /// The network MTU to announce (virtio 1.2 §5.1.4).
+    pub mtu: Option<u16>,
+    /// Disk slots that exist from boot beside the scratch disk; a container's
+    /// image is attached to one.
+    pub image_slots: u32,
+    /// Where the jail's root tmpfs is mounted: an empty directory.
+    pub jail_root: PathBuf,
+    /// The directory whose mounts the guest sees through virtio-fs. The jail's
+    /// mount namespace is a slave of the daemon's, so a later bind mount
+    /// inside it appears.
+    pub shared_dir: PathBuf,
+    /// Uid and gid of the VMM and of everything it starts.
+    pub uid: u32,
+    pub gid: u32,
+    /// The console log is cut to its second half beyond this size.
+    pub console_limit_bytes: u64,
+    /// One role for each descriptor sent with this message, in order.
+    pub fds: Vec<FdRole>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Machine {
+    Uml(UmlMode),
+    Kvm,
+}
+
+/// How User Mode Linux confines the processes of its guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum UmlMode {
+    /// Keeps a container's process out of the guest kernel; one CPU.
+    Ptrace,
+    /// Faster, with SMP; its stub is no boundary inside the pod.
+    Seccomp,
+}
+
+/// What a descriptor that came with the [`VmSpec`] is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FdRole {
+    /// The guest kernel, read-only.
+    Kernel,
+    /// The initramfs, read-only.
+    Initramfs,
+    /// The pod's network namespace.
+    Netns,
+    /// The tap beside CNI's interface (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR).
+    Tap,
+    /// The console log, opened for append and read.
+    ConsoleLog,
+    /// Listening SOCK_SEQPACKET socket of the control protocol.
+    ControlListener,
+    /// Listening SOCK_STREAM socket through which vsock ports are dialled.
+    VsockListener,
+    /// The pod's scratch disk, read-write.
+    Scratch,
+}
