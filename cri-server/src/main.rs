@@ -1,1 +1,98 @@
-fn main() {}
+//! drupe: the node daemon that speaks CRI v1.
+#![forbid(unsafe_code)]
+
+mod check;
+mod config;
+mod convert;
+mod images;
+mod runtime;
+mod serve;
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use config::Config;
+
+const DEFAULT_CONFIG: &str = "/etc/drupe/config.yaml";
+
+/// A container runtime in which every pod has its own kernel.
+#[derive(Parser)]
+#[command(name = "drupe", version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve CRI v1 on a unix socket until told to stop. Pods outlive it.
+    Serve {
+        /// The configuration; without one, /etc/drupe/config.yaml if it
+        /// exists, else the defaults.
+        #[arg(long)]
+        config: Option<PathBuf>,
+    },
+    /// Tell what this node can do and what is missing, with the remedy. Exits
+    /// with 1 if a pod could not run.
+    Check {
+        #[arg(long)]
+        config: Option<PathBuf>,
+    },
+    /// Print the default configuration, every key with its meaning.
+    Config,
+}
+
+fn main() -> ExitCode {
+    match Cli::parse().command {
+        Command::Config => {
+            print!("{}", config::DEFAULT_YAML);
+            ExitCode::SUCCESS
+        }
+        Command::Check { config } => with_config(config, |config| {
+            if check::report(&config) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }),
+        Command::Serve { config } => with_config(config, |config| {
+            start_log(&config);
+            match serve::run(config) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => {
+                    tracing::error!("{error:#}");
+                    ExitCode::FAILURE
+                }
+            }
+        }),
+    }
+}
+
+fn with_config(path: Option<PathBuf>, then: impl FnOnce(Config) -> ExitCode) -> ExitCode {
+    let default = PathBuf::from(DEFAULT_CONFIG);
+    let loaded = match path {
+        Some(path) => Config::load(&path),
+        None if default.exists() => Config::load(&default),
+        None => Ok(Config::default()),
+    };
+    match loaded {
+        Ok(config) => then(config),
+        Err(error) => {
+            eprintln!("drupe: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn start_log(config: &Config) {
+    let filter = format!("{level},h2=warn,hyper=warn,tower=warn", level = config.log_level.as_str());
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::new(filter))
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .init();
+}
+
+/// The map in which verbose answers carry their JSON, as crictl prints it.
+fn json_info(value: serde_json::Value) -> HashMap<String, String> {
+    HashMap::from([("info".to_owned(), value.to_string())])
+}

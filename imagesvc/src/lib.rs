@@ -1,1 +1,38 @@
+//! OCI images on this node: pulled, verified, converted to EROFS, accounted
+//! for and collected.
+//!
+//! [`ImageService`] is the whole interface; `cri-server` calls it for the CRI
+//! image API, `podsandbox` for the root of a container ([`ImageService::lease`]).
+//!
+//! ```text
+//! service ─▶ pull ─▶ registry   manifests and blobs, verified
+//!    │         ├──▶ layer ─▶ erofs   archive in, file system out
+//!    └────────▶└──▶ store      what is on disk, and who claims it
+//! ```
 #![forbid(unsafe_code)]
+
+mod auth;
+mod config;
+mod digest;
+pub mod erofs;
+mod error;
+mod flight;
+mod image;
+pub mod layer;
+mod manifest;
+mod platform;
+mod pull;
+mod reference;
+mod registry;
+mod service;
+mod store;
+
+pub use auth::Auth;
+pub use config::{ConfigError, ImageServiceConfig, RegistryConfig};
+pub use digest::{Digest, InvalidDigest};
+pub use error::{Error, ErrorKind, LayerError, StoreError};
+pub use image::{FsInfo, Image, ImageLayer, LayerFile, Lease};
+pub use manifest::ManifestError;
+pub use reference::{InvalidReference, Reference, Selector};
+pub use registry::RegistryError;
+pub use service::{ImageService, PulledImage};

@@ -1,1 +1,37 @@
+//! Pods as microVMs.
+//!
+//! [`PodManager`] is the door: it names pods and containers, finds them, and
+//! hands requests to the pod's [`driver`] task, the only owner of its mutable
+//! state. Records ([`record`], [`store`]) are on disk before a step is taken.
+//! Used by the CRI server; uses `vmm-client`, the agent, `imagesvc`, `netns`.
 #![forbid(unsafe_code)]
+
+mod agent;
+mod cgroup;
+pub mod config;
+mod context;
+mod driver;
+mod error;
+mod ids;
+mod manager;
+mod network;
+mod oci;
+mod paths;
+mod process;
+pub mod record;
+mod scratch;
+mod seccomp;
+pub mod signals;
+mod sizing;
+mod snapshot;
+pub mod spec;
+mod store;
+mod volumes;
+
+pub use agent::AgentClient;
+pub use agent_api::{ContainerStats, GuestStats, StatsResponse};
+pub use context::now_nanos;
+pub use error::{Error, ErrorKind, Result, Step, sentence};
+pub use manager::{ExecOutput, PodManager};
+pub use network::{Network, NetworkOptions};
+pub use snapshot::PodSnapshot;

@@ -4,7 +4,14 @@
 //! [`Control`] and [`dial_vsock`].
 #![forbid(unsafe_code)]
 
+mod control;
+mod dial;
+pub mod packet;
 pub mod protocol;
+mod spawn;
 mod spec;
 
+pub use control::{Control, ControlError, Events};
+pub use dial::{DialError, dial_vsock};
+pub use spawn::{SpawnError, SpawnRequest, VmmProcess, spawn};
 pub use spec::{FdRole, Machine, UmlMode, VmSpec};

@@ -31,16 +31,24 @@ pub enum Request {
     Subscribe,
     /// Back disk slot `slot` by the concatenation of the files sent beside
     /// this message. Each file's length is rounded up to 4 KiB.
-    AttachDisk { slot: u32 },
-    DetachDisk { slot: u32 },
+    AttachDisk {
+        slot: u32,
+    },
+    DetachDisk {
+        slot: u32,
+    },
     /// Take the output of container `container` into the log file sent beside
     /// this message, in the CRI log format. The guest opens [`LOG_PORT`] and
     /// sends one line, `container stream\n` with `stream` either `stdout` or
     /// `stderr`, then raw bytes. Sent again, the new file replaces the old
     /// one between two lines: log rotation.
-    OpenLog { container: String },
+    OpenLog {
+        container: String,
+    },
     /// Forget the log once its streams have ended.
-    CloseLog { container: String },
+    CloseLog {
+        container: String,
+    },
     /// End the machine now.
     Kill,
 }

@@ -6,6 +6,16 @@
 //! registered with its [`Poller`] is ready. A device never blocks in a call,
 //! never trusts a length or an address of the guest, and bounds what it holds.
 
+pub mod blk;
+pub mod fs;
+pub mod iov;
+pub mod net;
+pub mod rng;
+#[cfg(test)]
+mod test_driver;
+pub mod vsock;
+
+use std::any::Any;
 use std::io;
 use std::os::fd::AsFd;
 
@@ -31,7 +41,7 @@ pub struct Io<'a> {
     pub irq: &'a dyn Interrupt,
 }
 
-pub trait Device: Send {
+pub trait Device: Any + Send {
     /// Virtio device id (virtio 1.2 §5).
     fn id(&self) -> u32;
 
@@ -62,12 +72,7 @@ pub trait Device: Send {
     /// A registered descriptor is ready. An error here or in
     /// [`Device::kicked`] means the guest broke the protocol beyond repair or
     /// the host side failed for good: the machine is ended with that reason.
-    fn host_ready(
-        &mut self,
-        token: u32,
-        flags: EpollFlags,
-        io: &mut Io<'_>,
-    ) -> io::Result<()>;
+    fn host_ready(&mut self, token: u32, flags: EpollFlags, io: &mut Io<'_>) -> io::Result<()>;
 
     /// The driver reset the device: forget the guest's side.
     fn reset(&mut self);
@@ -93,7 +98,9 @@ impl Poller {
     }
 
     pub fn add(&self, fd: impl AsFd, token: u32, flags: EpollFlags) -> io::Result<()> {
-        Ok(self.epoll.add(fd, EpollEvent::new(flags, self.datum(token)))?)
+        Ok(self
+            .epoll
+            .add(fd, EpollEvent::new(flags, self.datum(token)))?)
     }
 
     pub fn modify(&self, fd: impl AsFd, token: u32, flags: EpollFlags) -> io::Result<()> {
@@ -106,3 +113,11 @@ impl Poller {
     }
 }
 
+/// Copies a device's configuration space from `offset`; past its end are zeroes.
+pub(crate) fn read_config_bytes(config: &[u8], offset: usize, data: &mut [u8]) {
+    data.fill(0);
+    if let Some(rest) = config.get(offset..) {
+        let n = rest.len().min(data.len());
+        data[..n].copy_from_slice(&rest[..n]);
+    }
+}

@@ -1,0 +1,160 @@
+//! `drupe check`: what this node can do, what is missing, and the remedy.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::Command;
+
+use podsandbox::config::MachineChoice;
+
+use crate::config::Config;
+
+enum Verdict {
+    Good(String),
+    /// Pods run without it.
+    Note { found: String, remedy: String },
+    /// No pod can run.
+    Bad { found: String, remedy: String },
+}
+
+use Verdict::{Bad, Good, Note};
+
+/// Prints one line a check; true if pods can run.
+pub fn report(config: &Config) -> bool {
+    let mut rows: Vec<(String, Verdict)> = vec![
+        ("privileges".to_owned(), privileges()),
+        ("kvm machine".to_owned(), kvm()),
+        ("vmm".to_owned(), program(&config.vmm, "install drupe's own files or set `vmm`")),
+        ("mkfs.ext4".to_owned(), mkfs()),
+        ("tap device".to_owned(), device("/dev/net/tun", "load the tun module: modprobe tun")),
+        ("erofs".to_owned(), Good("not needed on the node: the guest's kernel has it".to_owned())),
+    ];
+    for (name, runtime) in &config.runtimes {
+        let machine = match runtime.machine {
+            MachineChoice::Kvm => Bad {
+                found: "machine kvm is not built into this version".to_owned(),
+                remedy: format!("set runtimes.{name}.machine to auto or uml"),
+            },
+            MachineChoice::Uml => Good(format!("uml, mode {:?}", runtime.uml_mode).to_lowercase()),
+            MachineChoice::Auto => {
+                Good(format!("auto takes uml: this version has no kvm machine; mode {:?}", runtime.uml_mode).to_lowercase())
+            }
+        };
+        rows.push((format!("handler {name}"), machine));
+        rows.push((format!("handler {name}: kernel"), program(&runtime.kernel, "build it with `make build` or set `kernel`")));
+        rows.push((format!("handler {name}: initramfs"), readable(&runtime.initramfs, "build it with `make build` or set `initramfs`")));
+    }
+    rows.push(("CNI plugins".to_owned(), plugins(config)));
+    rows.push(("CNI configuration".to_owned(), cni(config)));
+
+    let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
+    let mut usable = true;
+    for (name, verdict) in &rows {
+        let (mark, found, remedy) = match verdict {
+            Good(found) => ("ok  ", found, None),
+            Note { found, remedy } => ("note", found, Some(remedy)),
+            Bad { found, remedy } => {
+                usable = false;
+                ("BAD ", found, Some(remedy))
+            }
+        };
+        println!("{mark}  {name:width$}  {found}");
+        if let Some(remedy) = remedy {
+            println!("      {:width$}  → {remedy}", "");
+        }
+    }
+    println!("{}", if usable { "Pods can run on this node." } else { "Pods cannot run on this node yet." });
+    usable
+}
+
+fn privileges() -> Verdict {
+    if nix::unistd::geteuid().is_root() {
+        Good("root".to_owned())
+    } else {
+        Bad {
+            found: "not root: namespaces, taps and mounts are out of reach".to_owned(),
+            remedy: "run drupe as root or as a systemd service".to_owned(),
+        }
+    }
+}
+
+/// Tells about the hardware; the kvm machine itself is a later matter.
+fn kvm() -> Verdict {
+    let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let flags = cpu.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
+    let extension = ["vmx", "svm"].into_iter().find(|flag| flags.split_whitespace().any(|f| f == *flag));
+    let device = fs::File::options().read(true).write(true).open("/dev/kvm");
+    match (extension, device) {
+        (Some(flag), Ok(_)) => Good(format!("the CPU has {flag} and /dev/kvm opens")),
+        (Some(flag), Err(error)) => Note {
+            found: format!("the CPU has {flag} but /dev/kvm does not open: {error}"),
+            remedy: "load kvm_intel or kvm_amd and check the permissions of /dev/kvm".to_owned(),
+        },
+        (None, Ok(_)) => Note {
+            found: "/dev/kvm opens but the CPU shows neither vmx nor svm: a paravirtual KVM host cannot run an ordinary guest".to_owned(),
+            remedy: "use machine uml, or a node with (nested) hardware virtualisation".to_owned(),
+        },
+        (None, Err(_)) => Note {
+            found: "no hardware virtualisation".to_owned(),
+            remedy: "use machine uml, or turn on (nested) virtualisation for this node".to_owned(),
+        },
+    }
+}
+
+fn program(path: &Path, remedy: &str) -> Verdict {
+    match fs::metadata(path) {
+        Ok(metadata) if metadata.is_file() && metadata.permissions().mode() & 0o111 != 0 => {
+            Good(path.display().to_string())
+        }
+        Ok(_) => Bad { found: format!("{} is not executable", path.display()), remedy: remedy.to_owned() },
+        Err(error) => Bad { found: format!("{}: {error}", path.display()), remedy: remedy.to_owned() },
+    }
+}
+
+fn readable(path: &Path, remedy: &str) -> Verdict {
+    match fs::File::open(path) {
+        Ok(_) => Good(path.display().to_string()),
+        Err(error) => Bad { found: format!("{}: {error}", path.display()), remedy: remedy.to_owned() },
+    }
+}
+
+fn device(path: &str, remedy: &str) -> Verdict {
+    match fs::File::options().read(true).write(true).open(path) {
+        Ok(_) => Good(path.to_owned()),
+        Err(error) => Bad { found: format!("{path}: {error}"), remedy: remedy.to_owned() },
+    }
+}
+
+fn mkfs() -> Verdict {
+    match Command::new("mkfs.ext4").arg("-V").output() {
+        Ok(output) => Good(String::from_utf8_lossy(&output.stderr).lines().next().unwrap_or_default().to_owned()),
+        Err(error) => Bad {
+            found: format!("mkfs.ext4 does not run: {error}"),
+            remedy: "install the package e2fsprogs".to_owned(),
+        },
+    }
+}
+
+fn plugins(config: &Config) -> Verdict {
+    let dirs = &config.network.bin_dirs;
+    let has = |name: &str| dirs.iter().any(|dir| dir.join(name).is_file());
+    let missing: Vec<&str> = ["bridge", "host-local", "loopback", "portmap"].into_iter().filter(|name| !has(name)).collect();
+    if missing.is_empty() {
+        Good(format!("found in {dirs:?}"))
+    } else {
+        Note {
+            found: format!("{} not found in {dirs:?}", missing.join(", ")),
+            remedy: "install your network's plugins or the package containernetworking-plugins".to_owned(),
+        }
+    }
+}
+
+fn cni(config: &Config) -> Verdict {
+    match podsandbox::Network::probe(&config.network.conf_dir, &config.network.bin_dirs) {
+        Ok(name) => Good(format!("network {name:?} in {:?}", config.network.conf_dir)),
+        Err(reason) => Note {
+            found: reason,
+            remedy: "install a network plugin, or write a .conflist there; drupe notices".to_owned(),
+        },
+    }
+}

@@ -1,0 +1,298 @@
+//! Containers: from `ContainerConfig`, to `Container` and its status.
+
+use std::path::{Component, PathBuf};
+
+use k8s_cri::v1;
+use podsandbox::record::{ContainerPhase, ContainerRecord};
+use podsandbox::spec::{
+    ContainerName, ContainerSpec, Mount, Propagation, Seccomp, Security, User,
+};
+use tonic::Status;
+
+use super::{invalid, required, resources, unsupported};
+
+/// `/proc` files that tell of or change the kernel; CRI states its own lists.
+pub fn parse(config: v1::ContainerConfig) -> Result<ContainerSpec, Status> {
+    let metadata = required("config.metadata", config.metadata)?;
+    if metadata.name.is_empty() {
+        return Err(invalid("config.metadata.name", "is empty"));
+    }
+    let image = required("config.image", config.image)?;
+    if image.image.is_empty() {
+        return Err(invalid("config.image.image", "is empty"));
+    }
+    if !config.devices.is_empty() {
+        return Err(unsupported("config.devices", "a device of the host"));
+    }
+    if !config.cdi_devices.is_empty() {
+        return Err(unsupported("config.CDI_devices", "a CDI device"));
+    }
+    let linux = config.linux.unwrap_or_default();
+    let context = linux.security_context.unwrap_or_default();
+    let env = config
+        .envs
+        .into_iter()
+        .map(|pair| {
+            if pair.key.is_empty() || pair.key.contains(['=', '\0']) || pair.value.contains('\0') {
+                return Err(invalid("config.envs", format_args!("{:?} is no variable name", pair.key)));
+            }
+            Ok((pair.key, pair.value))
+        })
+        .collect::<Result<_, _>>()?;
+    let user_image = if image.user_specified_image.is_empty() { &image.image } else { &image.user_specified_image };
+    Ok(ContainerSpec {
+        name: ContainerName { name: metadata.name, attempt: metadata.attempt },
+        user_image: user_image.clone(),
+        image: image.image,
+        command: config.command,
+        args: config.args,
+        working_dir: config.working_dir,
+        env,
+        mounts: config.mounts.into_iter().map(mount).collect::<Result<_, _>>()?,
+        labels: config.labels.into_iter().collect(),
+        annotations: config.annotations.into_iter().collect(),
+        log_path: log_path(&config.log_path)?,
+        stdin: config.stdin,
+        stdin_once: config.stdin_once,
+        tty: config.tty,
+        user: user(&context)?,
+        security: security(&context)?,
+        resources: resources::parse("config.linux.resources", &linux.resources.unwrap_or_default())?,
+    })
+}
+
+/// Relative to the pod's log directory and inside it.
+fn log_path(path: &str) -> Result<Option<PathBuf>, Status> {
+    if path.is_empty() {
+        return Ok(None);
+    }
+    let path = PathBuf::from(path);
+    if path.components().any(|part| !matches!(part, Component::Normal(_) | Component::CurDir)) {
+        return Err(invalid("config.log_path", format_args!("{path:?} leaves the pod's log directory")));
+    }
+    Ok(Some(path))
+}
+
+fn mount(mount: v1::Mount) -> Result<Mount, Status> {
+    let propagation = mount.propagation();
+    let field = format!("config.mounts[{}]", mount.container_path);
+    if mount.image.is_some_and(|image| !image.image.is_empty()) {
+        return Err(unsupported(&format!("{field}.image"), "an image volume"));
+    }
+    if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
+        return Err(unsupported(&field, "an id-mapped mount"));
+    }
+    if mount.recursive_read_only {
+        return Err(unsupported(&format!("{field}.recursive_read_only"), "a recursively read-only mount"));
+    }
+    let container_path = PathBuf::from(&mount.container_path);
+    if !container_path.is_absolute() || container_path.components().any(|part| part == Component::ParentDir) {
+        return Err(invalid(&format!("{field}.container_path"), "is not an absolute path without '..'"));
+    }
+    let host_path = PathBuf::from(&mount.host_path);
+    if !host_path.is_absolute() {
+        return Err(invalid(&format!("{field}.host_path"), format_args!("{host_path:?} is not an absolute path")));
+    }
+    Ok(Mount {
+        host_path,
+        container_path,
+        read_only: mount.readonly,
+        propagation: match propagation {
+            v1::MountPropagation::PropagationPrivate => Propagation::Private,
+            v1::MountPropagation::PropagationHostToContainer => Propagation::HostToContainer,
+            v1::MountPropagation::PropagationBidirectional => Propagation::Bidirectional,
+        },
+    })
+}
+
+fn user(context: &v1::LinuxContainerSecurityContext) -> Result<User, Status> {
+    let field = "config.linux.security_context";
+    let id = |name: &str, value: &Option<v1::Int64Value>| match value {
+        Some(v1::Int64Value { value }) if !(0..=i64::from(u32::MAX)).contains(value) => {
+            Err(invalid(&format!("{field}.{name}"), format_args!("{value} is no id")))
+        }
+        other => Ok(other.as_ref().map(|v| v.value)),
+    };
+    let uid = id("run_as_user", &context.run_as_user)?;
+    let gid = id("run_as_group", &context.run_as_group)?;
+    if gid.is_some() && uid.is_none() && context.run_as_username.is_empty() {
+        return Err(invalid(
+            &format!("{field}.run_as_group"),
+            "is set without run_as_user or run_as_username",
+        ));
+    }
+    Ok(User {
+        username: context.run_as_username.clone(),
+        uid,
+        gid,
+        supplemental_groups: context.supplemental_groups.clone(),
+        strict_groups: context.supplemental_groups_policy() == v1::SupplementalGroupsPolicy::Strict,
+    })
+}
+
+fn security(context: &v1::LinuxContainerSecurityContext) -> Result<Security, Status> {
+    let field = "config.linux.security_context";
+    let own_pid_namespace = match &context.namespace_options {
+        None => true,
+        Some(options) => {
+            super::pod::refuse_host(options, &format!("{field}.namespace_options"))?;
+            match options.pid() {
+                v1::NamespaceMode::Target => {
+                    return Err(unsupported(
+                        &format!("{field}.namespace_options.pid"),
+                        "another container's PID namespace",
+                    ));
+                }
+                mode => mode == v1::NamespaceMode::Container,
+            }
+        }
+    };
+    let seccomp = match context.seccomp.as_ref().map(v1::SecurityProfile::profile_type) {
+        None | Some(v1::security_profile::ProfileType::Unconfined) => Seccomp::Unconfined,
+        Some(v1::security_profile::ProfileType::RuntimeDefault) => Seccomp::RuntimeDefault,
+        Some(v1::security_profile::ProfileType::Localhost) => {
+            return Err(unsupported(&format!("{field}.seccomp"), "a Localhost profile"));
+        }
+    };
+    let capabilities = context.capabilities.clone().unwrap_or_default();
+    if !capabilities.add_ambient_capabilities.is_empty() {
+        return Err(unsupported(&format!("{field}.capabilities"), "an ambient capability"));
+    }
+    Ok(Security {
+        privileged: context.privileged,
+        add_capabilities: capabilities.add_capabilities,
+        drop_capabilities: capabilities.drop_capabilities,
+        read_only_root: context.readonly_rootfs,
+        no_new_privileges: context.no_new_privs,
+        masked_paths: context.masked_paths.iter().map(PathBuf::from).collect(),
+        readonly_paths: context.readonly_paths.iter().map(PathBuf::from).collect(),
+        own_pid_namespace,
+        seccomp,
+    })
+}
+
+pub fn state(container: &ContainerRecord) -> v1::ContainerState {
+    match container.phase {
+        ContainerPhase::Creating | ContainerPhase::Created => v1::ContainerState::ContainerCreated,
+        ContainerPhase::Running => v1::ContainerState::ContainerRunning,
+        ContainerPhase::Exited => v1::ContainerState::ContainerExited,
+        ContainerPhase::Removing => v1::ContainerState::ContainerUnknown,
+    }
+}
+
+pub fn metadata(container: &ContainerRecord) -> v1::ContainerMetadata {
+    let name = &container.spec.name;
+    v1::ContainerMetadata { name: name.name.clone(), attempt: name.attempt }
+}
+
+fn image(container: &ContainerRecord) -> v1::ImageSpec {
+    v1::ImageSpec {
+        image: container.spec.image.clone(),
+        user_specified_image: container.spec.user_image.clone(),
+        ..v1::ImageSpec::default()
+    }
+}
+
+pub fn listed(container: &ContainerRecord) -> v1::Container {
+    v1::Container {
+        id: container.id.clone(),
+        pod_sandbox_id: container.pod_id.clone(),
+        metadata: Some(metadata(container)),
+        image: Some(image(container)),
+        image_ref: container.image_ref.clone(),
+        state: state(container).into(),
+        created_at: container.created_at_nanos,
+        labels: container.spec.labels.clone().into_iter().collect(),
+        annotations: container.spec.annotations.clone().into_iter().collect(),
+        image_id: container.image_id.clone(),
+    }
+}
+
+pub fn status(container: &ContainerRecord) -> v1::ContainerStatus {
+    let exit = container.exit.as_ref();
+    v1::ContainerStatus {
+        id: container.id.clone(),
+        metadata: Some(metadata(container)),
+        state: state(container).into(),
+        created_at: container.created_at_nanos,
+        started_at: container.started_at_nanos,
+        finished_at: exit.map_or(0, |exit| exit.finished_at_nanos),
+        exit_code: exit.map_or(0, |exit| exit.code),
+        image: Some(image(container)),
+        image_ref: container.image_ref.clone(),
+        reason: exit.map(|exit| exit.reason.as_str().to_owned()).unwrap_or_default(),
+        message: exit.map(|exit| exit.message.clone()).unwrap_or_default(),
+        labels: container.spec.labels.clone().into_iter().collect(),
+        annotations: container.spec.annotations.clone().into_iter().collect(),
+        mounts: container.spec.mounts.iter().map(show_mount).collect(),
+        log_path: container.log_file.as_ref().map(|p| p.to_string_lossy().into_owned()).unwrap_or_default(),
+        resources: Some(v1::ContainerResources {
+            linux: Some(resources::show(&container.spec.resources)),
+            windows: None,
+        }),
+        image_id: container.image_id.clone(),
+        user: container.user.as_ref().map(|user| v1::ContainerUser {
+            linux: Some(v1::LinuxContainerUser {
+                uid: user.uid.into(),
+                gid: user.gid.into(),
+                supplemental_groups: user.supplemental_groups.iter().map(|&gid| gid.into()).collect(),
+            }),
+        }),
+    }
+}
+
+fn show_mount(mount: &Mount) -> v1::Mount {
+    v1::Mount {
+        container_path: mount.container_path.to_string_lossy().into_owned(),
+        host_path: mount.host_path.to_string_lossy().into_owned(),
+        readonly: mount.read_only,
+        propagation: match mount.propagation {
+            Propagation::Private => v1::MountPropagation::PropagationPrivate.into(),
+            Propagation::HostToContainer => v1::MountPropagation::PropagationHostToContainer.into(),
+            Propagation::Bidirectional => v1::MountPropagation::PropagationBidirectional.into(),
+        },
+        ..v1::Mount::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> v1::ContainerConfig {
+        v1::ContainerConfig {
+            metadata: Some(v1::ContainerMetadata { name: "c".into(), attempt: 1 }),
+            image: Some(v1::ImageSpec { image: "busybox".into(), ..Default::default() }),
+            ..v1::ContainerConfig::default()
+        }
+    }
+
+    #[test]
+    fn a_log_path_cannot_leave_its_directory() {
+        for path in ["../x", "a/../../x", "/etc/passwd"] {
+            let refused = parse(v1::ContainerConfig { log_path: path.into(), ..config() }).unwrap_err();
+            assert!(refused.message().starts_with("config.log_path"), "{path}");
+        }
+        let taken = parse(v1::ContainerConfig { log_path: "c/1.log".into(), ..config() }).unwrap();
+        assert_eq!(taken.log_path, Some(PathBuf::from("c/1.log")));
+    }
+
+    #[test]
+    fn what_is_not_supported_is_refused_not_ignored() {
+        let device = v1::ContainerConfig { devices: vec![v1::Device::default()], ..config() };
+        assert_eq!(parse(device).unwrap_err().code(), tonic::Code::Unimplemented);
+    }
+
+    #[test]
+    fn a_group_without_a_user_is_refused() {
+        let mut config = config();
+        config.linux = Some(v1::LinuxContainerConfig {
+            security_context: Some(v1::LinuxContainerSecurityContext {
+                run_as_group: Some(v1::Int64Value { value: 5 }),
+                ..Default::default()
+            }),
+            resources: None,
+        });
+        assert!(parse(config).unwrap_err().message().contains("run_as_group"));
+    }
+}

@@ -1,0 +1,254 @@
+//! Pod sandboxes: from `PodSandboxConfig`, to `PodSandbox` and its status.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use k8s_cri::v1;
+use podsandbox::PodSnapshot;
+use podsandbox::spec::{Bandwidth, Dns, PodName, PodSpec, PortMapping, Protocol};
+use tonic::Status;
+
+use super::{invalid, required, resources, unsupported};
+
+/// Linux takes no longer host name (`__NEW_UTS_LEN`).
+const MAX_HOSTNAME: usize = 64;
+/// More than any pod declares; bounds what CNI plugins are handed.
+const MAX_PORT_MAPPINGS: usize = 4096;
+
+pub fn parse(config: v1::PodSandboxConfig, handler: String) -> Result<PodSpec, Status> {
+    let metadata = required("config.metadata", config.metadata)?;
+    if metadata.name.is_empty() {
+        return Err(invalid("config.metadata.name", "is empty"));
+    }
+    if metadata.namespace.is_empty() {
+        return Err(invalid("config.metadata.namespace", "is empty"));
+    }
+    let linux = config.linux.unwrap_or_default();
+    let security = linux.security_context.unwrap_or_default();
+    let namespaces = security.namespace_options;
+    if let Some(options) = &namespaces {
+        refuse_host(options, "config.linux.security_context.namespace_options")?;
+    }
+    let hostname = if config.hostname.is_empty() { metadata.name.clone() } else { config.hostname };
+    if hostname.len() > MAX_HOSTNAME {
+        return Err(invalid("config.hostname", format_args!("{hostname:?} is longer than {MAX_HOSTNAME} bytes")));
+    }
+    if config.port_mappings.len() > MAX_PORT_MAPPINGS {
+        return Err(invalid("config.port_mappings", format_args!("more than {MAX_PORT_MAPPINGS}")));
+    }
+    let cgroup_parent = (!linux.cgroup_parent.is_empty()).then(|| PathBuf::from(&linux.cgroup_parent));
+    Ok(PodSpec {
+        name: PodName {
+            name: metadata.name,
+            namespace: metadata.namespace,
+            uid: metadata.uid,
+            attempt: metadata.attempt,
+        },
+        handler,
+        hostname,
+        log_directory: absolute("config.log_directory", &config.log_directory)?,
+        dns: config.dns_config.map(|dns| Dns {
+            servers: dns.servers,
+            searches: dns.searches,
+            options: dns.options,
+        }),
+        port_mappings: config.port_mappings.iter().map(port_mapping).collect::<Result<_, _>>()?,
+        bandwidth: bandwidth(&config.annotations)?,
+        labels: config.labels.into_iter().collect(),
+        annotations: config.annotations.into_iter().collect(),
+        sysctls: linux.sysctls.into_iter().collect(),
+        share_process_namespace: namespaces.is_some_and(|options| options.pid() == v1::NamespaceMode::Pod),
+        cgroup_parent,
+        resources: resources::parse("config.linux.resources", &linux.resources.unwrap_or_default())?,
+        overhead: resources::parse("config.linux.overhead", &linux.overhead.unwrap_or_default())?,
+    })
+}
+
+/// A microVM has its own kernel: it cannot be in the host's namespaces.
+pub fn refuse_host(options: &v1::NamespaceOption, field: &str) -> Result<(), Status> {
+    let modes = [("network", options.network()), ("pid", options.pid()), ("ipc", options.ipc())];
+    for (name, mode) in modes {
+        if mode == v1::NamespaceMode::Node {
+            return Err(unsupported(
+                &format!("{field}.{name}"),
+                format_args!("the host's {name} namespace in a pod with its own kernel"),
+            ));
+        }
+    }
+    Ok(())
+}
+
+pub fn absolute(field: &str, path: &str) -> Result<Option<PathBuf>, Status> {
+    if path.is_empty() {
+        return Ok(None);
+    }
+    let path = PathBuf::from(path);
+    if !path.is_absolute() {
+        return Err(invalid(field, format_args!("{path:?} is not an absolute path")));
+    }
+    Ok(Some(path))
+}
+
+fn port_mapping(mapping: &v1::PortMapping) -> Result<PortMapping, Status> {
+    let port = |name: &str, value: i32| {
+        u16::try_from(value).map_err(|_| {
+            invalid(&format!("config.port_mappings.{name}"), format_args!("{value} is no port"))
+        })
+    };
+    if !mapping.host_ip.is_empty() && mapping.host_ip.parse::<IpAddr>().is_err() {
+        let why = format_args!("{:?} is no IP address", mapping.host_ip).to_string();
+        return Err(invalid("config.port_mappings.host_ip", why));
+    }
+    Ok(PortMapping {
+        protocol: match mapping.protocol() {
+            v1::Protocol::Tcp => Protocol::Tcp,
+            v1::Protocol::Udp => Protocol::Udp,
+            v1::Protocol::Sctp => Protocol::Sctp,
+        },
+        container_port: port("container_port", mapping.container_port)?,
+        host_port: port("host_port", mapping.host_port)?,
+        host_ip: mapping.host_ip.clone(),
+    })
+}
+
+fn bandwidth(annotations: &std::collections::HashMap<String, String>) -> Result<Bandwidth, Status> {
+    let rate = |name: &str| {
+        annotations
+            .get(name)
+            .map(|text| quantity(text).ok_or_else(|| invalid(&format!("annotation {name}"), format_args!("{text:?} is no quantity such as 10M"))))
+            .transpose()
+    };
+    Ok(Bandwidth {
+        ingress_bits: rate("kubernetes.io/ingress-bandwidth")?,
+        egress_bits: rate("kubernetes.io/egress-bandwidth")?,
+    })
+}
+
+/// A Kubernetes quantity without fractions: digits and an SI or binary suffix.
+fn quantity(text: &str) -> Option<u64> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let factor: u64 = match &text[digits.len()..] {
+        "" => 1,
+        "k" => 1_000,
+        "M" => 1_000_000,
+        "G" => 1_000_000_000,
+        "T" => 1_000_000_000_000,
+        "Ki" => 1 << 10,
+        "Mi" => 1 << 20,
+        "Gi" => 1 << 30,
+        "Ti" => 1 << 40,
+        _ => return None,
+    };
+    digits.parse::<u64>().ok()?.checked_mul(factor)
+}
+
+pub fn state(pod: &PodSnapshot) -> v1::PodSandboxState {
+    if pod.is_ready() { v1::PodSandboxState::SandboxReady } else { v1::PodSandboxState::SandboxNotready }
+}
+
+pub fn metadata(pod: &PodSnapshot) -> v1::PodSandboxMetadata {
+    let name = &pod.pod.spec.name;
+    v1::PodSandboxMetadata {
+        name: name.name.clone(),
+        uid: name.uid.clone(),
+        namespace: name.namespace.clone(),
+        attempt: name.attempt,
+    }
+}
+
+pub fn listed(pod: &PodSnapshot) -> v1::PodSandbox {
+    let spec = &pod.pod.spec;
+    v1::PodSandbox {
+        id: pod.pod.id.clone(),
+        metadata: Some(metadata(pod)),
+        state: state(pod).into(),
+        created_at: pod.pod.created_at_nanos,
+        labels: spec.labels.clone().into_iter().collect(),
+        annotations: spec.annotations.clone().into_iter().collect(),
+        runtime_handler: spec.handler.clone(),
+    }
+}
+
+pub fn status(pod: &PodSnapshot) -> v1::PodSandboxStatus {
+    let spec = &pod.pod.spec;
+    let ips = pod.pod.network.as_ref().map(|network| network.ips.clone()).unwrap_or_default();
+    let mut ips = if pod.is_ready() { ips } else { Vec::new() }.into_iter();
+    v1::PodSandboxStatus {
+        id: pod.pod.id.clone(),
+        metadata: Some(metadata(pod)),
+        state: state(pod).into(),
+        created_at: pod.pod.created_at_nanos,
+        network: Some(v1::PodSandboxNetworkStatus {
+            ip: ips.next().unwrap_or_default(),
+            additional_ips: ips.map(|ip| v1::PodIp { ip }).collect(),
+        }),
+        linux: Some(v1::LinuxPodSandboxStatus {
+            namespaces: Some(v1::Namespace {
+                options: Some(v1::NamespaceOption {
+                    network: v1::NamespaceMode::Pod.into(),
+                    pid: if spec.share_process_namespace {
+                        v1::NamespaceMode::Pod.into()
+                    } else {
+                        v1::NamespaceMode::Container.into()
+                    },
+                    ipc: v1::NamespaceMode::Pod.into(),
+                    ..v1::NamespaceOption::default()
+                }),
+            }),
+        }),
+        labels: spec.labels.clone().into_iter().collect(),
+        annotations: spec.annotations.clone().into_iter().collect(),
+        runtime_handler: spec.handler.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> v1::PodSandboxConfig {
+        v1::PodSandboxConfig {
+            metadata: Some(v1::PodSandboxMetadata {
+                name: "web".into(),
+                namespace: "default".into(),
+                uid: "u1".into(),
+                attempt: 0,
+            }),
+            ..v1::PodSandboxConfig::default()
+        }
+    }
+
+    #[test]
+    fn a_refused_field_is_named() {
+        let refused = |change: fn(&mut v1::PodSandboxConfig)| {
+            let mut config = config();
+            change(&mut config);
+            parse(config, String::new()).unwrap_err().message().to_owned()
+        };
+        assert!(refused(|c| c.metadata = None).starts_with("config.metadata"));
+        assert!(refused(|c| c.log_directory = "logs".into()).starts_with("config.log_directory"));
+        assert!(refused(|c| c.hostname = "h".repeat(65)).starts_with("config.hostname"));
+        let port = |c: &mut v1::PodSandboxConfig| {
+            c.port_mappings = vec![v1::PortMapping { host_port: 70_000, ..Default::default() }];
+        };
+        assert!(refused(port).contains("70000 is no port"));
+        let annotation = |c: &mut v1::PodSandboxConfig| {
+            c.annotations.insert("kubernetes.io/ingress-bandwidth".into(), "fast".into());
+        };
+        assert!(refused(annotation).contains("\"fast\" is no quantity"));
+    }
+
+    #[test]
+    fn the_pods_name_is_its_hostname_unless_one_is_given() {
+        assert_eq!(parse(config(), String::new()).unwrap().hostname, "web");
+    }
+
+    #[test]
+    fn quantities_have_si_and_binary_suffixes() {
+        assert_eq!(quantity("10M"), Some(10_000_000));
+        assert_eq!(quantity("1Gi"), Some(1 << 30));
+        assert_eq!(quantity("M"), None);
+        assert_eq!(quantity("99999999999999999999"), None);
+        assert_eq!(quantity("99999999999T"), None);
+    }
+}

@@ -1,0 +1,105 @@
+//! Statistics, from the agent's figures.
+
+use k8s_cri::v1;
+use podsandbox::record::ContainerRecord;
+use podsandbox::{ContainerStats, PodSnapshot, StatsResponse};
+
+fn value(value: u64) -> Option<v1::UInt64Value> {
+    Some(v1::UInt64Value { value })
+}
+
+fn cpu(timestamp: i64, nanos: u64) -> v1::CpuUsage {
+    // The rate is left to the kubelet, which computes it between samples.
+    v1::CpuUsage { timestamp, usage_core_nano_seconds: value(nanos), usage_nano_cores: None }
+}
+
+pub fn attributes(container: &ContainerRecord) -> v1::ContainerAttributes {
+    v1::ContainerAttributes {
+        id: container.id.clone(),
+        metadata: Some(super::container::metadata(container)),
+        labels: container.spec.labels.clone().into_iter().collect(),
+        annotations: container.spec.annotations.clone().into_iter().collect(),
+    }
+}
+
+/// `figures` is missing for a container that does not run: it uses nothing.
+pub fn container(
+    record: &ContainerRecord,
+    figures: Option<&ContainerStats>,
+    timestamp: i64,
+    mountpoint: &str,
+) -> v1::ContainerStats {
+    let none = ContainerStats::default();
+    let of = figures.unwrap_or(&none);
+    v1::ContainerStats {
+        attributes: Some(attributes(record)),
+        cpu: Some(cpu(timestamp, of.cpu_usage_nanos)),
+        memory: Some(v1::MemoryUsage {
+            timestamp,
+            working_set_bytes: value(of.memory_working_set_bytes),
+            available_bytes: (of.memory_limit_bytes > 0)
+                .then(|| v1::UInt64Value {
+                    value: of.memory_limit_bytes.saturating_sub(of.memory_working_set_bytes),
+                }),
+            usage_bytes: value(of.memory_usage_bytes),
+            rss_bytes: value(of.memory_rss_bytes),
+            page_faults: value(of.memory_page_faults),
+            major_page_faults: value(of.memory_major_page_faults),
+        }),
+        writable_layer: Some(v1::FilesystemUsage {
+            timestamp,
+            fs_id: Some(v1::FilesystemIdentifier { mountpoint: mountpoint.to_owned() }),
+            used_bytes: value(of.fs_used_bytes),
+            inodes_used: value(of.fs_inodes_used),
+        }),
+        swap: Some(v1::SwapUsage {
+            timestamp,
+            swap_available_bytes: None,
+            swap_usage_bytes: value(of.swap_usage_bytes),
+        }),
+    }
+}
+
+pub fn pod(pod: &PodSnapshot, figures: Option<&StatsResponse>, mountpoint: &str) -> v1::PodSandboxStats {
+    let spec = &pod.pod.spec;
+    let timestamp = figures.map_or_else(podsandbox::now_nanos, |f| f.time_unix_nanos);
+    let guest = figures.and_then(|f| f.guest.clone()).unwrap_or_default();
+    let used = guest.memory_total_bytes.saturating_sub(guest.memory_available_bytes);
+    let mut interfaces = guest.interfaces.iter().map(|i| v1::NetworkInterfaceUsage {
+        name: i.name.clone(),
+        rx_bytes: value(i.rx_bytes),
+        rx_errors: value(i.rx_errors),
+        tx_bytes: value(i.tx_bytes),
+        tx_errors: value(i.tx_errors),
+    });
+    let containers = pod.containers.values().map(|record| {
+        let of = figures.and_then(|f| f.containers.iter().find(|c| c.id == record.id));
+        container(record, of, timestamp, mountpoint)
+    });
+    v1::PodSandboxStats {
+        attributes: Some(v1::PodSandboxAttributes {
+            id: pod.pod.id.clone(),
+            metadata: Some(super::pod::metadata(pod)),
+            labels: spec.labels.clone().into_iter().collect(),
+            annotations: spec.annotations.clone().into_iter().collect(),
+        }),
+        linux: Some(v1::LinuxPodSandboxStats {
+            cpu: Some(cpu(timestamp, guest.cpu_usage_nanos)),
+            memory: Some(v1::MemoryUsage {
+                timestamp,
+                working_set_bytes: value(used),
+                available_bytes: value(guest.memory_available_bytes),
+                usage_bytes: value(used),
+                ..v1::MemoryUsage::default()
+            }),
+            network: Some(v1::NetworkUsage {
+                timestamp,
+                default_interface: interfaces.next(),
+                interfaces: interfaces.collect(),
+            }),
+            process: Some(v1::ProcessUsage { timestamp, process_count: value(guest.process_count) }),
+            containers: containers.collect(),
+        }),
+        windows: None,
+    }
+}

@@ -1,0 +1,132 @@
+//! `drupe serve`: config, build, spawn, drain.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use imagesvc::ImageService;
+use k8s_cri::v1::image_service_server::ImageServiceServer;
+use k8s_cri::v1::runtime_service_server::RuntimeServiceServer;
+use podsandbox::{Network, NetworkOptions, PodManager};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::transport::Server;
+
+use crate::config::Config;
+use crate::images::Images;
+use crate::runtime::Runtime;
+
+/// Largest request taken; a kubelet's are a few KiB.
+const MAX_REQUEST_BYTES: usize = 16 << 20;
+/// Largest answer: two streams of an ExecSync, each 16 MiB, and room.
+const MAX_ANSWER_BYTES: usize = 40 << 20;
+/// Requests under way get this long after a signal to stop.
+const DRAIN: Duration = Duration::from_secs(10);
+
+pub fn run(config: Config) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(serve(config))
+}
+
+async fn serve(config: Config) -> Result<()> {
+    for dir in [&config.root, &config.run_dir, &config.run_dir.join("pods"), &config.root.join("scratch")] {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o711)
+            .create(dir)
+            .with_context(|| format!("cannot create {dir:?}"))?;
+    }
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+
+    let images = ImageService::open(config.images.clone(), &config.root.join("images"))
+        .await
+        .context("image store")?;
+    let network = Network::open(NetworkOptions {
+        conf_dir: config.network.conf_dir.clone(),
+        bin_dirs: config.network.bin_dirs.clone(),
+        record_dir: config.root.join("cni"),
+        plugin_timeout: Duration::from_secs(config.network.plugin_timeout_seconds),
+    })
+    .await
+    .context("network")?;
+    let pods = PodManager::open(pod_config(&config), images.clone(), network).await.context("pods")?;
+
+    let listener = listen(&config.socket).await?;
+    tracing::info!(
+        socket = ?config.socket,
+        version = env!("CARGO_PKG_VERSION"),
+        pods = pods.list().len(),
+        "drupe serves CRI v1"
+    );
+    let runtime = RuntimeServiceServer::new(Runtime::new(pods.clone()))
+        .max_decoding_message_size(MAX_REQUEST_BYTES)
+        .max_encoding_message_size(MAX_ANSWER_BYTES);
+    let images = ImageServiceServer::new(Images::new(images, pods))
+        .max_decoding_message_size(MAX_REQUEST_BYTES)
+        .max_encoding_message_size(MAX_ANSWER_BYTES);
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let server = Server::builder().add_service(runtime).add_service(images).serve_with_incoming_shutdown(
+        UnixListenerStream::new(listener),
+        async move {
+            // The sender is dropped when a signal came.
+            if stopped.await.is_err() {
+                tracing::debug!("no new requests are taken");
+            }
+        },
+    );
+    let mut server = std::pin::pin!(server);
+    tokio::select! {
+        result = &mut server => return result.context("the CRI server ended"),
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!("stopping; pods keep running");
+    drop(stop);
+    if tokio::time::timeout(DRAIN, server).await.is_err() {
+        tracing::warn!("requests still under way after {} s were cut off", DRAIN.as_secs());
+    }
+    remove_socket(&config.socket)
+}
+
+fn pod_config(config: &Config) -> podsandbox::config::Config {
+    podsandbox::config::Config {
+        root: config.root.clone(),
+        run_dir: config.run_dir.clone(),
+        netns_dir: config.network.netns_dir.clone(),
+        vmm: config.vmm.clone(),
+        uid_base: config.uid_base,
+        default_runtime: config.default_runtime.clone(),
+        runtimes: config.runtimes.clone(),
+    }
+}
+
+/// Takes the socket's path over from a daemon that is gone, never from one
+/// that serves.
+async fn listen(path: &Path) -> Result<UnixListener> {
+    if let Some(dir) = path.parent() {
+        fs::create_dir_all(dir).with_context(|| format!("cannot create {dir:?}"))?;
+    }
+    if UnixStream::connect(path).await.is_ok() {
+        bail!("another daemon serves on {path:?}; stop it or set `socket` to another path");
+    }
+    remove_socket(path)?;
+    let listener = UnixListener::bind(path).with_context(|| format!("cannot listen on {path:?}"))?;
+    // CRI is root on the node.
+    fs::set_permissions(path, fs::Permissions::from_mode(0o660))
+        .with_context(|| format!("cannot set the mode of {path:?}"))?;
+    Ok(listener)
+}
+
+fn remove_socket(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove {path:?}"))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,46 @@
+//! Where `make setup` and `make build` leave what the tests run.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+
+/// A file below `out/`, or the reason why it is not there.
+fn artifact(relative: &str, made_by: &str) -> Result<PathBuf> {
+    let path = out_dir()?.join(relative);
+    ensure!(path.exists(), "{} is missing: run `make {made_by}`", path.display());
+    Ok(path)
+}
+
+/// `out/` of the checkout; `DRUPE_OUT` names another.
+pub fn out_dir() -> Result<PathBuf> {
+    let dir = match std::env::var_os("DRUPE_OUT") {
+        Some(dir) => PathBuf::from(dir),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../out"),
+    };
+    dir.canonicalize().with_context(|| format!("{} is missing: run `make setup build`", dir.display()))
+}
+
+pub fn daemon() -> Result<PathBuf> {
+    artifact("bin/drupe", "build")
+}
+
+pub fn vmm() -> Result<PathBuf> {
+    artifact("bin/drupe-vmm", "build")
+}
+
+pub fn guest_kernel() -> Result<PathBuf> {
+    artifact("guest/kernel-uml", "setup")
+}
+
+pub fn initramfs() -> Result<PathBuf> {
+    artifact("guest/initramfs", "build")
+}
+
+pub fn crictl() -> Result<PathBuf> {
+    artifact("tools/crictl", "setup")
+}
+
+/// The package `name` of `image-packages.txt`.
+pub fn deb(name: &str) -> Result<PathBuf> {
+    artifact(&format!("debs/{name}.deb"), "setup")
+}

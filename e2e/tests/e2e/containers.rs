@@ -1,0 +1,293 @@
+//! A container is what its image and its request say, and ends with the truth
+//! about how.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use k8s_cri::v1::*;
+
+use crate::{shares_the_hosts_kernel, with_node};
+
+#[test]
+fn a_container_runs_its_images_command_unless_it_is_given_another() -> Result<()> {
+    with_node(|node| {
+        let registry = node.registry()?;
+        let mut image = e2e::image::busybox()?;
+        image.config["Entrypoint"] = serde_json::json!(["echo", "entry"]);
+        image.config["Cmd"] = serde_json::json!(["cmd"]);
+        registry.push("entry", "latest", &image)?;
+        let name = "127.0.0.1:5000/entry:latest";
+        node.cri()?.pull(name)?;
+        let pod = node.run_pod("entry")?;
+        let words = |list: &[&str]| list.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
+        for (container, command, args, expected) in [
+            ("neither", vec![], vec![], "entry cmd\n"),
+            ("args", vec![], vec!["args"], "entry args\n"),
+            ("command", vec!["echo", "own"], vec![], "own\n"),
+            ("both", vec!["echo"], vec!["a", "b"], "a b\n"),
+        ] {
+            let mut config = pod.container_config(container, &[]);
+            config.image.get_or_insert_default().image = name.to_owned();
+            config.command = words(&command);
+            config.args = words(&args);
+            let container = pod.start_with(config)?;
+            container.wait_exit()?;
+            assert_eq!(container.stdout()?, expected, "{}", container.name);
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn environment_and_working_directory_come_from_image_and_request() -> Result<()> {
+    with_node(|node| {
+        let pod = node.run_pod("env")?;
+        let mut config = pod.container_config("c", e2e::pod::IDLE);
+        config.working_dir = "/made/for/it".to_owned();
+        config.envs = vec![
+            KeyValue { key: "GIVEN".to_owned(), value: "a b=\"c\"\n$HOME".to_owned() },
+            KeyValue { key: "EMPTY".to_owned(), value: String::new() },
+        ];
+        let container = pod.start_with(config)?;
+        assert_eq!(container.exec(&["pwd"])?, "/made/for/it");
+        assert_eq!(container.exec(&["sh", "-c", "echo \"$FROM_IMAGE|$GIVEN|${EMPTY-unset}\""])?, "yes|a b=\"c\"\n$HOME|");
+        assert_eq!(container.exec(&["sh", "-c", "tr '\\0' '\\n' < /proc/1/environ | grep -c ^PATH="])?, "1");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_container_runs_as_the_user_and_groups_it_names() -> Result<()> {
+    with_node(|node| {
+        let pod = node.run_pod("users")?;
+        let id = |name: &str, context: LinuxContainerSecurityContext| -> Result<String> {
+            let mut config = pod.container_config(name, &["id"]);
+            let linux = config.linux.get_or_insert_default();
+            let namespace_options = linux.security_context.take().unwrap_or_default().namespace_options;
+            linux.security_context = Some(LinuxContainerSecurityContext { namespace_options, ..context });
+            let container = pod.start_with(config)?;
+            container.wait_exit()?;
+            Ok(container.output()?.trim().to_owned())
+        };
+        let number = |value| Some(Int64Value { value });
+        let by_name = LinuxContainerSecurityContext { run_as_username: "alice".to_owned(), ..Default::default() };
+        let printed = id("name", by_name)?;
+        ensure!(printed.starts_with("uid=1000(alice) gid=1000(alice) ") && printed.contains("50(staff)"), "{printed}");
+        let by_number = LinuxContainerSecurityContext {
+            run_as_user: number(1234),
+            run_as_group: number(2345),
+            supplemental_groups: vec![29, 3456],
+            ..Default::default()
+        };
+        let printed = id("number", by_number)?;
+        ensure!(printed.starts_with("uid=1234 gid=2345 "), "{printed}");
+        ensure!(printed.contains("29(audio)") && printed.contains("3456"), "{printed}");
+        Ok(())
+    })
+}
+
+#[test]
+fn the_images_user_is_used_when_none_is_named() -> Result<()> {
+    with_node(|node| {
+        let mut image = e2e::image::busybox()?;
+        image.config["User"] = serde_json::json!("alice:audio");
+        node.registry()?.push("alice", "latest", &image)?;
+        let name = "127.0.0.1:5000/alice:latest";
+        node.cri()?.pull(name)?;
+        let pod = node.run_pod("image-user")?;
+        let mut config = pod.container_config("c", e2e::pod::IDLE);
+        config.image.get_or_insert_default().image = name.to_owned();
+        let container = pod.start_with(config)?;
+        assert_eq!(container.exec(&["id", "-u"])?, "1000");
+        assert_eq!(container.exec(&["id", "-g"])?, "29");
+        assert_eq!(container.exec(&["cat", "/home/alice/greeting"])?, "hello from alice");
+        Ok(())
+    })
+}
+
+#[test]
+fn an_exit_code_and_its_reason_are_told() -> Result<()> {
+    with_node(|node| {
+        let pod = node.run_pod("ends")?;
+        for (name, script, code, reason) in [
+            ("fine", "exit 0", 0, "Completed"),
+            ("failed", "exit 3", 3, "Error"),
+            ("killed", "kill -KILL $$", 137, "Error"),
+        ] {
+            let before = i64::try_from(std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_nanos())?;
+            // As a child of PID 1, which a signal from inside could not end.
+            let container = pod.start(name, &["sh", "-c", &format!("sh -c '{script}'; exit $?")])?;
+            let status = container.wait_exit()?;
+            assert_eq!((status.exit_code, status.reason.as_str()), (code, reason), "{name}");
+            let slack = 1_000_000_000;
+            ensure!(status.created_at >= before - slack, "{name}: created before it was asked for");
+            ensure!(status.started_at >= status.created_at, "{name}: started before it was created");
+            // containerd notes the start once the call returns.
+            let ordered = status.finished_at >= status.started_at;
+            ensure!(ordered || shares_the_hosts_kernel(node), "{name}: finished before it started");
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_container_beyond_its_memory_limit_is_oom_killed() -> Result<()> {
+    with_node(|node| {
+        let pod = node.run_pod("hungry")?;
+        // It keeps what it reads until a line ends.
+        let mut config = pod.container_config("c", &["tail", "/dev/zero"]);
+        config.linux.get_or_insert_default().resources =
+            Some(LinuxContainerResources { memory_limit_in_bytes: 32 << 20, ..Default::default() });
+        let container = pod.start_with(config)?;
+        let status = container.wait_exit()?;
+        assert_eq!((status.reason.as_str(), status.exit_code), ("OOMKilled", 137));
+        // The pod and its other containers go on.
+        pod.start_idle("next")?.exec(&["true"]).map(drop)
+    })
+}
+
+#[test]
+fn cpu_and_memory_limits_are_in_force_inside() -> Result<()> {
+    with_node(|node| {
+        if shares_the_hosts_kernel(node) {
+            return Ok(()); // The host may have cgroup v1.
+        }
+        let pod = node.run_pod("limited")?;
+        let mut config = pod.container_config("c", e2e::pod::IDLE);
+        config.linux.get_or_insert_default().resources = Some(LinuxContainerResources {
+            cpu_period: 100_000,
+            cpu_quota: 50_000,
+            cpu_shares: 512,
+            memory_limit_in_bytes: 64 << 20,
+            ..Default::default()
+        });
+        let container = pod.start_with(config)?;
+        assert_eq!(container.exec(&["cat", "/sys/fs/cgroup/cpu.max"])?, "50000 100000");
+        assert_eq!(container.exec(&["cat", "/sys/fs/cgroup/memory.max"])?, (64 << 20).to_string());
+        Ok(())
+    })
+}
+
+#[test]
+fn stopping_asks_first_and_kills_only_who_does_not_listen() -> Result<()> {
+    with_node(|node| {
+        let pod = node.run_pod("stops")?;
+        let polite = pod.start("polite", &["sh", "-c", "trap 'exit 7' TERM; while :; do sleep 1000 & wait $!; done"])?;
+        let begun = Instant::now();
+        polite.stop(20)?;
+        ensure!(begun.elapsed() < Duration::from_secs(10), "it took {:?}", begun.elapsed());
+        assert_eq!(polite.status()?.exit_code, 7);
+
+        let deaf = pod.start("deaf", &["sh", "-c", "trap '' TERM; while :; do sleep 1; done"])?;
+        let begun = Instant::now();
+        deaf.stop(2)?;
+        ensure!(begun.elapsed() >= Duration::from_secs(2), "killed after {:?}, within its grace", begun.elapsed());
+        assert_eq!(deaf.status()?.exit_code, 137);
+        deaf.stop(2).context("a second stop")?;
+        deaf.remove()?;
+        deaf.remove().context("a second removal")
+    })
+}
+
+#[test]
+fn an_ended_container_is_followed_by_its_next_attempt() -> Result<()> {
+    with_node(|node| {
+        let pod = node.run_pod("again")?;
+        let first = pod.start("c", &["sh", "-c", "echo mark > /left; exit 1"])?;
+        first.wait_exit()?;
+        let mut config = pod.container_config("c", &["sh", "-c", "test ! -e /left"]);
+        config.metadata = Some(ContainerMetadata { name: "c".to_owned(), attempt: 1 });
+        let second = pod.start_with(config)?;
+        assert_eq!(second.wait_exit()?.exit_code, 0, "the second attempt sees what the first has written");
+        Ok(())
+    })
+}
+
+#[test]
+fn more_containers_come_and_go_than_a_pod_holds_at_once() -> Result<()> {
+    with_node(|node| {
+        let pod = node.run_pod("turnover")?;
+        for n in 0..12 {
+            let container = pod.start(&format!("c{n}"), &["true"])?;
+            assert_eq!(container.wait_exit()?.exit_code, 0);
+            container.remove()?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn containers_are_found_by_id_pod_state_and_label() -> Result<()> {
+    with_node(|node| {
+        let cri = node.cri()?;
+        let pod = node.run_pod("listed")?;
+        let running = pod.start_idle("running")?;
+        let ended = pod.start("ended", &["true"])?;
+        ended.wait_exit()?;
+        let mut config = pod.container_config("created", &["true"]);
+        config.annotations = HashMap::from([("note".to_owned(), "kept".to_owned())]);
+        let created = pod.create(config.clone())?;
+
+        let status = created.status()?;
+        assert_eq!(status.annotations, config.annotations);
+        assert_eq!(status.labels, config.labels);
+        assert_eq!(status.metadata, config.metadata);
+        assert_eq!(status.log_path, created.log.display().to_string());
+        ensure!(!status.image_ref.is_empty() && !status.image_id.is_empty() || shares_the_hosts_kernel(node));
+
+        let find = |filter: ContainerFilter| -> Result<Vec<String>> {
+            let request = ListContainersRequest { filter: Some(filter) };
+            let mut names: Vec<_> = cri
+                .list_containers(request)?
+                .containers
+                .into_iter()
+                .map(|container| container.metadata.unwrap_or_default().name)
+                .collect();
+            names.sort();
+            Ok(names)
+        };
+        let by_state = |state: ContainerState| ContainerFilter {
+            state: Some(ContainerStateValue { state: state.into() }),
+            ..Default::default()
+        };
+        assert_eq!(find(ContainerFilter::default())?, ["created", "ended", "running"]);
+        assert_eq!(find(ContainerFilter { id: running.id.clone(), ..Default::default() })?, ["running"]);
+        assert_eq!(find(ContainerFilter { pod_sandbox_id: pod.id.clone(), ..Default::default() })?.len(), 3);
+        assert_eq!(find(by_state(ContainerState::ContainerRunning))?, ["running"]);
+        assert_eq!(find(by_state(ContainerState::ContainerExited))?, ["ended"]);
+        assert_eq!(find(by_state(ContainerState::ContainerCreated))?, ["created"]);
+        let label_selector = HashMap::from([("container".to_owned(), "ended".to_owned())]);
+        assert_eq!(find(ContainerFilter { label_selector, ..Default::default() })?, ["ended"]);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_container_has_the_capabilities_it_was_left_with() -> Result<()> {
+    with_node(|node| {
+        let pod = node.run_pod("caps")?;
+        let effective = |name: &str, capability: Option<Capability>, privileged: bool| -> Result<u64> {
+            let mut config = pod.container_config(name, e2e::pod::IDLE);
+            let context = config.linux.get_or_insert_default().security_context.get_or_insert_default();
+            context.capabilities = capability;
+            context.privileged = privileged;
+            let container = pod.start_with(config)?;
+            let status = container.exec(&["grep", "CapEff", "/proc/1/status"])?;
+            Ok(u64::from_str_radix(status.trim_start_matches("CapEff:").trim(), 16)?)
+        };
+        const NET_ADMIN: u64 = 1 << 12;
+        const SYS_ADMIN: u64 = 1 << 21;
+        const CHOWN: u64 = 1;
+        let add = Capability { add_capabilities: vec!["NET_ADMIN".to_owned()], ..Default::default() };
+        let drop = Capability { drop_capabilities: vec!["ALL".to_owned()], ..Default::default() };
+        let default = effective("default", None, false)?;
+        ensure!(default & CHOWN != 0 && default & (NET_ADMIN | SYS_ADMIN) == 0, "{default:x}");
+        ensure!(effective("added", Some(add), false)? & NET_ADMIN != 0);
+        assert_eq!(effective("dropped", Some(drop), false)?, 0);
+        if !shares_the_hosts_kernel(node) {
+            ensure!(effective("privileged", None, true)? & SYS_ADMIN != 0);
+        }
+        Ok(())
+    })
+}

@@ -1,0 +1,46 @@
+//! What a user of a node gains, tried with the real parts.
+#![forbid(unsafe_code)]
+
+mod bad_input;
+mod bad_pods;
+mod containers;
+mod files;
+mod images;
+mod logs;
+mod pods;
+mod processes;
+mod pulls;
+mod restart;
+mod restart_sweep;
+mod stats;
+
+use anyhow::{Result, bail, ensure};
+use e2e::{Node, Server};
+use tonic::{Code, Status};
+
+/// Fails unless `result` is an error of `code` whose message is one line that
+/// contains all of `parts`.
+fn refused<T>(result: Result<T, Status>, code: Code, parts: &[&str]) -> Result<String> {
+    let Err(status) = result else { bail!("it succeeded; expected {code:?} naming {parts:?}") };
+    ensure!(status.code() == code, "{:?} instead of {code:?}: {}", status.code(), status.message());
+    let message = status.message().to_owned();
+    for part in parts {
+        ensure!(message.contains(part), "{part:?} is not in: {message}");
+    }
+    Ok(message)
+}
+
+/// The node whose images are pulled and which runs `test`, then proves that
+/// nothing is left.
+fn with_node(test: impl FnOnce(&Node) -> Result<()>) -> Result<()> {
+    let node = Node::start()?;
+    node.pull_busybox()?;
+    test(&node)?;
+    node.finish()
+}
+
+/// Whether the harness is being checked against a runtime that shares the
+/// host's kernel.
+fn shares_the_hosts_kernel(node: &Node) -> bool {
+    node.server == Server::Containerd
+}

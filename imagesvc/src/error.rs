@@ -1,0 +1,238 @@
+//! What callers of the image service are told: one sentence that names the
+//! image, the registry or path, and the cause.
+
+use std::{io, path::PathBuf, sync::Arc};
+
+use crate::{
+    config::ConfigError, digest::Digest, erofs, layer, manifest::ManifestError,
+    reference::InvalidReference, registry::RegistryError,
+};
+
+/// What a gRPC service makes a status code of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// A malformed reference, credential or configuration.
+    InvalidArgument,
+    /// No such image, here or in the registry, or not for this platform.
+    NotFound,
+    Unauthorized,
+    /// The registry cannot be reached or is out of order.
+    Unavailable,
+    /// Content that is not what its digest names, or no valid layer.
+    Corrupt,
+    /// An image of a kind that drupe does not run.
+    Unsupported,
+    /// A full disk, or an image beyond the configured bounds.
+    ResourceExhausted,
+    /// The registry sent nothing for too long.
+    DeadlineExceeded,
+    Cancelled,
+    /// The node's own fault, such as an I/O error.
+    Internal,
+}
+
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Error {
+    #[error("image service configuration: {0}")]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Reference(#[from] InvalidReference),
+    #[error("there is no image {image:?} on this node")]
+    NoSuchImage { image: String },
+    #[error("the credentials for image {image} are malformed: {reason}")]
+    Credentials { image: String, reason: &'static str },
+    #[error("image {image}: {source}")]
+    Registry {
+        image: String,
+        source: RegistryError,
+    },
+    #[error("image {image} of registry {registry}: {source}")]
+    Manifest {
+        image: String,
+        registry: String,
+        source: ManifestError,
+    },
+    #[error("image {image} of registry {registry}: layer {digest}: {source}")]
+    Layer {
+        image: String,
+        registry: String,
+        digest: Digest,
+        source: Box<LayerError>,
+    },
+    #[error("image store: {0}")]
+    Store(#[from] StoreError),
+    #[error("the pull of image {image} was stopped")]
+    Stopped { image: String },
+}
+
+/// Why one layer could not be had. Shared by all pulls that wait for it.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum LayerError {
+    #[error("{0}")]
+    Registry(#[from] RegistryError),
+    #[error("its bytes are corrupt: their digest is {actual}")]
+    Digest { actual: Digest },
+    #[error(
+        "its content has digest {actual} uncompressed, but the image's configuration says {expected}"
+    )]
+    DiffId { expected: Digest, actual: Digest },
+    #[error("{reason}")]
+    Content { kind: ErrorKind, reason: String },
+    #[error("{0}")]
+    Store(#[from] StoreError),
+    #[error("its transfer was stopped")]
+    Stopped,
+}
+
+/// The node's disk failed.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum StoreError {
+    #[error("{}: {source}", path.display())]
+    Io {
+        path: PathBuf,
+        source: Arc<io::Error>,
+    },
+    #[error("{} is in use by another process", path.display())]
+    InUse { path: PathBuf },
+    #[error("a task of the image store ended unexpectedly")]
+    Task,
+}
+
+impl Error {
+    #[must_use]
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Config(_) | Self::Reference(_) | Self::Credentials { .. } => {
+                ErrorKind::InvalidArgument
+            }
+            Self::NoSuchImage { .. } => ErrorKind::NotFound,
+            Self::Registry { source, .. } => source.kind(),
+            Self::Manifest { source, .. } => manifest_kind(source),
+            Self::Layer { source, .. } => source.kind(),
+            Self::Store(error) => error.kind(),
+            Self::Stopped { .. } => ErrorKind::Cancelled,
+        }
+    }
+}
+
+fn manifest_kind(error: &ManifestError) -> ErrorKind {
+    match error {
+        ManifestError::Malformed { .. } => ErrorKind::Corrupt,
+        ManifestError::Schema1
+        | ManifestError::NotAnImage { .. }
+        | ManifestError::LayerType { .. }
+        | ManifestError::ForeignLayer { .. } => ErrorKind::Unsupported,
+        ManifestError::TooLarge { .. }
+        | ManifestError::TooManyLayers { .. }
+        | ManifestError::TooDeep => ErrorKind::ResourceExhausted,
+        ManifestError::Platform { .. } => ErrorKind::NotFound,
+    }
+}
+
+impl LayerError {
+    #[must_use]
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Registry(error) => error.kind(),
+            Self::Digest { .. } | Self::DiffId { .. } => ErrorKind::Corrupt,
+            Self::Content { kind, .. } => *kind,
+            Self::Store(error) => error.kind(),
+            Self::Stopped => ErrorKind::Cancelled,
+        }
+    }
+
+    /// Whether another try may go on with the bytes that are there.
+    pub(crate) fn is_transient(&self) -> bool {
+        matches!(
+            self.kind(),
+            ErrorKind::Unavailable
+                | ErrorKind::DeadlineExceeded
+                | ErrorKind::Unauthorized
+                | ErrorKind::NotFound
+                | ErrorKind::Cancelled
+        )
+    }
+}
+
+impl StoreError {
+    pub(crate) fn io(path: impl Into<PathBuf>, source: io::Error) -> Self {
+        Self::Io {
+            path: path.into(),
+            source: Arc::new(source),
+        }
+    }
+
+    #[must_use]
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Io { source, .. } if is_full(source) => ErrorKind::ResourceExhausted,
+            _ => ErrorKind::Internal,
+        }
+    }
+}
+
+fn is_full(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge
+    )
+}
+
+impl From<layer::Error> for LayerError {
+    /// One sentence of the whole chain, and whose fault it is.
+    fn from(error: layer::Error) -> Self {
+        let mut kind = ErrorKind::Corrupt;
+        let mut reason = String::new();
+        let mut link: Option<&dyn std::error::Error> = Some(&error);
+        while let Some(error) = link {
+            let text = error.to_string();
+            // Transparent links repeat the one below.
+            if !reason.ends_with(&text) {
+                if !reason.is_empty() {
+                    reason.push_str(": ");
+                }
+                reason.push_str(&text);
+            }
+            if let Some(found) = resource_fault(error) {
+                kind = found;
+            }
+            link = error.source();
+        }
+        Self::Content { kind, reason }
+    }
+}
+
+fn resource_fault(error: &(dyn std::error::Error + 'static)) -> Option<ErrorKind> {
+    if error.is::<layer::LimitError>() {
+        return Some(ErrorKind::ResourceExhausted);
+    }
+    if let Some(error) = error.downcast_ref::<layer::Error>() {
+        let limited = matches!(
+            error,
+            layer::Error::Limit(_) | layer::Error::HeaderTooLong { .. }
+        );
+        return limited.then_some(ErrorKind::ResourceExhausted);
+    }
+    match error.downcast_ref::<layer::EntryError>() {
+        Some(layer::EntryError::TooLong { .. }) => return Some(ErrorKind::ResourceExhausted),
+        // Transparent: the chain goes on below the inner error.
+        Some(layer::EntryError::Image(inner)) => return image_fault(inner),
+        _ => {}
+    }
+    if let Some(error) = error.downcast_ref::<erofs::Error>() {
+        return image_fault(error);
+    }
+    let io = error.downcast_ref::<io::Error>()?;
+    is_full(io).then_some(ErrorKind::ResourceExhausted)
+}
+
+fn image_fault(error: &erofs::Error) -> Option<ErrorKind> {
+    match error {
+        erofs::Error::ImageTooLarge { .. }
+        | erofs::Error::TooManyEntries { .. }
+        | erofs::Error::MetadataTooLarge { .. } => Some(ErrorKind::ResourceExhausted),
+        // Writing is this node's part; a full disk is found further down.
+        erofs::Error::Io(_) => Some(ErrorKind::Internal),
+        erofs::Error::WrongSize { .. } | erofs::Error::NotADirectory(_) => None,
+    }
+}

@@ -1,0 +1,164 @@
+//! Fetching one layer, for every pull that wants it at the time.
+
+use std::sync::Arc;
+
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+
+use super::ingest::{Ingested, ingest};
+use crate::{
+    digest::Digest,
+    error::{LayerError, StoreError},
+    flight::Flights,
+    layer::Limits,
+    manifest::LayerBlob,
+    registry::Session,
+    store::{Files, Store, remove_file},
+};
+
+/// Pieces from the network that wait for the disk. Each is some 100 KiB.
+const FEED: usize = 16;
+
+/// How often a pull waits for what another pull began before it fails for its
+/// own reasons.
+const JOINS: u32 = 8;
+
+pub(crate) struct Layers {
+    store: Arc<Store>,
+    limits: Limits,
+    flights: Flights<Digest, Result<Ingested, LayerError>>,
+}
+
+impl Layers {
+    pub(crate) fn new(store: Arc<Store>, limits: Limits) -> Self {
+        Self {
+            store,
+            limits,
+            flights: Flights::new(),
+        }
+    }
+
+    /// The layer's file, fetched over `session` if nobody else is at it.
+    pub(super) async fn fetch(
+        &self,
+        session: &Arc<Session>,
+        layer: &LayerBlob,
+    ) -> Result<Ingested, LayerError> {
+        let mut joins = 0;
+        loop {
+            let work = |cancel| {
+                run(
+                    Arc::clone(&self.store),
+                    self.limits,
+                    Arc::clone(session),
+                    layer.clone(),
+                    cancel,
+                )
+            };
+            let landed = self
+                .flights
+                .join(layer.blob.digest.clone(), work)
+                .await
+                .ok_or(StoreError::Task)?;
+            joins += 1;
+            match landed.value {
+                // Another pull's registry or credentials may be at fault.
+                Err(error) if !landed.own && joins < JOINS => {
+                    tracing::debug!(%error, layer = %layer.blob.digest, "another pull's failure");
+                }
+                value => return value,
+            }
+        }
+    }
+
+    /// Returns once nothing that was told to stop is at the layer.
+    pub(super) async fn settled(&self, digest: &Digest) {
+        self.flights.settled(digest).await;
+    }
+}
+
+/// Stops soon after `cancel`, and not before its thread has ended.
+async fn run(
+    store: Arc<Store>,
+    limits: Limits,
+    session: Arc<Session>,
+    layer: LayerBlob,
+    cancel: CancellationToken,
+) -> Result<Ingested, LayerError> {
+    let mut error = LayerError::Stopped;
+    // A file from before may be damaged: then once more from the start.
+    for _ in 0..2 {
+        let (result, resumed) = attempt(store.files(), limits, &session, &layer, &cancel).await;
+        error = match result {
+            Ok(ingested) => return Ok(ingested),
+            Err(error) => error,
+        };
+        if error.is_transient() {
+            return Err(error);
+        }
+        let path = store.files().ingest(&layer.blob.digest);
+        blocking(move || remove_file(&path)).await?;
+        let damaged = matches!(
+            error,
+            LayerError::Digest { .. } | LayerError::Content { .. }
+        );
+        if !(resumed && damaged) {
+            return Err(error);
+        }
+        tracing::info!(layer = %layer.blob.digest, %error, "partial download dropped");
+    }
+    Err(error)
+}
+
+/// The second value: whether bytes from before were used.
+async fn attempt(
+    files: &Files,
+    limits: Limits,
+    session: &Session,
+    layer: &LayerBlob,
+    cancel: &CancellationToken,
+) -> (Result<Ingested, LayerError>, bool) {
+    let (sink, feed) = mpsc::channel(FEED);
+    let (start, started) = oneshot::channel();
+    let thread = {
+        let (files, layer) = (files.clone(), layer.clone());
+        tokio::task::spawn_blocking(move || ingest(&files, &layer, &limits, start, feed))
+    };
+    let mut resumed = false;
+    let download = async {
+        // Without an offset the thread has failed and says why.
+        let Ok(offset) = started.await else {
+            return Ok(());
+        };
+        resumed = offset > 0;
+        let blob = &layer.blob;
+        session
+            .deliver(&blob.digest, blob.size, offset, &sink)
+            .await
+            .map(|_| ())
+    };
+    let download = tokio::select! {
+        result = download => result.map_err(LayerError::from),
+        () = cancel.cancelled() => Err(LayerError::Stopped),
+    };
+    // Nothing more comes: the thread ends with what it has.
+    drop(sink);
+    let ingested = match thread.await {
+        Ok(result) => result,
+        Err(_) => Err(StoreError::Task.into()),
+    };
+    let result = match (ingested, download) {
+        (Err(LayerError::Stopped), Err(error)) => Err(error),
+        (ingested, _) => ingested,
+    };
+    (result, resumed)
+}
+
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
+) -> Result<T, StoreError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(_) => Err(StoreError::Task),
+    }
+}

@@ -1,0 +1,264 @@
+//! What stays, what goes, and what a restart finds.
+
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    sync::{Arc, Mutex},
+};
+
+use imagesvc::ErrorKind;
+
+use crate::support::{
+    files,
+    http::{Reply, Server, registry_reply},
+    image::{Layer, Packing, TestImage},
+    open,
+};
+
+/// A registry with an image under each repository name.
+struct Shelf {
+    server: Server,
+    images: Arc<Mutex<BTreeMap<String, TestImage>>>,
+}
+
+impl Shelf {
+    async fn new() -> Self {
+        let images = Arc::new(Mutex::new(BTreeMap::<String, TestImage>::new()));
+        let server = {
+            let images = Arc::clone(&images);
+            Server::start(move |request| {
+                let repository = request.path.split('/').nth(2).unwrap_or_default();
+                match images.lock().unwrap().get(repository) {
+                    Some(image) => registry_reply(image, request),
+                    None => Reply::status(404),
+                }
+            })
+            .await
+        };
+        Self { server, images }
+    }
+
+    /// The full name.
+    fn put(&self, repository: &str, image: &TestImage) -> String {
+        let mut images = self.images.lock().unwrap();
+        images.insert(repository.to_owned(), image.clone());
+        format!("{}/{repository}", self.server.host())
+    }
+}
+
+fn layer(content: &[u8]) -> Layer {
+    Layer::new(Packing::Gzip, &[("file", content)])
+}
+
+fn layer_files(root: &Path) -> usize {
+    files(&root.join("layers")).len()
+}
+
+#[tokio::test]
+async fn layers_are_shared_and_go_with_their_last_user() {
+    let shelf = Shelf::new().await;
+    let root = tempfile::tempdir().unwrap();
+    let service = open(root.path()).await;
+    let base = layer(b"base");
+    let a = shelf.put("a", &TestImage::new(vec![base.clone(), layer(b"a")]));
+    let b = shelf.put("b", &TestImage::new(vec![base.clone(), layer(b"b")]));
+    service.pull(&a, None).await.unwrap();
+    service.pull(&b, None).await.unwrap();
+    assert_eq!(shelf.server.requests(base.digest().as_str()).len(), 1);
+    assert_eq!(layer_files(root.path()), 3);
+
+    service.remove(&a).await.unwrap();
+    assert_eq!(layer_files(root.path()), 2);
+    service.remove(&b).await.unwrap();
+    assert_eq!(files(root.path()), [""; 0]);
+}
+
+#[tokio::test]
+async fn a_tag_moves_and_the_old_image_stays_by_its_digest() {
+    let shelf = Shelf::new().await;
+    let root = tempfile::tempdir().unwrap();
+    let (old, new) = (
+        TestImage::new(vec![layer(b"old")]),
+        TestImage::new(vec![layer(b"new")]),
+    );
+    let name = shelf.put("app", &old);
+    let service = open(root.path()).await;
+    service.pull(&name, None).await.unwrap();
+    shelf.put("app", &new);
+    assert_eq!(service.pull(&name, None).await.unwrap().id, new.id());
+
+    let check = |service: &imagesvc::ImageService| {
+        assert_eq!(service.status(&name).unwrap().id, new.id());
+        let found = service.status(&old.id()).unwrap();
+        assert!(found.repo_tags.is_empty());
+        assert_eq!(found.repo_digests, [format!("{name}@{}", old.digest())]);
+    };
+    check(&service);
+    drop(service);
+    let service = open(root.path()).await;
+    check(&service);
+
+    // Removing by id takes every name along.
+    service.remove(&new.id()).await.unwrap();
+    assert!(service.status(&name).is_none());
+    assert_eq!(service.list(None).len(), 1);
+}
+
+#[tokio::test]
+async fn one_of_two_tags_is_removed_alone() {
+    let shelf = Shelf::new().await;
+    let root = tempfile::tempdir().unwrap();
+    let image = TestImage::new(vec![layer(b"x")]);
+    let (one, two) = (shelf.put("one", &image), shelf.put("two", &image));
+    let service = open(root.path()).await;
+    service.pull(&one, None).await.unwrap();
+    service.pull(&two, None).await.unwrap();
+    assert_eq!(service.list(None)[0].repo_tags.len(), 2);
+    service.remove(&one).await.unwrap();
+    assert!(service.status(&one).is_none());
+    assert_eq!(
+        service.status(&two).unwrap().repo_tags,
+        [format!("{two}:latest")]
+    );
+    service.remove(&two).await.unwrap();
+    assert_eq!(files(root.path()), [""; 0]);
+}
+
+#[tokio::test]
+async fn a_lease_keeps_the_layers_of_a_removed_image_over_a_restart() {
+    let shelf = Shelf::new().await;
+    let root = tempfile::tempdir().unwrap();
+    let image = TestImage::new(vec![layer(b"low"), layer(b"high")]);
+    let name = shelf.put("app", &image);
+    let service = open(root.path()).await;
+    service.pull(&name, None).await.unwrap();
+    let owner = "pod/x: any\ntext";
+    let lease = service.lease(&name, owner).await.unwrap();
+    assert_eq!(lease.image.id, image.id());
+    service.lease(&name, owner).await.unwrap();
+
+    service.remove(&image.id()).await.unwrap();
+    assert!(service.list(None).is_empty());
+    assert_eq!(layer_files(root.path()), 2);
+    drop(service);
+
+    let service = open(root.path()).await;
+    assert_eq!(service.leases(), [(owner.to_owned(), image.id())]);
+    assert!(lease.layers.iter().all(|layer| layer.path.exists()));
+    service.release(owner).await.unwrap();
+    service.release(owner).await.unwrap();
+    assert!(service.leases().is_empty());
+    assert_eq!(files(root.path()), [""; 0]);
+}
+
+#[tokio::test]
+async fn layers_below_an_opaque_root_are_not_stacked() {
+    let shelf = Shelf::new().await;
+    let root = tempfile::tempdir().unwrap();
+    let opaque = Layer::new(Packing::Gzip, &[(".wh..wh..opq", b""), ("new", b"")]);
+    let layers = vec![layer(b"hidden"), opaque, layer(b"top")];
+    let name = shelf.put("app", &TestImage::new(layers));
+    let service = open(root.path()).await;
+    service.pull(&name, None).await.unwrap();
+    let lease = service.lease(&name, "owner").await.unwrap();
+    assert_eq!(lease.image.layers.len(), 3);
+    assert_eq!(lease.layers.len(), 2);
+    drop(service);
+    let service = open(root.path()).await;
+    let again = service.lease(&name, "owner").await.unwrap();
+    assert_eq!(again.layers, lease.layers);
+}
+
+#[tokio::test]
+async fn an_image_without_layers_is_an_image() {
+    let shelf = Shelf::new().await;
+    let root = tempfile::tempdir().unwrap();
+    let name = shelf.put("empty", &TestImage::new(Vec::new()));
+    let service = open(root.path()).await;
+    service.pull(&name, None).await.unwrap();
+    assert!(service.status(&name).unwrap().size > 0);
+    assert!(
+        service
+            .lease(&name, "owner")
+            .await
+            .unwrap()
+            .layers
+            .is_empty()
+    );
+}
+
+#[tokio::test]
+async fn a_restart_puts_in_order_what_is_broken() {
+    let shelf = Shelf::new().await;
+    let root = tempfile::tempdir().unwrap();
+    let whole = TestImage::new(vec![layer(b"whole")]);
+    let torn = TestImage::new(vec![layer(b"torn"), layer(b"second")]);
+    let cut = TestImage::new(vec![layer(b"cut")]);
+    let service = open(root.path()).await;
+    for (name, image) in [("whole", &whole), ("torn", &torn), ("cut", &cut)] {
+        service.pull(&shelf.put(name, image), None).await.unwrap();
+    }
+    drop(service);
+
+    let path = |name: &str| root.path().join(name);
+    let layer_path = |image: &TestImage| {
+        let diff_id = image.layers[0].diff_id.hex().to_owned();
+        path(&format!("layers/sha256/{diff_id}.erofs"))
+    };
+    std::fs::remove_file(layer_path(&torn)).unwrap();
+    std::fs::write(layer_path(&cut), "short").unwrap();
+    std::fs::write(path("images/garbage.json"), "{").unwrap();
+    std::fs::write(path("leases/garbage.json"), "").unwrap();
+    std::fs::write(path("pulls/garbage.json"), "[]").unwrap();
+    std::fs::write(path("tmp/left"), "x").unwrap();
+    std::fs::write(path("ingest/sha256-0"), "x").unwrap();
+    std::fs::write(path("layers/sha256/stray"), "x").unwrap();
+
+    let service = open(root.path()).await;
+    let ids: Vec<_> = service.list(None).into_iter().map(|i| i.id).collect();
+    assert_eq!(ids, [whole.id()]);
+    assert_eq!(files(root.path()).len(), 2, "{:?}", files(root.path()));
+    // What was dropped can be pulled again.
+    service.pull(&shelf.put("torn", &torn), None).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_name_written_to_two_images_by_a_crash_is_the_newer_ones() {
+    let shelf = Shelf::new().await;
+    let root = tempfile::tempdir().unwrap();
+    let (old, new) = (
+        TestImage::new(vec![layer(b"old")]),
+        TestImage::new(vec![layer(b"new")]),
+    );
+    let name = shelf.put("app", &old);
+    let service = open(root.path()).await;
+    service.pull(&name, None).await.unwrap();
+    let hex = old.id().trim_start_matches("sha256:").to_owned();
+    let record = root.path().join(format!("images/{hex}.json"));
+    let before = std::fs::read(&record).unwrap();
+    shelf.put("app", &new);
+    service.pull(&name, None).await.unwrap();
+    drop(service);
+    std::fs::write(&record, before).unwrap();
+
+    let service = open(root.path()).await;
+    assert_eq!(service.status(&name).unwrap().id, new.id());
+    assert!(service.status(&old.id()).unwrap().repo_tags.is_empty());
+}
+
+#[tokio::test]
+async fn a_store_has_one_owner() {
+    let root = tempfile::tempdir().unwrap();
+    let service = open(root.path()).await;
+    let config = imagesvc::ImageServiceConfig::default();
+    let error = match imagesvc::ImageService::open(config.clone(), root.path()).await {
+        Err(error) => error,
+        Ok(_) => panic!("opened twice"),
+    };
+    assert_eq!(error.kind(), ErrorKind::Internal);
+    assert!(error.to_string().contains("in use"), "{error}");
+    drop(service);
+    imagesvc::ImageService::open(config, root.path())
+        .await
+        .unwrap();
+}

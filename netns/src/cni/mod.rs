@@ -1,0 +1,378 @@
+//! A CNI runtime (CNI specification 1.1.0, sections 2 to 4): attaches pods to
+//! the network that an operator configured, by running plugins.
+//!
+//! [`CniWatcher`] says which network there is. [`Cni::add`] attaches a pod to
+//! it, [`Cni::del`] detaches it again, with the configuration that it was
+//! attached with. Both are called by the pod's driver, one at a time for a pod:
+//!
+//! ```text
+//!            record written      last plugin succeeded
+//! (nothing) ───────────────► begun ──────────────────► complete
+//!     ▲                        │ failed: DEL of the chain  │
+//!     └────────────────────────┴───────────────────────────┘ del
+//! ```
+//!
+//! A driver that finds a sandbox after a restart calls [`Cni::del`] to undo it
+//! wherever it stood, or [`Cni::result`] to go on with it. [`Cni::gc`], called
+//! once the daemon knows its pods, detaches what nobody answers for. The
+//! directory of records belongs on a disk, not in /run: plugins keep leases of
+//! addresses on disk, and a machine that was switched off has to return them.
+
+mod config;
+mod error;
+mod exec;
+mod pod;
+mod record;
+mod result;
+#[cfg(test)]
+mod tests;
+mod watch;
+
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+pub use config::{ConfigError, NetworkList, NotReady, Plugin, SpecVersion, load_network};
+pub use error::{Call, CniError};
+pub use exec::Verb;
+pub use pod::{Bandwidth, PodDns, PodNetwork, PortMapping, Protocol};
+pub use record::Attachment;
+pub use result::{AddResult, ResultDns, ResultInterface, ResultIp, ResultRoute};
+pub use watch::{CniWatcher, NetworkState};
+
+use crate::namespace::is_namespace;
+use exec::{Runner, Target};
+use record::{Record, Records};
+
+pub const DEFAULT_CONF_DIR: &str = "/etc/cni/net.d";
+pub const DEFAULT_BIN_DIRS: [&str; 2] = ["/opt/cni/bin", "/usr/lib/cni"];
+/// For one plugin. The slow ones ask an API server or a DHCP server.
+pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
+
+#[derive(Clone, Debug)]
+pub struct CniOptions {
+    pub bin_dirs: Vec<PathBuf>,
+    /// Where the attachments' records are kept.
+    pub record_dir: PathBuf,
+    /// For one run of one plugin.
+    pub timeout: Duration,
+}
+
+/// Runs CNI plugins. Cheap to clone; what it knows is in its files.
+#[derive(Clone, Debug)]
+pub struct Cni {
+    runner: Runner,
+    records: Records,
+}
+
+impl Cni {
+    #[must_use]
+    pub fn new(options: CniOptions) -> Self {
+        Self {
+            runner: Runner {
+                bin_dirs: options.bin_dirs,
+                timeout: options.timeout,
+            },
+            records: Records {
+                dir: options.record_dir,
+            },
+        }
+    }
+
+    /// Attaches `pod` to `network`.
+    ///
+    /// When a plugin fails, the chain's DEL has run before the error is
+    /// returned; if that failed as well ([`CniError::Undo`]), or this future
+    /// was dropped, [`Cni::del`] has something left to do. It is right to call
+    /// it after any error.
+    pub async fn add(
+        &self,
+        network: &NetworkList,
+        pod: &PodNetwork,
+    ) -> Result<AddResult, CniError> {
+        pod.check()?;
+        // Asked first: a chain that cannot run to its end cannot be undone
+        // by its DEL either.
+        if let Some(plugin) = network.missing_plugin(&self.runner.bin_dirs) {
+            return Err(CniError::NoPlugin {
+                plugin: plugin.to_owned(),
+                dirs: self.runner.bin_dirs.clone(),
+            });
+        }
+        if let Some(old) = self.records.find(&pod.sandbox_id, &pod.interface).await? {
+            return Err(CniError::AlreadyAttached {
+                sandbox: old.sandbox_id,
+                interface: old.interface,
+            });
+        }
+        let mut record = Record {
+            network: network.clone(),
+            sandbox_id: pod.sandbox_id.clone(),
+            interface: pod.interface.clone(),
+            netns: pod.netns.clone(),
+            args: pod.args(),
+            capabilities: pod.capabilities(),
+            result: None,
+            complete: false,
+        };
+        self.records.insert(&record).await?;
+        match self.add_chain(&mut record).await {
+            Ok(result) => Ok(result),
+            Err(source) => match self.undo(&record).await {
+                Ok(()) => Err(source),
+                Err(undo) => Err(CniError::Undo {
+                    source: Box::new(source),
+                    undo: Box::new(undo),
+                }),
+            },
+        }
+    }
+
+    /// Detaches a pod, in whatever state its attachment is. None is no error.
+    /// On an error the caller tries again later.
+    pub async fn del(&self, sandbox_id: &str, interface: &str) -> Result<(), CniError> {
+        pod::check_ids(sandbox_id, interface)?;
+        match self.records.find(sandbox_id, interface).await? {
+            Some(record) => self.undo(&record).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Asks the plugins whether the attachment is still as they made it. A
+    /// network that has no CHECK (before 0.4.0) or has it disabled is taken to
+    /// be well.
+    pub async fn check(&self, sandbox_id: &str, interface: &str) -> Result<(), CniError> {
+        let record = self.complete_record(sandbox_id, interface).await?;
+        if record.network.disable_check || record.network.version < SpecVersion::V0_4_0 {
+            return Ok(());
+        }
+        for plugin in &record.network.plugins {
+            self.call(Verb::Check, plugin, &record).await?;
+        }
+        Ok(())
+    }
+
+    /// The result of the attachment's ADD.
+    pub async fn result(&self, sandbox_id: &str, interface: &str) -> Result<AddResult, CniError> {
+        let record = self.complete_record(sandbox_id, interface).await?;
+        let call = Call {
+            plugin: record.network.name,
+            verb: Verb::Add,
+            sandbox: Some(record.sandbox_id),
+        };
+        AddResult::parse(record.result.unwrap_or_default())
+            .map_err(|source| CniError::Answer { call, source })
+    }
+
+    /// Every attachment that has a record, complete or not.
+    pub async fn attachments(&self) -> Result<Vec<Attachment>, CniError> {
+        let records = self.records.all().await?;
+        Ok(records.into_iter().map(attachment_of).collect())
+    }
+
+    /// Detaches every pod that is not in `valid`, then lets the plugins of
+    /// `network` that know GC (CNI 1.1) drop what belongs to none of `valid`.
+    /// Goes on past failures and reports the first.
+    pub async fn gc(
+        &self,
+        network: Option<&NetworkList>,
+        valid: &BTreeSet<Attachment>,
+    ) -> Result<(), CniError> {
+        let mut failures = Vec::new();
+        for record in self.records.all().await? {
+            if !valid.contains(&attachment_of(record.clone()))
+                && let Err(error) = self.undo(&record).await
+            {
+                failures.push(error);
+            }
+        }
+        if let Some(network) = network
+            && !network.disable_gc
+        {
+            let attachments: Vec<Value> = valid
+                .iter()
+                .map(|one| json!({"containerID": one.sandbox_id, "ifname": one.interface}))
+                .collect();
+            let extra = ("cni.dev/valid-attachments", Value::from(attachments));
+            for plugin in &network.plugins {
+                if let Err(error) = self
+                    .call_network(Verb::Gc, plugin, network, Some(extra.clone()))
+                    .await
+                {
+                    failures.push(error);
+                }
+            }
+        }
+        let failed = failures.len();
+        match failures.into_iter().next() {
+            None => Ok(()),
+            Some(first) => Err(CniError::Collect {
+                failed,
+                source: Box::new(first),
+            }),
+        }
+    }
+
+    /// Asks the plugins that know STATUS (CNI 1.1) whether they can take pods.
+    pub async fn status(&self, network: &NetworkList) -> Result<(), CniError> {
+        for plugin in &network.plugins {
+            self.call_network(Verb::Status, plugin, network, None)
+                .await?;
+        }
+        Ok(())
+    }
+
+    async fn add_chain(&self, record: &mut Record) -> Result<AddResult, CniError> {
+        let mut last = None;
+        for index in 0..record.network.plugins.len() {
+            let plugin = &record.network.plugins[index];
+            let output = self.call(Verb::Add, plugin, record).await?;
+            let parsed =
+                parse_result(&output, &record.network).map_err(|source| CniError::Answer {
+                    call: Call {
+                        plugin: plugin.kind.clone(),
+                        verb: Verb::Add,
+                        sandbox: Some(record.sandbox_id.clone()),
+                    },
+                    source,
+                })?;
+            record.result = Some(parsed.json.clone());
+            record.complete = index + 1 == record.network.plugins.len();
+            self.records.update(record).await?;
+            last = Some(parsed);
+        }
+        // A network has at least one plugin: `NetworkList::parse`.
+        last.ok_or_else(|| not_attached(&record.sandbox_id, &record.interface))
+    }
+
+    /// Runs the chain's DEL backwards, then forgets the attachment. Stops at a
+    /// failure: an address must not return to its pool while a rule of a later
+    /// plugin still leads to it.
+    async fn undo(&self, record: &Record) -> Result<(), CniError> {
+        for plugin in record.network.plugins.iter().rev() {
+            self.call(Verb::Del, plugin, record).await?;
+        }
+        self.records.remove(record).await
+    }
+
+    async fn complete_record(&self, sandbox_id: &str, interface: &str) -> Result<Record, CniError> {
+        pod::check_ids(sandbox_id, interface)?;
+        match self.records.find(sandbox_id, interface).await? {
+            Some(record) if record.complete => Ok(record),
+            _ => Err(not_attached(sandbox_id, interface)),
+        }
+    }
+
+    /// Runs one plugin for the record's pod.
+    async fn call(
+        &self,
+        verb: Verb,
+        plugin: &Plugin,
+        record: &Record,
+    ) -> Result<Vec<u8>, CniError> {
+        // DEL and CHECK have had the result since 0.4.0.
+        let takes_result = verb == Verb::Add || record.network.version >= SpecVersion::V0_4_0;
+        let previous = record
+            .result
+            .clone()
+            .filter(|_| takes_result)
+            .map(|result| ("prevResult", result));
+        let config = plugin.execution_config(&record.network, &record.capabilities, previous);
+        let target = Target {
+            sandbox_id: &record.sandbox_id,
+            interface: &record.interface,
+            netns: netns_for(verb, &record.netns),
+            args: &record.args,
+        };
+        self.runner
+            .run(verb, &plugin.kind, Some(target), &to_bytes(config))
+            .await
+    }
+
+    /// Runs one plugin for the network as a whole, if it knows the verb.
+    async fn call_network(
+        &self,
+        verb: Verb,
+        plugin: &Plugin,
+        network: &NetworkList,
+        extra: Option<(&str, Value)>,
+    ) -> Result<(), CniError> {
+        if network.version < SpecVersion::V1_1_0 || !self.speaks_1_1(plugin).await? {
+            return Ok(());
+        }
+        let config = plugin.execution_config(network, &serde_json::Map::new(), extra);
+        self.runner
+            .run(verb, &plugin.kind, None, &to_bytes(config))
+            .await?;
+        Ok(())
+    }
+
+    /// Whether the plugin's VERSION lists CNI 1.1, which has GC and STATUS.
+    async fn speaks_1_1(&self, plugin: &Plugin) -> Result<bool, CniError> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "camelCase")]
+        struct Versions {
+            #[serde(default)]
+            supported_versions: Vec<String>,
+        }
+        let newest = SpecVersion::V1_1_0.name();
+        let input = json!({ "cniVersion": newest }).to_string();
+        let output = self
+            .runner
+            .run(Verb::Version, &plugin.kind, None, input.as_bytes())
+            .await?;
+        let versions: Versions =
+            serde_json::from_slice(&output).map_err(|source| CniError::Answer {
+                call: Call {
+                    plugin: plugin.kind.clone(),
+                    verb: Verb::Version,
+                    sandbox: None,
+                },
+                source,
+            })?;
+        Ok(versions
+            .supported_versions
+            .iter()
+            .any(|name| name == newest))
+    }
+}
+
+fn attachment_of(record: Record) -> Attachment {
+    Attachment {
+        sandbox_id: record.sandbox_id,
+        interface: record.interface,
+    }
+}
+
+fn not_attached(sandbox_id: &str, interface: &str) -> CniError {
+    CniError::NotAttached {
+        sandbox: sandbox_id.to_owned(),
+        interface: interface.to_owned(),
+    }
+}
+
+/// A DEL whose namespace is gone is told so by an empty CNI_NETNS; plugins
+/// then only return what they keep elsewhere.
+fn netns_for(verb: Verb, path: &Path) -> Option<&Path> {
+    (verb != Verb::Del || is_namespace(path)).then_some(path)
+}
+
+/// The result of a plugin that left out its version is of the list's.
+fn parse_result(output: &[u8], network: &NetworkList) -> Result<AddResult, serde_json::Error> {
+    let mut json: Value = serde_json::from_slice(output)?;
+    if let Value::Object(fields) = &mut json {
+        fields
+            .entry("cniVersion")
+            .or_insert_with(|| network.version.name().into());
+    }
+    AddResult::parse(json)
+}
+
+fn to_bytes(config: serde_json::Map<String, Value>) -> Vec<u8> {
+    Value::Object(config).to_string().into_bytes()
+}

@@ -1,0 +1,97 @@
+//! The tap device that carries a pod's packets to and from its VMM.
+
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::fs::OpenOptionsExt,
+    },
+    path::Path,
+};
+
+use rtnetlink::LinkUnspec;
+
+use crate::{
+    error::NetnsError,
+    namespace::Netns,
+    netlink::{Links, check_interface_name},
+};
+
+const TUN_DEVICE: &str = "/dev/net/tun";
+
+mod ioctl {
+    nix::ioctl_write_ptr_bad!(tun_set_iff, libc::TUNSETIFF, libc::ifreq);
+    nix::ioctl_write_int_bad!(tun_set_owner, libc::TUNSETOWNER);
+}
+
+/// Makes the tap `name` in `netns` and brings it up.
+///
+/// The descriptor is non-blocking, of type `IFF_TAP | IFF_NO_PI |
+/// IFF_VNET_HDR`; header size and offloads are left to who reads it. The tap is
+/// not persistent: it goes with the last copy of the descriptor. `owner` may
+/// open its queues again without a capability.
+///
+/// The namespace's own stack does not speak on it: IPv6 is off and ARP is
+/// neither sent nor answered.
+pub async fn create_tap(netns: &Netns, name: &str, owner: u32) -> Result<OwnedFd, NetnsError> {
+    check_interface_name(name)?;
+    let name = name.to_owned();
+    let path = netns.path().to_owned();
+    netns
+        .run(move || async move {
+            let tap = open_tap(&name, owner).map_err(|source| NetnsError::File {
+                action: "make a tap with",
+                path: TUN_DEVICE.into(),
+                source,
+            })?;
+            set_sysctl(&format!("net/ipv6/conf/{name}/disable_ipv6"), "1")?;
+            let links = Links::connect(&path)?;
+            let index = links.find(&name).await?.header.index;
+            links
+                .set(
+                    &name,
+                    LinkUnspec::new_with_index(index).arp(false).up().build(),
+                )
+                .await?;
+            Ok(tap.into())
+        })
+        .await
+}
+
+fn open_tap(name: &str, owner: u32) -> io::Result<File> {
+    let tap = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(TUN_DEVICE)?;
+    // SAFETY: ifreq is plain old data, for which all zeroes is a value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // The name was checked to be shorter than the field: a zero remains.
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from.cast_signed();
+    }
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_TUN_EXCL;
+    // The flags field is a short whose bits matter, not its sign.
+    request.ifr_ifru.ifru_flags = (flags & 0xffff) as libc::c_short;
+    // SAFETY: the descriptor is open and `request` is a valid ifreq that
+    // outlives the call.
+    unsafe { ioctl::tun_set_iff(tap.as_raw_fd(), &raw const request) }?;
+    // SAFETY: the descriptor is open; the argument is a number, no pointer.
+    unsafe { ioctl::tun_set_owner(tap.as_raw_fd(), owner.cast_signed()) }?;
+    Ok(tap)
+}
+
+/// Sets a kernel parameter of the namespace that this thread is in. A kernel
+/// without that parameter (IPv6 compiled out or off) has nothing to set.
+pub(crate) fn set_sysctl(name: &str, value: &str) -> Result<(), NetnsError> {
+    let path = Path::new("/proc/sys").join(name);
+    match std::fs::write(&path, value) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(NetnsError::File {
+            action: "write",
+            path,
+            source,
+        }),
+        _ => Ok(()),
+    }
+}

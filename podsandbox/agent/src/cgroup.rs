@@ -1,0 +1,470 @@
+//! A container's cgroup (v2): limits, numbers, killing.
+//!
+//! Every container has `/sys/fs/cgroup/pod/ID`; each exec runs in a child of
+//! it, `exec-N`, so that it can be killed alone. The children enable no
+//! controllers, so the container's processes may live beside them.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use oci_spec::runtime::LinuxResources;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::time::{Instant, timeout_at};
+
+pub const ROOT: &str = "/sys/fs/cgroup";
+pub const POD: &str = "/sys/fs/cgroup/pod";
+
+/// The kernel's bounds of `cpu.weight`.
+const WEIGHT: std::ops::RangeInclusive<u64> = 1..=10_000;
+
+/// Largest cgroup file read: memory.stat is 2 KiB.
+const MAX_FILE: u64 = 64 * 1024;
+
+/// A process in an uninterruptible wait dies when that ends; beyond this, the
+/// guest has a fault that the caller should hear of.
+const KILL_TIMEOUT: Duration = Duration::from_secs(5);
+
+#[derive(Debug, thiserror::Error)]
+pub enum CgroupError {
+    #[error("cannot create the cgroup {path}")]
+    Create { path: PathBuf, source: io::Error },
+    #[error("cannot set {file} to {value:?}")]
+    Set { file: String, value: String, source: io::Error },
+    #[error("{file:?} is no name of a cgroup file")]
+    Name { file: String },
+    #[error("cannot read {path}")]
+    Read { path: PathBuf, source: io::Error },
+    #[error("cannot kill the processes of {path}")]
+    Kill { path: PathBuf, source: io::Error },
+    #[error("processes of {path} are still alive {} s after they were killed", KILL_TIMEOUT.as_secs())]
+    StillAlive { path: PathBuf },
+    #[error("cannot remove the cgroup {path}")]
+    Remove { path: PathBuf, source: io::Error },
+}
+
+/// A directory of the cgroup file system. Dropping it removes nothing.
+#[derive(Debug)]
+pub struct Cgroup {
+    path: PathBuf,
+    dir: OwnedFd,
+}
+
+impl Cgroup {
+    pub fn create(path: PathBuf) -> Result<Self, CgroupError> {
+        let failed = |source| CgroupError::Create { path: path.clone(), source };
+        fs::create_dir(&path).map_err(failed)?;
+        match OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY).open(&path) {
+            Ok(dir) => Ok(Self { path, dir: dir.into() }),
+            Err(error) => {
+                // Nothing lives in it yet, and the first error is the cause.
+                let _ = fs::remove_dir(&path);
+                Err(failed(error))
+            }
+        }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub fn dir(&self) -> &OwnedFd {
+        &self.dir
+    }
+
+    /// A child for one exec.
+    pub fn child(&self, name: &str) -> Result<Self, CgroupError> {
+        Self::create(self.path.join(name))
+    }
+
+    fn write(&self, file: &str, value: &str) -> Result<(), CgroupError> {
+        OpenOptions::new()
+            .write(true)
+            .open(self.path.join(file))
+            .and_then(|mut handle| handle.write_all(value.as_bytes()))
+            .map_err(|source| CgroupError::Set {
+                file: file.to_owned(),
+                value: value.to_owned(),
+                source,
+            })
+    }
+
+    /// Writes a limit whose controller the guest's kernel may lack.
+    fn write_if_there(&self, file: &str, value: &str) -> Result<(), CgroupError> {
+        match self.write(file, value) {
+            Err(CgroupError::Set { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                Ok(())
+            }
+            result => result,
+        }
+    }
+
+    fn read(&self, file: &str) -> Result<String, CgroupError> {
+        read_file(&self.path.join(file))
+    }
+
+    /// What a new container's cgroup gets before its limits: the kernel ends
+    /// all of a container that is out of memory, not one process of it.
+    pub fn prepare(&self) -> Result<(), CgroupError> {
+        self.write_if_there("memory.oom.group", "1")
+    }
+
+    /// Sets what `resources` names and leaves the rest.
+    pub fn apply(&self, resources: &LinuxResources) -> Result<(), CgroupError> {
+        for setting in settings(resources)? {
+            if setting.optional {
+                self.write_if_there(&setting.file, &setting.value)?;
+            } else {
+                self.write(&setting.file, &setting.value)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Times that the kernel's OOM killer ended a process in here.
+    pub fn oom_kills(&self) -> Result<u64, CgroupError> {
+        Ok(field(&self.read("memory.events")?, "oom_kill"))
+    }
+
+    pub fn usage(&self) -> Result<Usage, CgroupError> {
+        // A container that has just gone has no files; a controller that the
+        // kernel lacks has none ever. Both read as zero.
+        let read = |file| match self.read(file) {
+            Err(CgroupError::Read { source, .. })
+                if matches!(source.raw_os_error(), Some(libc::ENOENT | libc::ENODEV)) =>
+            {
+                Ok(String::new())
+            }
+            result => result,
+        };
+        let number = |text: String| text.trim().parse().unwrap_or(0);
+        let stat = read("memory.stat")?;
+        let current = number(read("memory.current")?);
+        Ok(Usage {
+            cpu_nanos: field(&read("cpu.stat")?, "usage_usec").saturating_mul(1000),
+            memory: current,
+            // What the kubelet and cAdvisor call the working set.
+            working_set: current.saturating_sub(field(&stat, "inactive_file")),
+            rss: field(&stat, "anon"),
+            page_faults: field(&stat, "pgfault"),
+            major_page_faults: field(&stat, "pgmajfault"),
+            // "max" is no number.
+            memory_limit: number(read("memory.max")?),
+            swap: number(read("memory.swap.current")?),
+            pids: number(read("pids.current")?),
+        })
+    }
+
+    /// Kills every process in here and below, and waits for their end.
+    pub async fn kill(&self) -> Result<(), CgroupError> {
+        let failed = |source| CgroupError::Kill { path: self.path.clone(), source };
+        let events = File::open(self.path.join("cgroup.events")).map_err(failed)?;
+        if !populated(&events).map_err(failed)? {
+            return Ok(());
+        }
+        self.send_kill()?;
+        // The kernel signals a change of the file with POLLPRI.
+        let events = AsyncFd::register_with_interest(events, Interest::PRIORITY).map_err(failed)?;
+        let deadline = Instant::now() + KILL_TIMEOUT;
+        while populated(events.get_ref()).map_err(failed)? {
+            match timeout_at(deadline, events.ready(Interest::PRIORITY)).await {
+                Ok(Ok(mut ready)) => ready.clear_ready(),
+                Ok(Err(error)) => return Err(failed(error)),
+                Err(_) => return Err(CgroupError::StillAlive { path: self.path.clone() }),
+            }
+        }
+        Ok(())
+    }
+
+    /// Kills without waiting.
+    pub fn send_kill(&self) -> Result<(), CgroupError> {
+        self.write("cgroup.kill", "1").map_err(|error| match error {
+            CgroupError::Set { source, .. } => {
+                CgroupError::Kill { path: self.path.clone(), source }
+            }
+            other => other,
+        })
+    }
+
+    /// Removes the directory and those of ended execs; fails while anything
+    /// lives in it.
+    pub fn remove(&self) -> Result<(), CgroupError> {
+        remove_tree(&self.path)
+            .map_err(|source| CgroupError::Remove { path: self.path.clone(), source })
+    }
+
+    /// Signals every process in here and below it. Best effort for processes
+    /// that fork meanwhile.
+    pub fn signal_all(&self, signal: i32) -> Result<(), CgroupError> {
+        let failed = |path: &Path| {
+            let path = path.to_owned();
+            move |source| CgroupError::Kill { path, source }
+        };
+        let mut dirs = vec![self.path.clone()];
+        while let Some(dir) = dirs.pop() {
+            for line in read_file(&dir.join("cgroup.procs"))?.lines() {
+                let Ok(pid) = line.parse::<i32>() else { continue };
+                // SAFETY: takes integers only. Pid 0, a process of another
+                // PID namespace, would mean the agent's own group.
+                if pid > 0 && unsafe { libc::kill(pid, signal) } != 0 {
+                    let error = io::Error::last_os_error();
+                    if error.raw_os_error() != Some(libc::ESRCH) {
+                        return Err(failed(&dir)(error));
+                    }
+                }
+            }
+            for entry in fs::read_dir(&dir).map_err(failed(&dir))? {
+                let entry = entry.map_err(failed(&dir))?;
+                if entry.file_type().map_err(failed(&dir))?.is_dir() {
+                    dirs.push(entry.path());
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn populated(events: &File) -> io::Result<bool> {
+    use std::os::unix::fs::FileExt;
+    let mut buffer = [0; 128];
+    let length = events.read_at(&mut buffer, 0)?;
+    let text = String::from_utf8_lossy(&buffer[..length]);
+    Ok(field(&text, "populated") != 0)
+}
+
+/// Depth is bounded by what a container with a writable cgroup made of it.
+fn remove_tree(path: &Path) -> io::Result<()> {
+    match fs::remove_dir(path) {
+        Ok(()) => return Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(_) => {}
+    }
+    let mut dirs = vec![path.to_owned()];
+    let mut index = 0;
+    while let Some(dir) = dirs.get(index).cloned() {
+        for entry in fs::read_dir(&dir)? {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() {
+                dirs.push(entry.path());
+            }
+        }
+        index += 1;
+    }
+    dirs.iter().rev().try_for_each(fs::remove_dir)
+}
+
+fn read_file(path: &Path) -> Result<String, CgroupError> {
+    let mut text = String::new();
+    File::open(path)
+        .and_then(|file| file.take(MAX_FILE).read_to_string(&mut text))
+        .map_err(|source| CgroupError::Read { path: path.to_owned(), source })?;
+    Ok(text)
+}
+
+/// The number of `name` in a flat keyed file; zero when it is not there.
+pub fn field(text: &str, name: &str) -> u64 {
+    text.lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok())
+        .unwrap_or(0)
+}
+
+/// Microseconds of CPU of the whole guest, as nanoseconds.
+pub fn guest_cpu_nanos() -> Result<u64, CgroupError> {
+    let text = read_file(&Path::new(ROOT).join("cpu.stat"))?;
+    Ok(field(&text, "usage_usec").saturating_mul(1000))
+}
+
+/// Tasks in the pod's containers.
+pub fn pod_tasks() -> Result<u64, CgroupError> {
+    Ok(read_file(&Path::new(POD).join("pids.current"))?.trim().parse().unwrap_or(0))
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    pub cpu_nanos: u64,
+    pub memory: u64,
+    pub working_set: u64,
+    pub rss: u64,
+    pub page_faults: u64,
+    pub major_page_faults: u64,
+    /// 0: none.
+    pub memory_limit: u64,
+    pub swap: u64,
+    pub pids: u64,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Setting {
+    file: String,
+    value: String,
+    /// The kernel may have no such file; then there is nothing to limit.
+    optional: bool,
+}
+
+/// The cgroup v2 files that OCI resources come to, in the order to write them.
+fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, CgroupError> {
+    let mut settings = Vec::new();
+    let mut set = |file: &str, value: String, optional| {
+        settings.push(Setting { file: file.to_owned(), value, optional });
+    };
+    let limit = |value: i64| if value < 0 { "max".to_owned() } else { value.to_string() };
+    if let Some(memory) = resources.memory() {
+        if let Some(bytes) = memory.limit().filter(|&bytes| bytes != 0) {
+            set("memory.max", limit(bytes), false);
+            // No swap beyond the limit; a guest without swap has no file.
+            set("memory.swap.max", if bytes < 0 { "max" } else { "0" }.to_owned(), true);
+        }
+        if let Some(bytes) = memory.reservation().filter(|&bytes| bytes != 0) {
+            set("memory.low", if bytes < 0 { "0".to_owned() } else { bytes.to_string() }, false);
+        }
+    }
+    if let Some(cpu) = resources.cpu() {
+        if let Some(shares) = cpu.shares().filter(|&shares| shares != 0) {
+            set("cpu.weight", weight(shares).to_string(), false);
+        }
+        if let Some(idle) = cpu.idle() {
+            set("cpu.idle", idle.to_string(), true);
+        }
+        // The kernel's default period when only a quota is given.
+        let period = cpu.period().filter(|&period| period != 0);
+        match (cpu.quota().filter(|&quota| quota != 0), period) {
+            (None, None) => {}
+            (quota, period) => {
+                let quota = quota.filter(|&quota| quota > 0);
+                let quota = quota.map_or("max".to_owned(), |quota| quota.to_string());
+                set("cpu.max", format!("{quota} {}", period.unwrap_or(100_000)), false);
+            }
+        }
+        for (file, value) in [("cpuset.cpus", cpu.cpus()), ("cpuset.mems", cpu.mems())] {
+            if let Some(value) = value.as_ref().filter(|value| !value.is_empty()) {
+                set(file, value.clone(), true);
+            }
+        }
+    }
+    if let Some(pids) = resources.pids().as_ref() {
+        let value = pids.limit();
+        if value != 0 {
+            set("pids.max", limit(value), false);
+        }
+    }
+    for page in resources.hugepage_limits().iter().flatten() {
+        let size = page.page_size();
+        check_name(size)?;
+        let value = page.limit();
+        set(&format!("hugetlb.{size}.max"), value.to_string(), true);
+    }
+    for (file, value) in resources.unified().iter().flatten() {
+        check_name(file)?;
+        set(file, value.clone(), false);
+    }
+    Ok(settings)
+}
+
+/// A file of the cgroup's own directory that holds a limit: `cgroup.*` moves
+/// and kills processes and is the agent's.
+fn check_name(file: &str) -> Result<(), CgroupError> {
+    let fine = !file.is_empty()
+        && file.len() < 128
+        && !file.starts_with("cgroup.")
+        && file.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'.' || b == b'_')
+        && !file.starts_with('.');
+    if fine { Ok(()) } else { Err(CgroupError::Name { file: file.to_owned() }) }
+}
+
+/// `cpu.weight` for OCI's cpu shares: the conversion that the field's runtimes
+/// agreed on, which maps 2 to 1, 1024 to 100 and 262144 to 10000.
+fn weight(shares: u64) -> u64 {
+    if shares <= 2 {
+        return *WEIGHT.start();
+    }
+    if shares >= 262_144 {
+        return *WEIGHT.end();
+    }
+    let log = (shares as f64).log2();
+    let exponent = (log * log + 125.0 * log) / 612.0 - 7.0 / 34.0;
+    (10f64.powf(exponent).ceil() as u64).clamp(*WEIGHT.start(), *WEIGHT.end())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn written(json: &str) -> Vec<(String, String)> {
+        settings(&serde_json::from_str(json).unwrap())
+            .unwrap()
+            .into_iter()
+            .map(|setting| (setting.file, setting.value))
+            .collect()
+    }
+
+    fn pairs(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
+        pairs.iter().map(|&(a, b)| (a.to_owned(), b.to_owned())).collect()
+    }
+
+    #[test]
+    fn limits_become_files() {
+        assert_eq!(
+            written(
+                r#"{"memory":{"limit":1048576},"cpu":{"shares":1024,"quota":50000,"period":100000},
+                    "pids":{"limit":100}}"#
+            ),
+            pairs(&[
+                ("memory.max", "1048576"),
+                ("memory.swap.max", "0"),
+                ("cpu.weight", "100"),
+                ("cpu.max", "50000 100000"),
+                ("pids.max", "100"),
+            ])
+        );
+        assert_eq!(
+            written(r#"{"memory":{"limit":-1},"cpu":{"quota":-1}}"#),
+            pairs(&[
+                ("memory.max", "max"),
+                ("memory.swap.max", "max"),
+                ("cpu.max", "max 100000")
+            ])
+        );
+        assert!(written("{}").is_empty());
+    }
+
+    #[test]
+    fn unified_names_stay_in_the_directory() {
+        assert_eq!(
+            written(r#"{"unified":{"memory.high":"5"}}"#),
+            pairs(&[("memory.high", "5")])
+        );
+        for bad in ["../x", "cgroup.kill", "a/b", ""] {
+            let resources: LinuxResources =
+                serde_json::from_value(serde_json::json!({ "unified": { bad: "1" } })).unwrap();
+            assert!(matches!(settings(&resources), Err(CgroupError::Name { .. })), "{bad}");
+        }
+    }
+
+    #[test]
+    fn keyed_files_are_read_by_whole_names() {
+        let text = "oom 1\noom_kill 3\noom_group_kill 2\n";
+        assert_eq!(field(text, "oom_kill"), 3);
+        assert_eq!(field(text, "oom"), 1);
+        assert_eq!(field(text, "none"), 0);
+    }
+
+    #[test]
+    fn the_known_points_of_the_weight_curve() {
+        assert_eq!([2, 1024, 262_144].map(weight), [1, 100, 10_000]);
+    }
+
+    proptest! {
+        #[test]
+        fn weights_grow_with_shares(a in 2u64..400_000, b in 2u64..400_000) {
+            let (low, high) = (a.min(b), a.max(b));
+            prop_assert!(weight(low) <= weight(high));
+            prop_assert!(WEIGHT.contains(&weight(a)));
+        }
+    }
+}

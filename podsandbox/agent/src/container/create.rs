@@ -1,0 +1,288 @@
+//! CreateContainer: root mounted, process made, set up, and waiting.
+
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use agent_api::{CreateContainerRequest, SHARED_DIR, User};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use tokio::sync::watch;
+use tokio::time::timeout;
+use tokio_vsock::VsockStream;
+
+use super::launch::{self, PidNamespace};
+use super::plan::{Entry, Plan, SeccompFilter, Stdio};
+use super::spec::{self, ContainerSpec};
+use super::stdio::{self, Source};
+use super::{
+    Container, Containers, Error, MAX_CONTAINERS, Phase, Slot, State, StdioError, Vigil, check_id,
+    seccomp, supervise, user,
+};
+use crate::cgroup::{Cgroup, POD};
+use crate::rootfs::Rootfs;
+use crate::stats::FsUsage;
+
+/// A child that sets itself up takes milliseconds; one that hangs in a mount
+/// of the shared directory takes for ever.
+pub const SETUP_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// Takes its id for as long as a container is being created.
+struct Reservation {
+    containers: Containers,
+    id: String,
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        let mut slots = self.containers.slots();
+        if let Some(Slot::Creating) = slots.get(&self.id) {
+            slots.remove(&self.id);
+        }
+    }
+}
+
+impl Containers {
+    /// Runs to its end even when the caller gives up.
+    pub async fn create(&self, request: CreateContainerRequest) -> Result<(), Error> {
+        check_id(&request.id)?;
+        let reservation = self.reserve(&request.id)?;
+        let containers = self.clone();
+        tokio::spawn(async move {
+            let container = containers.build(request).await?;
+            let slot = Slot::Ready(container);
+            containers.slots().insert(reservation.id.clone(), slot);
+            drop(reservation);
+            Ok(())
+        })
+        .await?
+    }
+
+    fn reserve(&self, id: &str) -> Result<Reservation, Error> {
+        let mut slots = self.slots();
+        if slots.contains_key(id) {
+            return Err(Error::Exists { id: id.to_owned() });
+        }
+        if slots.len() >= MAX_CONTAINERS {
+            return Err(Error::TooMany);
+        }
+        slots.insert(id.to_owned(), Slot::Creating);
+        Ok(Reservation { containers: self.clone(), id: id.to_owned() })
+    }
+
+    async fn build(&self, request: CreateContainerRequest) -> Result<Arc<Container>, Error> {
+        let spec = ContainerSpec::parse(&request.oci_spec)?;
+        let (mut rootfs, tree) = Rootfs::mount(&request.id, request.root.as_ref()).await?;
+        let mut made = None;
+        let result = self.build_on(&request, &spec, &rootfs, tree, &mut made).await;
+        let failed = match result {
+            Ok(parts) => return Ok(self.follow(request.id, parts, rootfs)),
+            Err(error) => error,
+        };
+        // Last made, first undone; each is tried whatever became of the other.
+        if let Some(cgroup) = made {
+            if let Err(error) = cgroup.kill().await.and_then(|()| cgroup.remove()) {
+                eprintln!("drupe-agent: container {}: {error}", request.id);
+            }
+        }
+        if let Err(error) = rootfs.remove().await {
+            eprintln!("drupe-agent: container {}: {error}", request.id);
+        }
+        Err(failed)
+    }
+
+    /// Leaves the cgroup, which has every process in it, in `made` when it
+    /// fails.
+    async fn build_on(
+        &self,
+        request: &CreateContainerRequest,
+        spec: &ContainerSpec,
+        rootfs: &Rootfs,
+        tree: std::os::fd::OwnedFd,
+        made: &mut Option<Cgroup>,
+    ) -> Result<Parts, Error> {
+        let id = &request.id;
+        let user = user::resolve_in(tree.as_fd(), &requested_user(request, spec))?;
+        let identity = spec.identity(&user, self.seccomp_filter(spec)?)?;
+        let envp = Arc::new(spec.environment(&user)?);
+
+        let cgroup = made.insert(Cgroup::create(PathBuf::from(POD).join(id))?);
+        cgroup.prepare()?;
+        if let Some(resources) = spec.resources() {
+            cgroup.apply(resources)?;
+        }
+        self.inner.oom.add(id, cgroup.path()).map_err(|source| Error::Oom {
+            id: id.clone(),
+            source,
+        })?;
+
+        let terminal = spec.terminal();
+        let (stdio, stdin, outputs) = match terminal {
+            Some((rows, columns)) => (Stdio::Terminal { rows, columns }, None, Vec::new()),
+            None => {
+                let streams = stdio::streams(request.stdin || request.stdin_once, request.log)?;
+                (Stdio::Files(streams.child), streams.stdin, streams.outputs)
+            }
+        };
+        let (ours, theirs) = launch::channel()?;
+        let plan = Plan {
+            entry: Entry::Create(Box::new(spec.root_setup(
+                tree,
+                Path::new(SHARED_DIR),
+                request.provide_etc_files,
+            )?)),
+            identity: identity.clone(),
+            program: spec::program(spec.args(), envp.clone())?,
+            stdio,
+            channel: theirs,
+            wait: true,
+        };
+        let namespaces = spec.namespaces();
+        let pause = self.pause();
+        let pid = match (&pause, namespaces.pid) {
+            (_, true) => PidNamespace::New,
+            (Some(pause), false) => PidNamespace::Join(pause.pidfd()),
+            (None, false) => PidNamespace::Guest,
+        };
+        let process = launch::launch(plan, ours, pid, true, cgroup.dir().as_fd())?;
+        let exit = self.inner.reaper.watch(process.pid);
+
+        // The child sets itself up while the host is called.
+        let setup = async {
+            timeout(SETUP_TIMEOUT, process.ready()).await.map_err(|_| Error::SetupTimeout)?
+                .map_err(Error::from)
+        };
+        let log = request.log;
+        let streams: Vec<&'static str> = match terminal {
+            Some(_) => vec!["stdout"],
+            None => outputs.iter().map(|(stream, _)| *stream).collect(),
+        };
+        let (master, hosts) = tokio::try_join!(setup, connect_all(id, &streams, log))?;
+
+        let mut outputs = outputs;
+        let mut stdin = stdin;
+        if let Some(master) = master {
+            let failed = |errno: nix::errno::Errno| StdioError::Create(errno.into());
+            fcntl(&master, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(failed)?;
+            stdin = Some(master.try_clone().map_err(StdioError::Create)?);
+            outputs.push(("stdout", master));
+        }
+        let ended = watch::Sender::new(false);
+        let mut pumps = Vec::new();
+        let mut hosts = hosts.into_iter();
+        for (stream, fd) in outputs {
+            let source = Source::new(fd, ended.subscribe()).map_err(StdioError::Create)?;
+            let (id, host) = (id.clone(), hosts.next());
+            pumps.push(tokio::spawn(async move {
+                stdio::pump(&id, stream, source, host).await;
+            }));
+        }
+        let Some(cgroup) = made.take() else {
+            // Put there above and taken only here.
+            return Err(Error::Unknown { id: id.clone() });
+        };
+        Ok(Parts {
+            container: Draft {
+                cgroup,
+                namespaces,
+                identity,
+                envp,
+                process,
+                stdin,
+                ended,
+                upper: rootfs.upper(),
+            },
+            vigil: Vigil { exit, pumps },
+        })
+    }
+
+    /// From here on the container is followed to its end by a task.
+    fn follow(&self, id: String, parts: Parts, rootfs: Rootfs) -> Arc<Container> {
+        let Draft { cgroup, namespaces, identity, envp, process, stdin, ended, upper } =
+            parts.container;
+        let container = Arc::new(Container {
+            id,
+            cgroup,
+            namespaces,
+            identity,
+            envp,
+            process,
+            stdin,
+            ended,
+            published: watch::Sender::new(false),
+            state: Mutex::new(State {
+                phase: Phase::Created,
+                started_at: 0,
+                start_error: None,
+                exit: None,
+            }),
+            starting: tokio::sync::Mutex::default(),
+            rootfs: tokio::sync::Mutex::new(rootfs),
+            supervisor: Mutex::default(),
+            execs: AtomicU64::new(0),
+            fs_usage: FsUsage::new(upper),
+        });
+        let task = tokio::spawn(supervise(self.clone(), container.clone(), parts.vigil));
+        *container.supervisor.lock().unwrap_or_else(PoisonError::into_inner) = Some(task);
+        container
+    }
+
+    fn seccomp_filter(&self, spec: &ContainerSpec) -> Result<Option<Arc<SeccompFilter>>, Error> {
+        let Some(profile) = spec.seccomp() else { return Ok(None) };
+        let mut last = self.inner.seccomp.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((known, filter)) = &*last
+            && known == profile
+        {
+            return Ok(Some(filter.clone()));
+        }
+        let filter = Arc::new(seccomp::compile(profile)?);
+        *last = Some((profile.clone(), filter.clone()));
+        Ok(Some(filter))
+    }
+}
+
+/// A container whose process waits, before anybody else knows of it.
+struct Draft {
+    cgroup: Cgroup,
+    namespaces: spec::OwnNamespaces,
+    identity: super::plan::Identity,
+    envp: Arc<super::plan::StringArray>,
+    process: launch::Launched,
+    stdin: Option<std::os::fd::OwnedFd>,
+    ended: watch::Sender<bool>,
+    upper: PathBuf,
+}
+
+struct Parts {
+    container: Draft,
+    vigil: Vigil,
+}
+
+/// The request's user, with what it leaves open taken from the spec.
+fn requested_user(request: &CreateContainerRequest, spec: &ContainerSpec) -> User {
+    match &request.user {
+        Some(user) => user.clone(),
+        None => {
+            let (uid, gid, groups) = spec.default_uid();
+            User {
+                uid: Some(uid.into()),
+                gid: Some(gid.into()),
+                supplemental_groups: groups.iter().map(|&gid| gid.into()).collect(),
+                ..User::default()
+            }
+        }
+    }
+}
+
+async fn connect_all(
+    id: &str,
+    streams: &[&'static str],
+    log: bool,
+) -> Result<Vec<VsockStream>, Error> {
+    let mut hosts = Vec::new();
+    for stream in streams.iter().copied().filter(|_| log) {
+        hosts.push(stdio::connect(id, stream).await?);
+    }
+    Ok(hosts)
+}

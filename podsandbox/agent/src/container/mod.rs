@@ -1,0 +1,432 @@
+//! The pod's containers.
+//!
+//! ```text
+//!            create              start                 exit, output taken
+//! (nothing) ───────► Created ──► Starting ──► Running ──► Exited
+//!                       │            └──── exec failed ────►│
+//!                       └──────── killed while waiting ────►│
+//! ```
+//!
+//! A container's process is made by `create`, waits for `start` just before
+//! its `execve`, and is followed by one task ([`supervise`]) to its end: that
+//! task kills what is left of the container, lets its output reach the host,
+//! and only then publishes the exit. The gRPC server is the only caller.
+
+pub mod child;
+mod create;
+mod exec;
+mod launch;
+mod mounts;
+mod pause;
+mod plan;
+mod seccomp;
+mod spec;
+mod start;
+mod stdio;
+mod user;
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use agent_api::container_state::Phase as ApiPhase;
+use agent_api::{ContainerState, Event, Exit, OomKill, event};
+use oci_spec::runtime::LinuxResources;
+use tokio::sync::{broadcast, oneshot, watch};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+pub use exec::MAX_EXECS;
+pub use launch::LaunchError;
+pub use mounts::{ETC_DIR, MountError, SHM};
+pub use spec::{SpecError, sysctl_path};
+
+use crate::cgroup::{Cgroup, CgroupError};
+use crate::clock;
+use crate::oom::OomWatch;
+use crate::reaper::{ExitCode, Reaper};
+use crate::rootfs::{Rootfs, RootfsError};
+use crate::stats::FsUsage;
+use crate::sys;
+use launch::Launched;
+use pause::Pause;
+use plan::{Identity, SeccompFilter, StringArray};
+use spec::OwnNamespaces;
+use stdio::StdioError;
+use user::UserError;
+
+/// A pod has tens of containers.
+const MAX_CONTAINERS: usize = 256;
+
+/// Events kept for a subscriber that is slow; one that falls further behind is
+/// told to list the containers instead.
+const EVENT_QUEUE: usize = 256;
+
+/// How long a removal waits for the exit of a container that it has killed to
+/// be published, which waits for the host to take its output.
+const EXIT_PUBLISHED: Duration = Duration::from_secs(2);
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("{id:?} is no container id")]
+    Id { id: String },
+    #[error("container {id} already exists")]
+    Exists { id: String },
+    #[error("container {id} does not exist")]
+    Unknown { id: String },
+    #[error("container {id} is {phase}, not {wanted}")]
+    Phase { id: String, phase: &'static str, wanted: &'static str },
+    #[error("{signal} is no signal")]
+    Signal { signal: u32 },
+    #[error("cannot send signal {signal} to container {id}")]
+    Send { id: String, signal: u32, source: std::io::Error },
+    #[error("the pod has {MAX_CONTAINERS} containers")]
+    TooMany,
+    #[error("the guest runs {MAX_EXECS} commands already")]
+    TooManyExecs,
+    #[error("the pod was not configured")]
+    NotConfigured,
+    #[error("the container was not set up in {} s", create::SETUP_TIMEOUT.as_secs())]
+    SetupTimeout,
+    #[error("the resources are not valid")]
+    Resources(#[source] serde_json::Error),
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    #[error(transparent)]
+    User(#[from] UserError),
+    #[error(transparent)]
+    Seccomp(#[from] seccomp::SeccompError),
+    #[error(transparent)]
+    Rootfs(#[from] RootfsError),
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    #[error(transparent)]
+    Stdio(#[from] StdioError),
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    #[error("cannot watch container {id} for OOM kills")]
+    Oom { id: String, source: std::io::Error },
+    #[error("a task of the agent has failed")]
+    Task(#[from] tokio::task::JoinError),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Created,
+    Starting,
+    Running,
+    Exited,
+}
+
+impl Phase {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Created => "created",
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Exited => "exited",
+        }
+    }
+}
+
+#[derive(Debug)]
+struct State {
+    phase: Phase,
+    started_at: i64,
+    /// Why the program never ran, with the exit code that says so.
+    start_error: Option<(String, i32)>,
+    exit: Option<Exit>,
+}
+
+#[derive(Debug)]
+pub struct Container {
+    id: String,
+    cgroup: Cgroup,
+    namespaces: OwnNamespaces,
+    identity: Identity,
+    envp: Arc<StringArray>,
+    process: Launched,
+    /// Held while it is open for the container to read: a pipe's write end or
+    /// a terminal's master.
+    #[expect(dead_code, reason = "kept open, not used: attaching is not served yet")]
+    stdin: Option<OwnedFd>,
+    /// True once the process has ended.
+    ended: watch::Sender<bool>,
+    /// True once its exit was published.
+    published: watch::Sender<bool>,
+    state: Mutex<State>,
+    /// Held by a start until its outcome is in `state`; taken before `state`.
+    starting: tokio::sync::Mutex<()>,
+    /// Held by a removal; taken before everything else.
+    rootfs: tokio::sync::Mutex<Rootfs>,
+    supervisor: Mutex<Option<JoinHandle<()>>>,
+    execs: AtomicU64,
+    pub fs_usage: FsUsage,
+}
+
+impl Container {
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Every change of the state is one assignment.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    pub fn cgroup(&self) -> &Cgroup {
+        &self.cgroup
+    }
+
+    fn to_api(&self) -> ContainerState {
+        let state = self.state();
+        let phase = match state.phase {
+            Phase::Created => ApiPhase::Created,
+            Phase::Starting | Phase::Running => ApiPhase::Running,
+            Phase::Exited => ApiPhase::Exited,
+        };
+        ContainerState {
+            id: self.id.clone(),
+            phase: phase.into(),
+            pid: self.process.pid.unsigned_abs(),
+            started_at_unix_nanos: state.started_at,
+            exit: state.exit.clone(),
+            uid: self.identity.uid,
+            gid: self.identity.gid,
+            supplemental_groups: self.identity.groups.clone(),
+        }
+    }
+}
+
+enum Slot {
+    Creating,
+    Ready(Arc<Container>),
+}
+
+struct Inner {
+    slots: Mutex<BTreeMap<String, Slot>>,
+    events: broadcast::Sender<Event>,
+    reaper: Reaper,
+    oom: OomWatch,
+    /// The process that holds the pod's PID namespace, once there is one.
+    pause: Mutex<Option<Arc<Pause>>>,
+    /// The last seccomp profile compiled: a pod's containers share it.
+    seccomp: Mutex<Option<(oci_spec::runtime::LinuxSeccomp, Arc<SeccompFilter>)>>,
+    execs: Arc<tokio::sync::Semaphore>,
+}
+
+/// All containers of the pod. Cheap to clone.
+#[derive(Clone)]
+pub struct Containers {
+    inner: Arc<Inner>,
+}
+
+impl Containers {
+    pub fn new(reaper: Reaper) -> std::io::Result<Self> {
+        let (events, _) = broadcast::channel(EVENT_QUEUE);
+        let publisher = events.clone();
+        let oom = OomWatch::start(Box::new(move |id| {
+            // Nobody listens: a daemon that comes back lists the containers.
+            let _ = publisher.send(Event {
+                container_id: id.to_owned(),
+                event: Some(event::Event::OomKill(OomKill {})),
+            });
+        }))?;
+        Ok(Self {
+            inner: Arc::new(Inner {
+                slots: Mutex::default(),
+                events,
+                reaper,
+                oom,
+                pause: Mutex::default(),
+                seccomp: Mutex::default(),
+                execs: Arc::new(tokio::sync::Semaphore::new(MAX_EXECS)),
+            }),
+        })
+    }
+
+    fn slots(&self) -> MutexGuard<'_, BTreeMap<String, Slot>> {
+        // Every change of the map is one call.
+        self.inner.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn get(&self, id: &str) -> Result<Arc<Container>, Error> {
+        match self.slots().get(id) {
+            Some(Slot::Ready(container)) => Ok(container.clone()),
+            Some(Slot::Creating) | None => Err(Error::Unknown { id: id.to_owned() }),
+        }
+    }
+
+    pub fn all(&self) -> Vec<Arc<Container>> {
+        self.slots()
+            .values()
+            .filter_map(|slot| match slot {
+                Slot::Ready(container) => Some(container.clone()),
+                Slot::Creating => None,
+            })
+            .collect()
+    }
+
+    pub fn list(&self) -> Vec<ContainerState> {
+        self.all().iter().map(|container| container.to_api()).collect()
+    }
+
+    pub fn subscribe(&self) -> broadcast::Receiver<Event> {
+        self.inner.events.subscribe()
+    }
+
+    /// Makes the PID namespace that the pod's containers share.
+    pub fn share_pid_namespace(&self) -> Result<(), Error> {
+        let mut pause = self.inner.pause.lock().unwrap_or_else(PoisonError::into_inner);
+        if pause.is_none() {
+            *pause = Some(Arc::new(Pause::start()?));
+        }
+        Ok(())
+    }
+
+    fn pause(&self) -> Option<Arc<Pause>> {
+        self.inner.pause.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// A process that has ended is past signals: that is no error.
+    pub fn signal(&self, id: &str, signal: u32, all: bool) -> Result<(), Error> {
+        let container = self.get(id)?;
+        let number = i32::try_from(signal)
+            .ok()
+            .filter(|number| (1..=libc::SIGRTMAX()).contains(number))
+            .ok_or(Error::Signal { signal })?;
+        if *container.ended.borrow() {
+            return Ok(());
+        }
+        if all {
+            if number == libc::SIGKILL {
+                container.cgroup.send_kill()?;
+            } else {
+                container.cgroup.signal_all(number)?;
+            }
+            return Ok(());
+        }
+        match sys::pidfd_send_signal(container.process.pidfd.as_fd(), number) {
+            Ok(()) | Err(nix::errno::Errno::ESRCH) => Ok(()),
+            Err(errno) => {
+                Err(Error::Send { id: id.to_owned(), signal, source: errno.into() })
+            }
+        }
+    }
+
+    pub fn update(&self, id: &str, resources: &[u8]) -> Result<(), Error> {
+        let container = self.get(id)?;
+        let resources: LinuxResources =
+            serde_json::from_slice(resources).map_err(Error::Resources)?;
+        container.cgroup.apply(&resources)?;
+        Ok(())
+    }
+
+    /// Kills what is left of a container and gives back all it had.
+    pub async fn remove(&self, id: &str) -> Result<(), Error> {
+        let container = match self.get(id) {
+            Ok(container) => container,
+            Err(_) if self.slots().contains_key(id) => {
+                let phase = "being created";
+                return Err(Error::Phase { id: id.to_owned(), phase, wanted: "created" });
+            }
+            Err(_) => return Ok(()),
+        };
+        let mut rootfs = container.rootfs.lock().await;
+        container.cgroup.kill().await?;
+        let mut published = container.published.subscribe();
+        if timeout(EXIT_PUBLISHED, published.wait_for(|done| *done)).await.is_err() {
+            let supervisor = container.supervisor.lock();
+            if let Some(task) = supervisor.unwrap_or_else(PoisonError::into_inner).take() {
+                task.abort();
+            }
+        }
+        rootfs.remove().await?;
+        container.cgroup.remove()?;
+        self.slots().remove(id);
+        Ok(())
+    }
+
+    /// Ends every container; best effort, for the guest's own end.
+    pub async fn kill_all(&self) {
+        for container in self.all() {
+            if let Err(error) = container.cgroup.kill().await {
+                eprintln!("drupe-agent: container {}: {error}", container.id);
+            }
+        }
+    }
+}
+
+/// What a container's process leaves to be awaited.
+struct Vigil {
+    exit: oneshot::Receiver<ExitCode>,
+    pumps: Vec<JoinHandle<()>>,
+}
+
+/// Follows the process of `container` to its end.
+async fn supervise(containers: Containers, container: Arc<Container>, vigil: Vigil) {
+    // The reaper never drops a sender before it has used it.
+    let code = vigil.exit.await.unwrap_or(ExitCode::KILLED);
+    let finished_at = clock::now_nanos();
+    container.ended.send_replace(true);
+    drop(container.starting.lock().await);
+    // In a PID namespace that is not its own, other processes outlive it.
+    if let Err(error) = container.cgroup.kill().await {
+        eprintln!("drupe-agent: container {}: {error}", container.id);
+    }
+    for pump in vigil.pumps {
+        if let Err(error) = pump.await {
+            eprintln!("drupe-agent: container {}: output: {error}", container.id);
+        }
+    }
+    // A kernel without the memory controller kills nobody.
+    let oom_killed = container.cgroup.oom_kills().is_ok_and(|kills| kills > 0);
+    let exit = {
+        let mut state = container.state();
+        let (start_error, code) = match &state.start_error {
+            Some((why, code)) => (why.clone(), *code),
+            None => (String::new(), code.0),
+        };
+        let exit =
+            Exit { code, oom_killed, finished_at_unix_nanos: finished_at, start_error };
+        state.phase = Phase::Exited;
+        state.exit = Some(exit.clone());
+        exit
+    };
+    container.published.send_replace(true);
+    // Nobody listens: a daemon that comes back lists the containers.
+    let _ = containers.inner.events.send(Event {
+        container_id: container.id.clone(),
+        event: Some(event::Event::Exit(exit)),
+    });
+}
+
+/// Ids become names of directories and words on the log port.
+fn check_id(id: &str) -> Result<(), Error> {
+    const MAX_ID: usize = 128;
+    let fine = (1..=MAX_ID).contains(&id.len())
+        && id.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+        && id.as_bytes()[0].is_ascii_alphanumeric();
+    if fine { Ok(()) } else { Err(Error::Id { id: id.to_owned() }) }
+}
+
+fn next_exec(container: &Container) -> u64 {
+    container.execs.fetch_add(1, Ordering::Relaxed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_names_of_one_directory() {
+        for good in ["a", "3f2a", "web-1.x_y"] {
+            assert!(check_id(good).is_ok(), "{good}");
+        }
+        for bad in ["", ".", "..", "a/b", "-x", "a b", "a\n", "ü", &"x".repeat(129)] {
+            assert!(matches!(check_id(bad), Err(Error::Id { .. })), "{bad}");
+        }
+    }
+}

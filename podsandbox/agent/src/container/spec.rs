@@ -1,0 +1,462 @@
+//! An OCI runtime spec (1.2) as the parts of a [`Plan`](super::plan::Plan).
+
+use std::ffi::CString;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+
+use oci_spec::runtime::{
+    Capability, LinuxCapabilities, LinuxDevice, LinuxDeviceType, LinuxNamespaceType,
+    PosixRlimitType, Process, Spec,
+};
+
+use super::child::LAST_CAPABILITY;
+use super::mounts::{self, MountError};
+use super::plan::{
+    Capabilities, DeviceNode, Identity, Program, Rlimit, RootSetup, SeccompFilter, StringArray,
+};
+use super::user::Resolved;
+
+/// What a PATH-less environment searches, as execvp(3) of every distribution.
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// `MAX_ARG_STRLEN` and friends bound each string; this bounds their number.
+const MAX_STRINGS: usize = 65536;
+
+/// Files the pod's device list may name.
+const MAX_DEVICES: usize = 256;
+
+#[derive(Debug, thiserror::Error)]
+pub enum SpecError {
+    #[error("the OCI spec is not valid")]
+    Json(#[from] serde_json::Error),
+    #[error("the OCI spec has no {field}")]
+    Missing { field: &'static str },
+    #[error("{field} contains a null byte")]
+    Null { field: &'static str },
+    #[error("{field} has {count} entries, more than {max}")]
+    TooMany { field: &'static str, count: usize, max: usize },
+    #[error("{field} {value:?} is not an absolute path")]
+    NotAbsolute { field: &'static str, value: String },
+    #[error("device {path:?} is neither a character nor a block device nor a FIFO")]
+    Device { path: String },
+    #[error("kernel parameter {name:?} is not a name with dots")]
+    Sysctl { name: String },
+    #[error(transparent)]
+    Mount(#[from] MountError),
+}
+
+/// A parsed spec that has what every container needs.
+#[derive(Debug)]
+pub struct ContainerSpec {
+    spec: Spec,
+    process: Process,
+}
+
+/// Which namespaces a container has of its own, beside its mount namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OwnNamespaces {
+    pub pid: bool,
+    pub cgroup: bool,
+}
+
+impl ContainerSpec {
+    pub fn parse(json: &[u8]) -> Result<Self, SpecError> {
+        let mut spec: Spec = serde_json::from_slice(json)?;
+        let process = spec.process().clone().ok_or(SpecError::Missing { field: "process" })?;
+        spec.set_process(None);
+        if process.args().as_ref().is_none_or(Vec::is_empty) {
+            return Err(SpecError::Missing { field: "process.args" });
+        }
+        Ok(Self { spec, process })
+    }
+
+    pub fn args(&self) -> &[String] {
+        self.process.args().as_deref().unwrap_or_default()
+    }
+
+    /// Rows and columns of the terminal, when there is to be one.
+    pub fn terminal(&self) -> Option<(u16, u16)> {
+        self.process.terminal().unwrap_or(false).then(|| {
+            let cut = |size: u64| u16::try_from(size).unwrap_or(u16::MAX);
+            self.process
+                .console_size()
+                .map_or((0, 0), |size| (cut(size.height()), cut(size.width())))
+        })
+    }
+
+    pub fn namespaces(&self) -> OwnNamespaces {
+        let listed = self.spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+        let has = |kind| listed.is_some_and(|all| all.iter().any(|ns| ns.typ() == kind));
+        OwnNamespaces {
+            pid: has(LinuxNamespaceType::Pid),
+            cgroup: has(LinuxNamespaceType::Cgroup),
+        }
+    }
+
+    pub fn resources(&self) -> Option<&oci_spec::runtime::LinuxResources> {
+        self.spec.linux().as_ref().and_then(|linux| linux.resources().as_ref())
+    }
+
+    pub fn seccomp(&self) -> Option<&oci_spec::runtime::LinuxSeccomp> {
+        self.spec.linux().as_ref().and_then(|linux| linux.seccomp().as_ref())
+    }
+
+    /// The user of the spec, for requests that name none.
+    pub fn default_uid(&self) -> (u32, u32, &[u32]) {
+        let user = self.process.user();
+        (user.uid(), user.gid(), user.additional_gids().as_deref().unwrap_or_default())
+    }
+
+    /// The process's environment, with the HOME of its user where it has none.
+    pub fn environment(&self, user: &Resolved) -> Result<StringArray, SpecError> {
+        let env = self.process.env().as_deref().unwrap_or_default();
+        let mut strings = c_strings("process.env", env)?;
+        if !env.iter().any(|entry| entry.starts_with("HOME=")) {
+            let home = user.home.as_deref().unwrap_or("/");
+            strings.push(c_string("HOME", &format!("HOME={home}"))?);
+        }
+        Ok(StringArray::new(strings))
+    }
+
+    pub fn identity(
+        &self,
+        user: &Resolved,
+        seccomp: Option<Arc<SeccompFilter>>,
+    ) -> Result<Identity, SpecError> {
+        let process = &self.process;
+        let cwd = process.cwd().to_string_lossy();
+        let cwd = if cwd.is_empty() { "/" } else { &*cwd };
+        if !cwd.starts_with('/') {
+            return Err(SpecError::NotAbsolute { field: "process.cwd", value: cwd.to_owned() });
+        }
+        let score = process.oom_score_adj().map(|score| score.to_string());
+        Ok(Identity {
+            uid: user.uid,
+            gid: user.gid,
+            groups: user.groups.clone(),
+            capabilities: capabilities(process.capabilities().as_ref(), user.uid),
+            no_new_privileges: process.no_new_privileges().unwrap_or(false),
+            seccomp,
+            rlimits: process
+                .rlimits()
+                .iter()
+                .flatten()
+                .map(|limit| Rlimit {
+                    resource: resource(limit.typ()),
+                    soft: limit.soft(),
+                    hard: limit.hard(),
+                })
+                .collect(),
+            oom_score_adj: score.map(|score| c_string("oom_score_adj", &score)).transpose()?,
+            cwd: c_string("process.cwd", cwd)?,
+            umask: process.user().umask(),
+        })
+    }
+
+    /// How the container's root, `tree`, is set up.
+    pub fn root_setup(
+        &self,
+        tree: OwnedFd,
+        shared_dir: &Path,
+        etc_files: bool,
+    ) -> Result<RootSetup, SpecError> {
+        let mounts = self.spec.mounts().as_deref().unwrap_or_default();
+        let mounts = mounts::prepare(mounts, shared_dir, etc_files)?;
+        let linux = self.spec.linux().as_ref();
+        let asked = linux.and_then(|linux| linux.devices().as_deref()).unwrap_or_default();
+        let masked = linux.and_then(|linux| linux.masked_paths().as_deref()).unwrap_or_default();
+        let readonly = linux.and_then(|linux| linux.readonly_paths().as_deref());
+        let mut sysctls = Vec::new();
+        for (name, value) in linux.and_then(|linux| linux.sysctl().as_ref()).into_iter().flatten() {
+            let path = sysctl_path(name).ok_or_else(|| SpecError::Sysctl { name: name.clone() })?;
+            sysctls.push((c_string("linux.sysctl", &path)?, c_string("linux.sysctl", value)?));
+        }
+        let root = self.spec.root().as_ref();
+        Ok(RootSetup {
+            tree,
+            cgroup_namespace: self.namespaces().cgroup,
+            devices: devices(asked, mounts.make_devices)?,
+            symlinks: if mounts.make_devices { symlinks() } else { Vec::new() },
+            mounts: mounts.steps,
+            sysctls,
+            masked: c_strings("linux.maskedPaths", masked)?,
+            readonly: c_strings("linux.readonlyPaths", readonly.unwrap_or_default())?,
+            readonly_root: root.and_then(|root| root.readonly()).unwrap_or(false),
+        })
+    }
+}
+
+fn c_string(field: &'static str, value: &str) -> Result<CString, SpecError> {
+    CString::new(value).map_err(|_| SpecError::Null { field })
+}
+
+fn c_strings(field: &'static str, values: &[String]) -> Result<Vec<CString>, SpecError> {
+    if values.len() > MAX_STRINGS {
+        return Err(SpecError::TooMany { field, count: values.len(), max: MAX_STRINGS });
+    }
+    values.iter().map(|value| c_string(field, value)).collect()
+}
+
+/// What to run for `argv`, looked up in the PATH of `envp` as execvp(3) does.
+pub fn program(argv: &[String], envp: Arc<StringArray>) -> Result<Program, SpecError> {
+    let name = argv.first().ok_or(SpecError::Missing { field: "command" })?;
+    let argv = StringArray::new(c_strings("command", argv)?);
+    let candidates = if name.contains('/') {
+        vec![c_string("command", name)?]
+    } else {
+        let path = envp
+            .strings()
+            .iter()
+            .find_map(|entry| entry.to_str().ok()?.strip_prefix("PATH="))
+            .unwrap_or(DEFAULT_PATH);
+        path.split(':')
+            .filter(|_| !name.is_empty())
+            .map(|dir| if dir.is_empty() { "." } else { dir })
+            .map(|dir| c_string("command", &format!("{dir}/{name}")))
+            .collect::<Result<_, _>>()?
+    };
+    Ok(Program { candidates, argv, envp })
+}
+
+/// The path below /proc/sys of a kernel parameter written with dots. A name
+/// whose first separator is a slash is taken as a path (sysctl(8)).
+pub fn sysctl_path(name: &str) -> Option<String> {
+    let separator = name.find(['.', '/']).map(|at| name.as_bytes()[at]);
+    let path = if separator == Some(b'/') { name.to_owned() } else { name.replace('.', "/") };
+    let fine = path.split('/').all(|part| !part.is_empty() && part != "..")
+        && !path.contains('\0');
+    fine.then(|| format!("/proc/sys/{path}"))
+}
+
+fn capabilities(sets: Option<&LinuxCapabilities>, uid: u32) -> Capabilities {
+    let bits = |set: Option<&std::collections::HashSet<Capability>>| {
+        set.into_iter().flatten().fold(0u64, |bits, &cap| bits | 1 << number(cap))
+    };
+    let Some(sets) = sets else { return Capabilities::default() };
+    let bounding = bits(sets.bounding().as_ref());
+    // The kernel refuses more than the bounding set grants.
+    let permitted = bits(sets.permitted().as_ref());
+    let inheritable = bits(sets.inheritable().as_ref());
+    let mut capabilities = Capabilities {
+        bounding,
+        permitted,
+        effective: bits(sets.effective().as_ref()) & permitted,
+        inheritable: inheritable & (bounding | permitted),
+        ambient: bits(sets.ambient().as_ref()) & permitted & inheritable,
+    };
+    if uid != 0 && capabilities.ambient == 0 {
+        // What execve would make of them for a user who is not root.
+        capabilities.permitted = 0;
+        capabilities.effective = 0;
+    }
+    capabilities
+}
+
+fn number(capability: Capability) -> u32 {
+    use Capability as C;
+    // linux/capability.h.
+    let order = [
+        C::Chown,
+        C::DacOverride,
+        C::DacReadSearch,
+        C::Fowner,
+        C::Fsetid,
+        C::Kill,
+        C::Setgid,
+        C::Setuid,
+        C::Setpcap,
+        C::LinuxImmutable,
+        C::NetBindService,
+        C::NetBroadcast,
+        C::NetAdmin,
+        C::NetRaw,
+        C::IpcLock,
+        C::IpcOwner,
+        C::SysModule,
+        C::SysRawio,
+        C::SysChroot,
+        C::SysPtrace,
+        C::SysPacct,
+        C::SysAdmin,
+        C::SysBoot,
+        C::SysNice,
+        C::SysResource,
+        C::SysTime,
+        C::SysTtyConfig,
+        C::Mknod,
+        C::Lease,
+        C::AuditWrite,
+        C::AuditControl,
+        C::Setfcap,
+        C::MacOverride,
+        C::MacAdmin,
+        C::Syslog,
+        C::WakeAlarm,
+        C::BlockSuspend,
+        C::AuditRead,
+        C::Perfmon,
+        C::Bpf,
+        C::CheckpointRestore,
+    ];
+    order
+        .iter()
+        .position(|&other| other == capability)
+        .map_or(LAST_CAPABILITY, |position| position as u32)
+}
+
+fn resource(kind: PosixRlimitType) -> u32 {
+    use PosixRlimitType as R;
+    match kind {
+        R::RlimitCpu => libc::RLIMIT_CPU,
+        R::RlimitFsize => libc::RLIMIT_FSIZE,
+        R::RlimitData => libc::RLIMIT_DATA,
+        R::RlimitStack => libc::RLIMIT_STACK,
+        R::RlimitCore => libc::RLIMIT_CORE,
+        R::RlimitRss => libc::RLIMIT_RSS,
+        R::RlimitNproc => libc::RLIMIT_NPROC,
+        R::RlimitNofile => libc::RLIMIT_NOFILE,
+        R::RlimitMemlock => libc::RLIMIT_MEMLOCK,
+        R::RlimitAs => libc::RLIMIT_AS,
+        R::RlimitLocks => libc::RLIMIT_LOCKS,
+        R::RlimitSigpending => libc::RLIMIT_SIGPENDING,
+        R::RlimitMsgqueue => libc::RLIMIT_MSGQUEUE,
+        R::RlimitNice => libc::RLIMIT_NICE,
+        R::RlimitRtprio => libc::RLIMIT_RTPRIO,
+        R::RlimitRttime => libc::RLIMIT_RTTIME,
+    }
+}
+
+/// The device files every container has (runtime spec, "Default Devices"),
+/// then those asked for.
+fn devices(asked: &[LinuxDevice], defaults: bool) -> Result<Vec<DeviceNode>, SpecError> {
+    if asked.len() > MAX_DEVICES {
+        let field = "linux.devices";
+        return Err(SpecError::TooMany { field, count: asked.len(), max: MAX_DEVICES });
+    }
+    const DEFAULTS: [(&str, u32, u32); 6] = [
+        ("/dev/null", 1, 3),
+        ("/dev/zero", 1, 5),
+        ("/dev/full", 1, 7),
+        ("/dev/random", 1, 8),
+        ("/dev/urandom", 1, 9),
+        ("/dev/tty", 5, 0),
+    ];
+    let mut nodes = Vec::new();
+    for (path, major, minor) in DEFAULTS.into_iter().filter(|_| defaults) {
+        if asked.iter().any(|device| device.path() == Path::new(path)) {
+            continue;
+        }
+        nodes.push(DeviceNode {
+            path: c_string("linux.devices", path)?,
+            mode: libc::S_IFCHR | 0o666,
+            device: libc::makedev(major, minor),
+            uid: 0,
+            gid: 0,
+        });
+    }
+    for device in asked {
+        let path = device.path().to_string_lossy().into_owned();
+        if !path.starts_with('/') {
+            return Err(SpecError::NotAbsolute { field: "linux.devices", value: path });
+        }
+        let kind = match device.typ() {
+            LinuxDeviceType::B => libc::S_IFBLK,
+            LinuxDeviceType::C | LinuxDeviceType::U => libc::S_IFCHR,
+            LinuxDeviceType::P => libc::S_IFIFO,
+            LinuxDeviceType::A => return Err(SpecError::Device { path }),
+        };
+        let (Ok(major), Ok(minor)) = (device.major().try_into(), device.minor().try_into()) else {
+            return Err(SpecError::Device { path });
+        };
+        nodes.push(DeviceNode {
+            path: c_string("linux.devices", &path)?,
+            mode: kind | device.file_mode().unwrap_or(0o666) & 0o7777,
+            device: libc::makedev(major, minor),
+            uid: device.uid().unwrap_or(0),
+            gid: device.gid().unwrap_or(0),
+        });
+    }
+    Ok(nodes)
+}
+
+fn symlinks() -> Vec<(CString, CString)> {
+    [
+        (c"/proc/self/fd", c"/dev/fd"),
+        (c"/proc/self/fd/0", c"/dev/stdin"),
+        (c"/proc/self/fd/1", c"/dev/stdout"),
+        (c"/proc/self/fd/2", c"/dev/stderr"),
+        (c"pts/ptmx", c"/dev/ptmx"),
+    ]
+    .map(|(target, path)| (target.to_owned(), path.to_owned()))
+    .into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn envp(entries: &[&str]) -> Arc<StringArray> {
+        Arc::new(StringArray::new(entries.iter().map(|&e| CString::new(e).unwrap()).collect()))
+    }
+
+    fn candidates(name: &str, env: &[&str]) -> Vec<String> {
+        program(&[name.to_owned()], envp(env))
+            .unwrap()
+            .candidates
+            .iter()
+            .map(|path| path.to_str().unwrap().to_owned())
+            .collect()
+    }
+
+    #[test]
+    fn a_name_is_searched_in_the_containers_path() {
+        assert_eq!(candidates("ls", &["A=b", "PATH=/x::/y"]), ["/x/ls", "./ls", "/y/ls"]);
+        assert_eq!(candidates("ls", &[])[0], "/usr/local/sbin/ls");
+        assert_eq!(candidates("./ls", &["PATH=/x"]), ["./ls"]);
+        assert!(candidates("", &["PATH=/x"]).is_empty());
+    }
+
+    #[test]
+    fn capability_numbers_are_the_kernels() {
+        assert_eq!(number(Capability::Chown), 0);
+        assert_eq!(number(Capability::SysAdmin), 21);
+        assert_eq!(number(Capability::Setfcap), 31);
+        assert_eq!(number(Capability::CheckpointRestore), LAST_CAPABILITY);
+    }
+
+    #[test]
+    fn a_plain_user_keeps_no_capabilities_without_ambient_ones() {
+        let sets: LinuxCapabilities = serde_json::from_str(
+            r#"{"bounding":["CAP_KILL"],"permitted":["CAP_KILL"],"effective":["CAP_KILL"]}"#,
+        )
+        .unwrap();
+        assert_eq!(capabilities(Some(&sets), 0).effective, 1 << 5);
+        let user = capabilities(Some(&sets), 1000);
+        assert_eq!((user.bounding, user.permitted, user.effective), (1 << 5, 0, 0));
+    }
+
+    #[test]
+    fn kernel_parameters_stay_below_proc_sys() {
+        assert_eq!(
+            sysctl_path("net.ipv4.ip_forward").as_deref(),
+            Some("/proc/sys/net/ipv4/ip_forward")
+        );
+        assert_eq!(
+            sysctl_path("net/ipv4/conf/eth0.1/arp_filter").as_deref(),
+            Some("/proc/sys/net/ipv4/conf/eth0.1/arp_filter")
+        );
+        for bad in ["", "..", "net/../../../etc/passwd", "/abs", "a..b"] {
+            assert_eq!(sysctl_path(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_spec_without_a_command_is_refused() {
+        let error = ContainerSpec::parse(
+            br#"{"ociVersion":"1.2.0","process":{"cwd":"/","args":[],"user":{"uid":0,"gid":0}}}"#,
+        )
+        .unwrap_err();
+        assert_eq!(error.to_string(), "the OCI spec has no process.args");
+    }
+}

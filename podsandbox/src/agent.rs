@@ -1,0 +1,134 @@
+//! Calls to the agent in a pod's guest, each with a time-out and none
+//! outliving the wish to stop the pod.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use agent_api::agent_client::AgentClient as Grpc;
+use agent_api::{MAX_MESSAGE_BYTES, Event, ExecSyncEvent, ExecSyncRequest};
+use hyper_util::rt::TokioIo;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::{Channel, Endpoint, Uri};
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::{Error, Result};
+
+/// A guest under load answers in milliseconds; one that takes this long hangs.
+const CALL_TIMEOUT: Duration = Duration::from_secs(20);
+/// A guest asked to power off syncs its disks first.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// A connection to one agent, made again when it breaks. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct AgentClient {
+    grpc: Grpc<Channel>,
+    stopping: CancellationToken,
+}
+
+impl AgentClient {
+    #[must_use]
+    pub fn new(vsock: PathBuf, stopping: CancellationToken) -> Self {
+        let connect = tower::service_fn(move |_: Uri| {
+            let vsock = vsock.clone();
+            async move {
+                let stream = vmm_client::dial_vsock(&vsock, vmm_client::protocol::AGENT_PORT).await?;
+                Ok::<_, vmm_client::DialError>(TokioIo::new(stream))
+            }
+        });
+        // The address is never resolved: the connector dials the pod's vsock.
+        let channel = Endpoint::from_static("http://agent").connect_with_connector_lazy(connect);
+        let grpc = Grpc::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
+        Self { grpc, stopping }
+    }
+
+    pub async fn configure(&self, request: agent_api::ConfigureSandboxRequest) -> Result<()> {
+        self.call("ConfigureSandbox", CALL_TIMEOUT, self.grpc.clone().configure_sandbox(request)).await?;
+        Ok(())
+    }
+
+    pub async fn create(&self, request: agent_api::CreateContainerRequest) -> Result<()> {
+        self.call("CreateContainer", CALL_TIMEOUT, self.grpc.clone().create_container(request)).await?;
+        Ok(())
+    }
+
+    /// Returns when it started, in nanoseconds since the epoch.
+    pub async fn start(&self, id: &str) -> Result<i64> {
+        let request = agent_api::StartContainerRequest { id: id.to_owned() };
+        let reply = self.call("StartContainer", CALL_TIMEOUT, self.grpc.clone().start_container(request)).await?;
+        Ok(reply.started_at_unix_nanos)
+    }
+
+    pub async fn signal(&self, id: &str, signal: u32, all: bool) -> Result<()> {
+        let request = agent_api::SignalContainerRequest { id: id.to_owned(), signal, all };
+        self.call("SignalContainer", CALL_TIMEOUT, self.grpc.clone().signal_container(request)).await?;
+        Ok(())
+    }
+
+    pub async fn remove(&self, id: &str) -> Result<()> {
+        let request = agent_api::RemoveContainerRequest { id: id.to_owned() };
+        self.call("RemoveContainer", CALL_TIMEOUT, self.grpc.clone().remove_container(request)).await?;
+        Ok(())
+    }
+
+    pub async fn list(&self) -> Result<Vec<agent_api::ContainerState>> {
+        let request = agent_api::ListContainersRequest {};
+        let reply = self.call("ListContainers", CALL_TIMEOUT, self.grpc.clone().list_containers(request)).await?;
+        Ok(reply.containers)
+    }
+
+    pub async fn stats(&self, container_ids: Vec<String>) -> Result<agent_api::StatsResponse> {
+        let request = agent_api::StatsRequest { container_ids };
+        self.call("Stats", CALL_TIMEOUT, self.grpc.clone().stats(request)).await
+    }
+
+    pub async fn exec_sync(&self, request: ExecSyncRequest) -> Result<Streaming<ExecSyncEvent>> {
+        self.call("ExecSync", CALL_TIMEOUT, self.grpc.clone().exec_sync(request)).await
+    }
+
+    pub async fn events(&self) -> Result<Streaming<Event>> {
+        let request = agent_api::EventsRequest {};
+        self.call("Events", CALL_TIMEOUT, self.grpc.clone().events(request)).await
+    }
+
+    /// Not ended by the wish to stop: it is part of stopping.
+    pub async fn shutdown(&self) -> Result<()> {
+        let mut grpc = self.grpc.clone();
+        let call = grpc.shutdown(Request::new(agent_api::ShutdownRequest {}));
+        let reply = tokio::time::timeout(SHUTDOWN_TIMEOUT, call).await;
+        reply.map_err(|_| timeout("Shutdown", SHUTDOWN_TIMEOUT))?.map_err(|s| refused("Shutdown", &s))?;
+        Ok(())
+    }
+
+    async fn call<T>(
+        &self,
+        name: &'static str,
+        limit: Duration,
+        call: impl Future<Output = std::result::Result<Response<T>, Status>>,
+    ) -> Result<T> {
+        tokio::select! {
+            () = self.stopping.cancelled() => Err(Error::Stopping),
+            reply = tokio::time::timeout(limit, call) => match reply {
+                Err(_) => Err(timeout(name, limit)),
+                Ok(Err(status)) => Err(refused(name, &status)),
+                Ok(Ok(response)) => Ok(response.into_inner()),
+            },
+        }
+    }
+}
+
+fn timeout(call: &'static str, limit: Duration) -> Error {
+    Error::AgentTimeout { call, seconds: limit.as_secs() }
+}
+
+/// The guest's words are hostile: they are cut before they reach a log or a
+/// client.
+pub(crate) fn refused(call: &'static str, status: &Status) -> Error {
+    const MAX_MESSAGE: usize = 1024;
+    let message: String = status
+        .message()
+        .chars()
+        .take(MAX_MESSAGE)
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect();
+    Error::Agent { call, code: status.code(), message }
+}

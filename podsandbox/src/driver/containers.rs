@@ -1,0 +1,269 @@
+//! A pod's containers, one verb after another.
+
+use std::fs;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use imagesvc::Lease;
+use vmm_client::Control;
+
+use super::Driver;
+use crate::context::now_nanos;
+use crate::record::{ContainerPhase, ContainerRecord, ExitReason, ExitRecord, PodPhase};
+use crate::spec::ContainerSpec;
+use crate::{Error, Result, ids, oci, volumes};
+
+/// Layers begin on this boundary of their disk.
+const LAYER_ALIGN: u64 = 4096;
+/// What containerd answers for a process that never ran.
+const START_ERROR_CODE: i32 = 128;
+
+impl Driver {
+    pub(super) async fn create_container(&mut self, spec: ContainerSpec) -> Result<String> {
+        if self.record.phase != PodPhase::Ready || self.record.failure.is_some() {
+            self.machine()?;
+        }
+        if let Some(taken) = self.containers.values().find(|c| c.spec.name == spec.name) {
+            return Err(Error::ContainerNameTaken {
+                name: format!("{}/{}", spec.name.name, spec.name.attempt),
+                pod: self.record.id.clone(),
+                id: taken.id.clone(),
+            });
+        }
+        let slot = self.free_slot()?;
+        let id = ids::new_id();
+        let lease = self.context.images.lease(&spec.image, &id).await?;
+        let record = ContainerRecord {
+            id: id.clone(),
+            pod_id: self.record.id.clone(),
+            image_id: lease.image.id.clone(),
+            image_ref: lease.image.repo_digests.first().unwrap_or(&lease.image.id).clone(),
+            phase: ContainerPhase::Creating,
+            slot,
+            stop_signal: stop_signal(&lease),
+            log_file: log_file(self.record.spec.log_directory.as_deref(), spec.log_path.as_deref()),
+            created_at_nanos: now_nanos(),
+            started_at_nanos: 0,
+            exit: None,
+            pid: 0,
+            user: None,
+            spec,
+        };
+        self.context.store.put_container(&record).await?;
+        match self.put_together(&record, &lease).await {
+            Ok(()) => {
+                self.containers.insert(
+                    id.clone(),
+                    ContainerRecord { phase: ContainerPhase::Created, ..record },
+                );
+                self.save_container(&id).await?;
+                Ok(id)
+            }
+            Err(error) => {
+                if let Err(left) = self.take_apart(&record).await {
+                    tracing::error!(container = id, error = %left.sentence(), "cannot undo a failed create");
+                } else {
+                    self.context.store.delete_container(&id).await?;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn put_together(&mut self, record: &ContainerRecord, lease: &Lease) -> Result<()> {
+        let (id, spec) = (&record.id, &record.spec);
+        let oci = oci::runtime_spec(
+            spec,
+            &lease.config,
+            &self.record.spec.hostname,
+            &self.paths.guest_volumes(id),
+        )?;
+        volumes::bind_all(&self.paths.volumes(id), &spec.mounts)?;
+        let machine = self.machine_mut()?;
+        if let Some(path) = &record.log_file {
+            open_log(&mut machine.control, id, path).await?;
+        }
+        let (files, layers) = layer_disk(lease)?;
+        machine.control.attach_disk(record.slot, &borrow(&files)).await?;
+        let image_user = lease.config.config().as_ref().and_then(|c| c.user().clone()).unwrap_or_default();
+        let request = agent_api::CreateContainerRequest {
+            id: id.clone(),
+            oci_spec: serde_json::to_vec(&oci).map_err(oci_spec::OciSpecError::SerDe)?,
+            root: Some(agent_api::RootDisk { slot: record.slot, layers }),
+            user: Some(user(spec, &image_user)),
+            provide_etc_files: true,
+            stdin: spec.stdin,
+            stdin_once: spec.stdin_once,
+            log: record.log_file.is_some(),
+        };
+        machine.agent.create(request).await
+    }
+
+    /// Frees what a container holds in guest and VMM; fine with any of it
+    /// being gone.
+    async fn take_apart(&mut self, record: &ContainerRecord) -> Result<()> {
+        if let Some(machine) = &mut self.machine {
+            machine.agent.remove(&record.id).await?;
+            machine.control.detach_disk(record.slot).await?;
+            machine.control.close_log(&record.id).await?;
+        }
+        volumes::unbind_all(&self.paths.volumes(&record.id))?;
+        self.context.images.release(&record.id).await?;
+        Ok(())
+    }
+
+    fn free_slot(&self) -> Result<u32> {
+        let (_, runtime) = self.context.config.runtime(&self.record.handler)?;
+        let taken = |slot| self.containers.values().any(|c| c.slot == slot);
+        (0..runtime.disk_slots).find(|&slot| !taken(slot)).ok_or_else(|| Error::NoDiskSlot {
+            id: self.record.id.clone(),
+            slots: runtime.disk_slots,
+        })
+    }
+
+    pub(super) async fn start_container(&mut self, id: &str) -> Result<()> {
+        let record = self.container(id)?;
+        if record.phase != ContainerPhase::Created {
+            return Err(state_error(record, "only a created container can be started"));
+        }
+        let started = self.machine()?.agent.start(id).await;
+        let Some(record) = self.containers.get_mut(id) else {
+            return Err(Error::ContainerNotFound(id.to_owned()));
+        };
+        let outcome = match started {
+            Ok(at) => {
+                // Its exit may have been told already.
+                if record.phase == ContainerPhase::Created {
+                    record.phase = ContainerPhase::Running;
+                }
+                record.started_at_nanos = at;
+                Ok(())
+            }
+            Err(Error::Agent { code, message, call }) => {
+                if record.exit.is_none() {
+                    record.phase = ContainerPhase::Exited;
+                    record.exit = Some(ExitRecord {
+                        code: START_ERROR_CODE,
+                        finished_at_nanos: now_nanos(),
+                        reason: ExitReason::StartError,
+                        message: message.clone(),
+                    });
+                }
+                Err(Error::Agent { code, message, call })
+            }
+            Err(error) => Err(error),
+        };
+        self.save_container(id).await?;
+        outcome
+    }
+
+    pub(super) async fn signal_container(&mut self, id: &str, signal: u32) -> Result<()> {
+        let record = self.container(id)?;
+        if !matches!(record.phase, ContainerPhase::Running | ContainerPhase::Created) {
+            return Ok(());
+        }
+        match self.machine()?.agent.signal(id, signal, false).await {
+            // It ended in between; its exit event is on the way.
+            Err(Error::Agent { code: tonic::Code::NotFound | tonic::Code::FailedPrecondition, .. }) => Ok(()),
+            other => other,
+        }
+    }
+
+    pub(super) async fn remove_container(&mut self, id: &str) -> Result<()> {
+        let Some(record) = self.containers.get_mut(id) else { return Ok(()) };
+        record.phase = ContainerPhase::Removing;
+        let record = record.clone();
+        self.save_container(id).await?;
+        self.take_apart(&record).await?;
+        self.context.store.delete_container(id).await?;
+        self.containers.remove(id);
+        self.publish();
+        Ok(())
+    }
+
+    pub(super) async fn reopen_log(&mut self, id: &str) -> Result<()> {
+        let record = self.container(id)?;
+        if record.phase != ContainerPhase::Running {
+            return Err(state_error(record, "only a running container's log can be reopened"));
+        }
+        match record.log_file.clone() {
+            Some(path) => open_log(&mut self.machine_mut()?.control, id, &path).await,
+            None => Ok(()),
+        }
+    }
+
+    fn container(&self, id: &str) -> Result<&ContainerRecord> {
+        self.containers.get(id).ok_or_else(|| Error::ContainerNotFound(id.to_owned()))
+    }
+}
+
+pub(crate) fn state_error(record: &ContainerRecord, needed: &'static str) -> Error {
+    let state = match record.phase {
+        ContainerPhase::Creating => "being created",
+        ContainerPhase::Created => "created",
+        ContainerPhase::Running => "running",
+        ContainerPhase::Exited => "exited",
+        ContainerPhase::Removing => "being removed",
+    };
+    Error::ContainerState { id: record.id.clone(), state, needed }
+}
+
+async fn open_log(control: &mut Control, id: &str, path: &Path) -> Result<()> {
+    use std::os::unix::fs::OpenOptionsExt;
+    /// As the kubelet makes its own: readable by the node's log collectors.
+    const MODE: u32 = 0o640;
+    let file = fs::File::options()
+        .append(true)
+        .create(true)
+        .mode(MODE)
+        .open(path)
+        .map_err(|source| Error::LogFile { path: path.to_owned(), source })?;
+    Ok(control.open_log(id, file.as_fd()).await?)
+}
+
+fn borrow(files: &[OwnedFd]) -> Vec<BorrowedFd<'_>> {
+    files.iter().map(AsFd::as_fd).collect()
+}
+
+fn log_file(directory: Option<&Path>, path: Option<&Path>) -> Option<PathBuf> {
+    Some(directory?.join(path?))
+}
+
+fn stop_signal(lease: &Lease) -> String {
+    let signal = lease.config.config().as_ref().and_then(|config| config.stop_signal().clone());
+    signal.filter(|name| !name.is_empty()).unwrap_or_else(|| "SIGTERM".to_owned())
+}
+
+/// The image's layer files, opened, and where each lies on the disk they form.
+fn layer_disk(lease: &Lease) -> Result<(Vec<OwnedFd>, Vec<agent_api::Layer>)> {
+    let mut offset = 0;
+    let mut files = Vec::with_capacity(lease.layers.len());
+    let mut layers = Vec::with_capacity(lease.layers.len());
+    for layer in &lease.layers {
+        let file = fs::File::open(&layer.path).map_err(|source| Error::File {
+            what: "image layer",
+            path: layer.path.clone(),
+            source,
+        })?;
+        let length = layer.len.next_multiple_of(LAYER_ALIGN);
+        layers.push(agent_api::Layer { offset, length });
+        files.push(file.into());
+        offset += length;
+    }
+    Ok((files, layers))
+}
+
+/// CRI's wish, else what the image's `user[:group]` says.
+fn user(spec: &ContainerSpec, image_user: &str) -> agent_api::User {
+    let asked = &spec.user;
+    let from_image = asked.username.is_empty() && asked.uid.is_none();
+    let (name, group) = image_user.split_once(':').unwrap_or((image_user, ""));
+    agent_api::User {
+        username: if from_image { name.to_owned() } else { asked.username.clone() },
+        uid: asked.uid,
+        gid: asked.gid,
+        groupname: if from_image && asked.gid.is_none() { group.to_owned() } else { String::new() },
+        supplemental_groups: asked.supplemental_groups.clone(),
+        strict_groups: asked.strict_groups,
+    }
+}

@@ -1,0 +1,244 @@
+//! The task that owns one pod's mutable state.
+//!
+//! ```text
+//! Reserved → Networked → Booted → Ready → Stopping → Stopped → Removing → (gone)
+//!     └─────────┴───────────┴── start fails: everything undone → (gone)
+//! ```
+//!
+//! Requests reach it as [`Command`]s and wait for the answer; a caller that
+//! goes away changes nothing. What it knows it publishes as a
+//! [`PodSnapshot`]. Called by [`crate::manager`] only.
+
+mod containers;
+mod start;
+mod stop;
+mod take_up;
+mod watch_vm;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+use vmm_client::Control;
+
+use crate::agent::AgentClient;
+use crate::context::Context;
+use crate::paths::PodPaths;
+use crate::record::{ContainerRecord, PodPhase, PodRecord};
+use crate::snapshot::PodSnapshot;
+use crate::spec::ContainerSpec;
+use crate::{Error, Result};
+use watch_vm::VmEvent;
+
+pub(crate) use containers::state_error;
+pub(crate) use start::max_vcpus;
+
+/// Requests of one pod that may wait for its driver; the kubelet works on a
+/// pod with a handful at a time.
+const COMMAND_QUEUE: usize = 64;
+
+pub(crate) type Reply<T> = oneshot::Sender<Result<T>>;
+
+pub(crate) enum Command {
+    Create { spec: Box<ContainerSpec>, reply: Reply<String> },
+    Start { id: String, reply: Reply<()> },
+    Signal { id: String, signal: u32, reply: Reply<()> },
+    RemoveContainer { id: String, reply: Reply<()> },
+    ReopenLog { id: String, reply: Reply<()> },
+    Stop { reply: Reply<()> },
+    Remove { reply: Reply<()> },
+}
+
+/// The way to a driver.
+#[derive(Clone)]
+pub(crate) struct Handle {
+    pub(crate) commands: mpsc::Sender<Command>,
+    pub(crate) snapshot: watch::Receiver<PodSnapshot>,
+    /// None while the pod is being started.
+    pub(crate) started: watch::Receiver<Option<std::result::Result<(), Arc<Error>>>>,
+    /// Ends calls under way, so that a stop never waits behind them.
+    pub(crate) stopping: CancellationToken,
+}
+
+impl Handle {
+    pub(crate) async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T> {
+        let id = || self.snapshot.borrow().pod.id.clone();
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(command(reply)).await.map_err(|_| Error::PodNotFound(id()))?;
+        answer.await.map_err(|_| Error::PodNotFound(id()))?
+    }
+}
+
+/// What runs while the pod's machine does.
+struct Machine {
+    control: Control,
+    agent: AgentClient,
+    events: mpsc::Receiver<VmEvent>,
+}
+
+pub(crate) struct Driver {
+    context: Arc<Context>,
+    record: PodRecord,
+    paths: PodPaths,
+    containers: BTreeMap<String, ContainerRecord>,
+    machine: Option<Machine>,
+    publish: watch::Sender<PodSnapshot>,
+    started: watch::Sender<Option<std::result::Result<(), Arc<Error>>>>,
+    stopping: CancellationToken,
+    commands: mpsc::Receiver<Command>,
+}
+
+impl Driver {
+    fn new(
+        context: Arc<Context>,
+        record: PodRecord,
+        containers: BTreeMap<String, ContainerRecord>,
+    ) -> (Self, Handle) {
+        let first = PodSnapshot {
+            pod: Arc::new(record.clone()),
+            containers: containers.iter().map(|(id, c)| (id.clone(), Arc::new(c.clone()))).collect(),
+            agent: None,
+            gone: false,
+        };
+        let (publish, snapshot) = watch::channel(first);
+        let (started, started_rx) = watch::channel(None);
+        let (sender, commands) = mpsc::channel(COMMAND_QUEUE);
+        let stopping = CancellationToken::new();
+        let paths = PodPaths::new(&context.config, &record.id);
+        let handle =
+            Handle { commands: sender, snapshot, started: started_rx, stopping: stopping.clone() };
+        let driver =
+            Self { context, record, paths, containers, machine: None, publish, started, stopping, commands };
+        (driver, handle)
+    }
+
+    /// A new pod; its driver writes the record before it does anything else.
+    pub(crate) fn begin(context: Arc<Context>, record: PodRecord, since: Instant) -> Handle {
+        let (mut driver, handle) = Self::new(context, record, BTreeMap::new());
+        tokio::spawn(async move {
+            match driver.start(since).await {
+                Ok(()) => {
+                    driver.started.send_replace(Some(Ok(())));
+                    driver.run().await;
+                }
+                Err(error) => {
+                    tracing::warn!(pod = %driver.record.id, error = %error.sentence(), "pod did not start");
+                    driver.finish_gone();
+                    driver.started.send_replace(Some(Err(Arc::new(error))));
+                }
+            }
+        });
+        handle
+    }
+
+    /// A pod found on disk after the daemon was restarted.
+    pub(crate) fn resume(
+        context: Arc<Context>,
+        record: PodRecord,
+        containers: BTreeMap<String, ContainerRecord>,
+    ) -> Handle {
+        let (mut driver, handle) = Self::new(context, record, containers);
+        tokio::spawn(async move {
+            driver.take_up().await;
+            driver.started.send_replace(Some(Ok(())));
+            if !driver.publish.borrow().gone {
+                driver.run().await;
+            }
+        });
+        handle
+    }
+
+    async fn run(mut self) {
+        loop {
+            tokio::select! {
+                command = self.commands.recv() => {
+                    let Some(command) = command else { return };
+                    if self.handle(command).await {
+                        return;
+                    }
+                }
+                event = next_event(&mut self.machine) => self.on_vm_event(event).await,
+            }
+        }
+    }
+
+    /// Returns whether the pod is gone.
+    async fn handle(&mut self, command: Command) -> bool {
+        // A caller that has gone does not want the answer.
+        match command {
+            Command::Create { spec, reply } => drop(reply.send(self.create_container(*spec).await)),
+            Command::Start { id, reply } => drop(reply.send(self.start_container(&id).await)),
+            Command::Signal { id, signal, reply } => {
+                drop(reply.send(self.signal_container(&id, signal).await));
+            }
+            Command::RemoveContainer { id, reply } => {
+                drop(reply.send(self.remove_container(&id).await));
+            }
+            Command::ReopenLog { id, reply } => drop(reply.send(self.reopen_log(&id).await)),
+            Command::Stop { reply } => drop(reply.send(self.stop().await)),
+            Command::Remove { reply } => {
+                let result = self.remove().await;
+                let gone = result.is_ok();
+                drop(reply.send(result));
+                return gone;
+            }
+        }
+        false
+    }
+
+    fn publish(&self) {
+        self.publish.send_replace(PodSnapshot {
+            pod: Arc::new(self.record.clone()),
+            containers: self.containers.iter().map(|(id, c)| (id.clone(), Arc::new(c.clone()))).collect(),
+            agent: self.machine.as_ref().map(|machine| machine.agent.clone()),
+            gone: false,
+        });
+    }
+
+    fn finish_gone(&self) {
+        self.publish.send_modify(|snapshot| {
+            snapshot.gone = true;
+            snapshot.agent = None;
+        });
+    }
+
+    /// Writes the phase down, then shows it.
+    async fn enter(&mut self, phase: PodPhase) -> Result<()> {
+        self.record.phase = phase;
+        self.context.store.put_pod(&self.record).await?;
+        self.publish();
+        Ok(())
+    }
+
+    async fn save_container(&self, id: &str) -> Result<()> {
+        if let Some(container) = self.containers.get(id) {
+            self.context.store.put_container(container).await?;
+        }
+        self.publish();
+        Ok(())
+    }
+
+    fn machine(&self) -> Result<&Machine> {
+        self.machine.as_ref().ok_or_else(|| not_ready(&self.record))
+    }
+
+    fn machine_mut(&mut self) -> Result<&mut Machine> {
+        self.machine.as_mut().ok_or_else(|| not_ready(&self.record))
+    }
+}
+
+fn not_ready(record: &PodRecord) -> Error {
+    Error::PodNotReady {
+        id: record.id.clone(),
+        state: record.failure.clone().unwrap_or_else(|| "it was stopped".to_owned()),
+    }
+}
+
+async fn next_event(machine: &mut Option<Machine>) -> VmEvent {
+    match machine {
+        Some(machine) => machine.events.recv().await.unwrap_or(VmEvent::WatcherGone),
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,325 @@
+//! From a reserved name to a pod that serves.
+//!
+//! Each step is timed. The network and the boot run side by side; whatever
+//! fails, [`Driver::undo`] frees everything the pod's id may have left.
+
+use std::fs;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
+use std::sync::{Mutex, OnceLock};
+use std::time::{Duration, Instant};
+
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+use vmm_client::protocol::{Event, VmState};
+use vmm_client::{Control, FdRole, Machine as MachineKind, SpawnRequest, UmlMode, VmSpec};
+
+use super::{Driver, Machine, watch_vm};
+use crate::agent::AgentClient;
+use crate::config::{MachineChoice, RuntimeConfig};
+use crate::context::now_nanos;
+use crate::error::Step;
+use crate::record::{PhaseTime, PodNetworkRecord, PodPhase};
+use crate::{Error, Result, cgroup, network, scratch, volumes};
+
+/// The console keeps its newest half of this.
+const CONSOLE_LIMIT_BYTES: u64 = 256 * 1024;
+/// Lines of the guest's console in an error.
+const CONSOLE_TAIL_LINES: usize = 8;
+const TAP: &str = "tap0";
+
+/// Times steps against the moment the request came in.
+struct Timeline {
+    origin: Instant,
+    steps: Mutex<Vec<PhaseTime>>,
+}
+
+impl Timeline {
+    async fn time<T>(&self, phase: Step, work: impl Future<Output = Result<T>>) -> Result<T> {
+        let start = Instant::now();
+        let result = work.await;
+        let micros = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
+        let step = PhaseTime {
+            phase,
+            start_us: micros(start.duration_since(self.origin)),
+            duration_us: micros(start.elapsed()),
+        };
+        if let Ok(mut steps) = self.steps.lock() {
+            steps.push(step);
+        }
+        result.map_err(|error| match error {
+            Error::Start { .. } => error,
+            source => Error::Start { id: String::new(), step: phase, source: Box::new(source) },
+        })
+    }
+}
+
+/// Files and descriptors that the VMM is handed.
+struct Parts {
+    netns: netns::Netns,
+    tap: OwnedFd,
+    scratch: fs::File,
+    /// Filled in once the VMM runs.
+    vmm_pid: OnceLock<u32>,
+}
+
+/// A machine whose agent has reported ready.
+struct Booted {
+    control: Control,
+    events: vmm_client::Events,
+    agent: AgentClient,
+}
+
+impl Driver {
+    pub(super) async fn start(&mut self, since: Instant) -> Result<()> {
+        let timeline = Timeline { origin: since, steps: Mutex::default() };
+        let stopping = self.stopping.clone();
+        let outcome = self.try_start(&timeline).await;
+        self.record.timeline = timeline.steps.into_inner().unwrap_or_default();
+        let outcome = match outcome {
+            Ok(()) => self.enter(PodPhase::Ready).await,
+            Err(error) => Err(error),
+        };
+        let Err(error) = outcome else { return Ok(()) };
+        let error = match error {
+            Error::Start { step, source, .. } => Error::Start { id: self.record.id.clone(), step, source },
+            other => other,
+        };
+        let stopped = stopping.is_cancelled();
+        // The watchers of a machine that is about to be ended.
+        stopping.cancel();
+        self.machine = None;
+        if let Err(left) = self.undo().await {
+            // The record stays; the next daemon, or a RemovePodSandbox of the
+            // listed wreck, tries again.
+            tracing::error!(pod = %self.record.id, error = %left.sentence(), "cannot undo a failed start");
+            return Err(error);
+        }
+        self.context.store.delete_pod(&self.record.id).await?;
+        Err(if stopped { Error::Stopping } else { error })
+    }
+
+    async fn try_start(&mut self, timeline: &Timeline) -> Result<()> {
+        let (_, runtime) = self.context.config.runtime(&self.record.handler)?;
+        let runtime = runtime.clone();
+        self.enter(PodPhase::Reserved).await?;
+        let netns = timeline.time(Step::Netns, self.make_netns()).await?;
+        let scratch = timeline.time(Step::Scratch, self.make_scratch(&runtime)).await?;
+        let tap = timeline.time(Step::Netns, async { Ok(netns::create_tap(&netns, TAP, self.record.uid).await?) }).await?;
+        let parts = Parts { netns, tap, scratch, vmm_pid: OnceLock::new() };
+
+        // Both are announced before either begins.
+        self.enter(PodPhase::Networked).await?;
+        self.enter(PodPhase::Booted).await?;
+        let boot = async {
+            let result = self.boot(timeline, &runtime, &parts).await;
+            (result, Instant::now())
+        };
+        let request = network::request(&self.record, &self.paths);
+        let cni = timeline.time(Step::Cni, self.context.network.add(&request));
+        let ((booted, _), added) = tokio::join!(boot, cni);
+        self.record.vmm_pid = parts.vmm_pid.get().copied();
+        // The network's failure is the more useful one: a boot that failed
+        // says so by its own phase when the network is fine.
+        let added = added?;
+        let booted = booted?;
+        self.record.network = Some(PodNetworkRecord {
+            ips: added.pod_ips().map(|ip| ip.to_string()).collect(),
+        });
+
+        let interface = timeline
+            .time(Step::Redirect, async {
+                netns::redirect(&parts.netns, network::INTERFACE, TAP).await?;
+                Ok(netns::read_interface(&parts.netns, network::INTERFACE).await?)
+            })
+            .await?;
+        let dns = network::guest_dns(self.record.spec.dns.as_ref(), &added.dns)?;
+        let request = agent_api::ConfigureSandboxRequest {
+            time_unix_nanos: now_nanos(),
+            hostname: self.record.spec.hostname.clone(),
+            dns: Some(dns),
+            interface: Some(network::guest_interface(&interface)),
+            sysctls: self.record.spec.sysctls.clone().into_iter().collect(),
+            share_process_namespace: self.record.spec.share_process_namespace,
+            shm_bytes: 0,
+        };
+        timeline.time(Step::Configure, booted.agent.configure(request)).await?;
+        let events = watch_vm::watch(booted.events, booted.agent.clone(), self.stopping.clone());
+        self.machine = Some(Machine { control: booted.control, agent: booted.agent, events });
+        Ok(())
+    }
+
+    async fn make_netns(&self) -> Result<netns::Netns> {
+        for dir in [&self.paths.dir, &self.paths.jail, &self.paths.shared] {
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o711)
+                .create(dir)
+                .map_err(|source| Error::File { what: "pod directory", path: dir.clone(), source })?;
+        }
+        volumes::prepare_shared(&self.paths.shared)?;
+        Ok(netns::Netns::create(&self.context.config.netns_dir, &self.paths.netns_name).await?)
+    }
+
+    async fn make_scratch(&self, runtime: &RuntimeConfig) -> Result<fs::File> {
+        let path = self.paths.scratch.clone();
+        let gib = runtime.scratch_gib;
+        let work = move || {
+            let dir = path.parent().unwrap_or(Path::new("/"));
+            scratch::create(&scratch::template(dir, gib)?, &path)
+        };
+        tokio::task::spawn_blocking(work).await.map_err(|_| Error::Stopping)?
+    }
+
+    async fn boot(&self, timeline: &Timeline, runtime: &RuntimeConfig, parts: &Parts) -> Result<Booted> {
+        let (mut process, control, mut events) = timeline.time(Step::Vmm, self.spawn(runtime, parts)).await?;
+        parts.vmm_pid.get_or_init(|| process.pid());
+        // Reaps the VMM while this daemon is its parent; its end is learnt
+        // from the control socket, which also works after a restart.
+        tokio::spawn(async move {
+            if let Err(error) = process.wait().await {
+                tracing::debug!(%error, "cannot wait for a VMM");
+            }
+        });
+        let limit = runtime.boot_timeout_seconds;
+        timeline
+            .time(Step::Boot, async {
+                let ready = async {
+                    loop {
+                        let Some(Event::State(status)) = events.next().await? else {
+                            return Err(Error::VmEnded(format!("its monitor ended{}", self.console_tail())));
+                        };
+                        match status.state {
+                            VmState::Booting => {}
+                            VmState::Ready => return Ok(()),
+                            VmState::Ended { reason } => return Err(Error::VmEnded(reason)),
+                        }
+                    }
+                };
+                tokio::select! {
+                    () = self.stopping.cancelled() => Err(Error::Stopping),
+                    reached = tokio::time::timeout(Duration::from_secs(limit), ready) => {
+                        reached.unwrap_or_else(|_| {
+                            Err(Error::BootTimeout { seconds: limit, console: self.console_tail() })
+                        })
+                    }
+                }
+            })
+            .await?;
+        let agent = AgentClient::new(self.paths.vsock.clone(), self.stopping.clone());
+        Ok(Booted { control, events, agent })
+    }
+
+    async fn spawn(
+        &self,
+        runtime: &RuntimeConfig,
+        parts: &Parts,
+    ) -> Result<(vmm_client::VmmProcess, Control, vmm_client::Events)> {
+        let open = |what: &'static str, path: &Path| {
+            fs::File::open(path).map(OwnedFd::from).map_err(|source| Error::File {
+                what,
+                path: path.to_owned(),
+                source,
+            })
+        };
+        let file = |what: &'static str, path: &Path| {
+            fs::File::options().read(true).append(true).create(true).open(path).map_err(|source| {
+                Error::File { what, path: path.to_owned(), source }
+            })
+        };
+        let clone = |what: &'static str, fd: &OwnedFd| {
+            fd.try_clone().map_err(|source| Error::File { what, path: self.paths.dir.clone(), source })
+        };
+        let scratch: OwnedFd = parts
+            .scratch
+            .try_clone()
+            .map_err(|source| Error::File { what: "scratch disk", path: self.paths.scratch.clone(), source })?
+            .into();
+        let fds = vec![
+            (FdRole::Kernel, open("guest kernel", &runtime.kernel)?),
+            (FdRole::Initramfs, open("initramfs", &runtime.initramfs)?),
+            (FdRole::Netns, parts.netns.fd()?),
+            (FdRole::Tap, clone("tap", &parts.tap)?),
+            (FdRole::ConsoleLog, file("console log", &self.paths.console)?.into()),
+            (FdRole::ControlListener, self.listen(SockType::SeqPacket, &self.paths.control)?),
+            (FdRole::VsockListener, self.listen(SockType::Stream, &self.paths.vsock)?),
+            (FdRole::Scratch, scratch),
+        ];
+        let spec = VmSpec {
+            pod_id: self.record.id.clone(),
+            machine: machine_kind(runtime),
+            vcpus: self.record.vcpus,
+            memory_mib: self.record.memory_mib,
+            kernel_args: runtime.kernel_args.clone(),
+            mac: Some(boot_mac(&self.record.id)),
+            mtu: None,
+            image_slots: runtime.disk_slots,
+            jail_root: self.paths.jail.clone(),
+            shared_dir: self.paths.shared.clone(),
+            uid: self.record.uid,
+            gid: self.record.uid,
+            console_limit_bytes: CONSOLE_LIMIT_BYTES,
+            fds: fds.iter().map(|(role, _)| *role).collect(),
+        };
+        let request = SpawnRequest {
+            program: self.context.config.vmm.clone(),
+            spec,
+            fds: fds.into_iter().map(|(_, fd)| fd).collect(),
+            log: file("VMM log", &self.paths.vmm_log)?,
+            cgroup_procs: match &self.record.cgroup {
+                Some(group) => cgroup::make(group, &self.record.id)?,
+                None => Vec::new(),
+            },
+        };
+        let process = vmm_client::spawn(request).await?;
+        let control = Control::connect(&self.paths.control).await?;
+        let events = Control::connect(&self.paths.control).await?.subscribe().await?;
+        Ok((process, control, events))
+    }
+
+    /// The VMM inherits the listening end, so that a connection made before it
+    /// accepts is kept.
+    fn listen(&self, kind: SockType, path: &Path) -> Result<OwnedFd> {
+        let bind = || -> nix::Result<OwnedFd> {
+            let listener = socket(AddressFamily::Unix, kind, SockFlag::SOCK_CLOEXEC, None)?;
+            bind(listener.as_raw_fd(), &UnixAddr::new(path)?)?;
+            listen(&listener, Backlog::MAXCONN)?;
+            Ok(listener)
+        };
+        bind().map_err(|error| Error::File { what: "socket", path: path.to_owned(), source: error.into() })
+    }
+
+    /// The guest's last words, for an error.
+    fn console_tail(&self) -> String {
+        let Ok(bytes) = fs::read(&self.paths.console) else { return String::new() };
+        let text = String::from_utf8_lossy(&bytes);
+        let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
+        let tail = &lines[lines.len().saturating_sub(CONSOLE_TAIL_LINES)..];
+        if tail.is_empty() { "; its console is empty".to_owned() } else { format!("; console: {}", tail.join(" | ")) }
+    }
+}
+
+fn machine_kind(runtime: &RuntimeConfig) -> MachineKind {
+    match runtime.machine {
+        MachineChoice::Kvm => MachineKind::Kvm,
+        MachineChoice::Uml | MachineChoice::Auto => MachineKind::Uml(runtime.uml_mode),
+    }
+}
+
+/// How many vCPUs the handler's machine can have.
+pub(crate) fn max_vcpus(runtime: &RuntimeConfig) -> u32 {
+    match machine_kind(runtime) {
+        MachineKind::Uml(UmlMode::Ptrace) => 1,
+        MachineKind::Uml(UmlMode::Seccomp) | MachineKind::Kvm => 32,
+    }
+}
+
+/// A locally administered address for the time before the network is known;
+/// the agent then takes the interface's own.
+fn boot_mac(id: &str) -> [u8; 6] {
+    let mut mac = [0x02, 0, 0, 0, 0, 0];
+    for (index, byte) in mac.iter_mut().enumerate().skip(1) {
+        *byte = id.get(index * 2..index * 2 + 2).and_then(|hex| u8::from_str_radix(hex, 16).ok()).unwrap_or(0);
+    }
+    mac
+}

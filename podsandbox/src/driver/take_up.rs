@@ -1,0 +1,93 @@
+//! After a restart of the daemon: taking up a pod that lives, finishing or
+//! undoing what was half done.
+
+use vmm_client::Control;
+use vmm_client::protocol::VmState;
+
+use super::{Driver, Machine, watch_vm};
+use crate::agent::AgentClient;
+use crate::record::{ContainerPhase, ExitReason, PodPhase};
+use crate::Result;
+
+impl Driver {
+    pub(super) async fn take_up(&mut self) {
+        let result = match self.record.phase {
+            PodPhase::Reserved | PodPhase::Networked | PodPhase::Booted => self.forget_half_made().await,
+            PodPhase::Ready => self.reconnect().await,
+            PodPhase::Stopping => self.stop().await,
+            PodPhase::Stopped => {
+                self.publish();
+                Ok(())
+            }
+            PodPhase::Removing => self.remove().await,
+        };
+        if let Err(error) = result {
+            // The pod stays listed as not ready; the kubelet's stop and remove
+            // will try again.
+            tracing::error!(pod = %self.record.id, error = %error.sentence(), "cannot take up the pod");
+            self.record.failure = Some(error.sentence());
+            if matches!(self.record.phase, PodPhase::Reserved | PodPhase::Networked | PodPhase::Booted) {
+                self.record.phase = PodPhase::Stopping;
+            }
+            self.publish();
+        }
+    }
+
+    async fn forget_half_made(&mut self) -> Result<()> {
+        tracing::info!(pod = %self.record.id, "undoing a pod that was being started when the daemon ended");
+        self.undo().await?;
+        self.context.store.delete_pod(&self.record.id).await?;
+        self.finish_gone();
+        Ok(())
+    }
+
+    async fn reconnect(&mut self) -> Result<()> {
+        if self.record.failure.is_some() {
+            self.publish();
+            return Ok(());
+        }
+        match self.connect().await {
+            Ok(machine) => {
+                self.machine = Some(machine);
+                self.finish_containers().await?;
+                self.publish();
+                tracing::info!(pod = %self.record.id, containers = self.containers.len(), "took up a running pod");
+                Ok(())
+            }
+            Err(reason) => {
+                self.record.failure = Some(format!("the virtual machine ended: {reason}"));
+                self.context.store.put_pod(&self.record).await?;
+                self.end_containers(ExitReason::Unknown, &reason).await;
+                self.publish();
+                Ok(())
+            }
+        }
+    }
+
+    async fn connect(&self) -> std::result::Result<Machine, String> {
+        let gone = |error: vmm_client::ControlError| format!("while the daemon was away ({error})");
+        let mut control = Control::connect(&self.paths.control).await.map_err(gone)?;
+        let status = control.status().await.map_err(gone)?;
+        if let VmState::Ended { reason } = status.state {
+            return Err(reason);
+        }
+        let events = Control::connect(&self.paths.control).await.map_err(gone)?.subscribe().await.map_err(gone)?;
+        let agent = AgentClient::new(self.paths.vsock.clone(), self.stopping.clone());
+        let events = watch_vm::watch(events, agent.clone(), self.stopping.clone());
+        Ok(Machine { control, agent, events })
+    }
+
+    /// Undoes a create and finishes a remove that the daemon's end cut off.
+    async fn finish_containers(&mut self) -> Result<()> {
+        let half: Vec<String> = self
+            .containers
+            .values()
+            .filter(|c| matches!(c.phase, ContainerPhase::Creating | ContainerPhase::Removing))
+            .map(|c| c.id.clone())
+            .collect();
+        for id in half {
+            self.remove_container(&id).await?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,190 @@
+//! Why a pod or container could not be what was asked for.
+
+use std::io;
+use std::path::PathBuf;
+
+/// How a caller should take an [`Error`]; maps one to one onto gRPC codes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorKind {
+    InvalidArgument,
+    NotFound,
+    AlreadyExists,
+    FailedPrecondition,
+    ResourceExhausted,
+    DeadlineExceeded,
+    Unavailable,
+    Internal,
+}
+
+/// A step of a pod's start, as named in errors, metrics and the timeline.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Step {
+    Netns,
+    Scratch,
+    Cni,
+    Vmm,
+    Boot,
+    Redirect,
+    Configure,
+}
+
+impl std::fmt::Display for Step {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Netns => "netns",
+            Self::Scratch => "scratch",
+            Self::Cni => "cni",
+            Self::Vmm => "vmm",
+            Self::Boot => "boot",
+            Self::Redirect => "redirect",
+            Self::Configure => "configure",
+        })
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("pod sandbox {0:?} not found")]
+    PodNotFound(String),
+    #[error("container {0:?} not found")]
+    ContainerNotFound(String),
+    #[error("{kind} id {id:?} is ambiguous: more than one begins with it")]
+    Ambiguous { kind: &'static str, id: String },
+    #[error("pod sandbox name {name:?} is taken by {id}")]
+    PodNameTaken { name: String, id: String },
+    #[error("container name {name:?} in pod sandbox {pod} is taken by {id}")]
+    ContainerNameTaken { name: String, pod: String, id: String },
+    #[error("runtime handler {name:?} is not configured; configured: {known}")]
+    UnknownHandler { name: String, known: String },
+    #[error("pod sandbox {id} is not ready: {state}")]
+    PodNotReady { id: String, state: String },
+    #[error("container {id} is {state}, {needed}")]
+    ContainerState { id: String, state: &'static str, needed: &'static str },
+    #[error("{field}: {why}")]
+    Invalid { field: String, why: String },
+    #[error("pod sandbox {id} failed in phase {step}")]
+    Start {
+        id: String,
+        step: Step,
+        #[source]
+        source: Box<Error>,
+    },
+    #[error("pod sandbox {id} has no free disk slot: it already holds {slots} containers")]
+    NoDiskSlot { id: String, slots: u32 },
+    #[error("mount source {path:?}")]
+    MountSource { path: PathBuf, #[source] source: io::Error },
+    #[error("log file {path:?}")]
+    LogFile { path: PathBuf, #[source] source: io::Error },
+    #[error("{what} {path:?}")]
+    File { what: &'static str, path: PathBuf, #[source] source: io::Error },
+    #[error("{program} failed: {stderr}")]
+    Tool { program: &'static str, stderr: String },
+    #[error("the guest did not report ready within {seconds} s{console}")]
+    BootTimeout { seconds: u64, console: String },
+    #[error("the virtual machine ended: {0}")]
+    VmEnded(String),
+    #[error("the pod is being stopped")]
+    Stopping,
+    #[error("the agent refused {call}: {message}")]
+    Agent { call: &'static str, code: tonic::Code, message: String },
+    #[error("the agent did not answer {call} within {seconds} s")]
+    AgentTimeout { call: &'static str, seconds: u64 },
+    #[error("container {id} did not end within {seconds} s of SIGKILL")]
+    Unkillable { id: String, seconds: u64 },
+    #[error(transparent)]
+    Image(#[from] imagesvc::Error),
+    #[error("the network is not ready: {0}")]
+    NoNetwork(String),
+    #[error(transparent)]
+    Cni(#[from] netns::cni::CniError),
+    #[error(transparent)]
+    Netns(#[from] netns::NetnsError),
+    #[error(transparent)]
+    Spawn(#[from] vmm_client::SpawnError),
+    #[error(transparent)]
+    Control(#[from] vmm_client::ControlError),
+    #[error("state database")]
+    Store(#[from] crate::store::StoreError),
+    #[error("oci runtime spec")]
+    Oci(#[from] oci_spec::OciSpecError),
+    /// The outcome of a start that several requests waited for.
+    #[error("{message}")]
+    Shared { kind: ErrorKind, message: String },
+}
+
+impl Error {
+    #[must_use]
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::PodNotFound(_) | Self::ContainerNotFound(_) => ErrorKind::NotFound,
+            Self::PodNameTaken { .. } | Self::ContainerNameTaken { .. } => ErrorKind::AlreadyExists,
+            Self::UnknownHandler { .. } | Self::Ambiguous { .. } | Self::Invalid { .. } | Self::Oci(_) => {
+                ErrorKind::InvalidArgument
+            }
+            Self::PodNotReady { .. } | Self::ContainerState { .. } => ErrorKind::FailedPrecondition,
+            Self::Start { source, .. } => source.kind(),
+            Self::NoDiskSlot { .. } => ErrorKind::ResourceExhausted,
+            Self::NoNetwork(_) => ErrorKind::Unavailable,
+            Self::MountSource { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                ErrorKind::InvalidArgument
+            }
+            Self::LogFile { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                ErrorKind::InvalidArgument
+            }
+            Self::MountSource { source, .. }
+            | Self::LogFile { source, .. }
+            | Self::File { source, .. }
+                if source.kind() == io::ErrorKind::StorageFull =>
+            {
+                ErrorKind::ResourceExhausted
+            }
+            Self::BootTimeout { .. } | Self::AgentTimeout { .. } | Self::Unkillable { .. } => {
+                ErrorKind::DeadlineExceeded
+            }
+            Self::Stopping => ErrorKind::FailedPrecondition,
+            Self::Agent { code, .. } => match code {
+                tonic::Code::InvalidArgument => ErrorKind::InvalidArgument,
+                tonic::Code::NotFound => ErrorKind::NotFound,
+                tonic::Code::FailedPrecondition => ErrorKind::FailedPrecondition,
+                tonic::Code::AlreadyExists => ErrorKind::AlreadyExists,
+                tonic::Code::ResourceExhausted => ErrorKind::ResourceExhausted,
+                tonic::Code::DeadlineExceeded => ErrorKind::DeadlineExceeded,
+                tonic::Code::Unavailable => ErrorKind::Unavailable,
+                _ => ErrorKind::Internal,
+            },
+            Self::Image(error) => match error.kind() {
+                imagesvc::ErrorKind::NotFound => ErrorKind::NotFound,
+                imagesvc::ErrorKind::InvalidArgument => ErrorKind::InvalidArgument,
+                imagesvc::ErrorKind::ResourceExhausted => ErrorKind::ResourceExhausted,
+                _ => ErrorKind::Internal,
+            },
+            Self::Shared { kind, .. } => *kind,
+            _ => ErrorKind::Internal,
+        }
+    }
+
+    /// The error and its causes in one sentence.
+    #[must_use]
+    pub fn sentence(&self) -> String {
+        sentence(self)
+    }
+}
+
+/// An error and its causes in one sentence, each said once.
+#[must_use]
+pub fn sentence(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text
+}
+
+pub type Result<T> = std::result::Result<T, Error>;

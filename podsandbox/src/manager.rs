@@ -1,0 +1,394 @@
+//! All pods of the node.
+//!
+//! Names and ids live here; everything about one pod lives in its driver. The
+//! map's lock is held for look-ups and inserts only, never across an await.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use agent_api::exec_sync_event::Event as ExecEvent;
+use imagesvc::ImageService;
+
+use crate::config::Config;
+use crate::context::{Context, now_nanos};
+use crate::driver::{Command, Driver, Handle, max_vcpus};
+use crate::network::Network;
+use crate::record::{ContainerPhase, ContainerRecord, PodPhase, PodRecord};
+use crate::snapshot::PodSnapshot;
+use crate::spec::{ContainerSpec, PodName, PodSpec};
+use crate::store::Store;
+use crate::{Error, Result, ids, signals, sizing};
+
+/// What ExecSync returns of each stream at most; the field's runtimes agree.
+const EXEC_OUTPUT_LIMIT: usize = 16 << 20;
+/// SIGKILL is not refused; this is for a guest that hangs.
+const KILL_WAIT: Duration = Duration::from_secs(10);
+/// Beyond an exec's own time-out: for the answer to travel.
+const EXEC_GRACE: Duration = Duration::from_secs(5);
+/// Where the VMMs of pods without a `cgroup_parent` are charged.
+const DEFAULT_CGROUP: &str = "/drupe";
+const UIDS: u32 = 65_536;
+const SIGTERM: u32 = 15;
+const SIGKILL: u32 = 9;
+
+#[derive(Debug, Default)]
+pub struct ExecOutput {
+    pub stdout: Vec<u8>,
+    pub stderr: Vec<u8>,
+    pub exit_code: i32,
+    pub timed_out: bool,
+}
+
+#[derive(Clone)]
+pub struct PodManager {
+    context: Arc<Context>,
+    pods: Arc<Mutex<HashMap<String, Handle>>>,
+}
+
+impl PodManager {
+    /// Opens the records and takes up, finishes or undoes what they tell of.
+    /// Returns when every pod has been looked at.
+    pub async fn open(config: Config, images: ImageService, network: Network) -> Result<Self> {
+        let store = Store::open(&config.root.join("state.redb"))?;
+        let found = store.load()?;
+        let context = Arc::new(Context { config, store, images, network });
+        let manager = Self { context, pods: Arc::default() };
+        manager.recover(found).await?;
+        Ok(manager)
+    }
+
+    async fn recover(&self, found: crate::store::Found) -> Result<()> {
+        let mut of_pod: HashMap<String, BTreeMap<String, ContainerRecord>> = HashMap::new();
+        let mut known = BTreeSet::new();
+        for container in found.containers {
+            known.insert(container.id.clone());
+            of_pod.entry(container.pod_id.clone()).or_default().insert(container.id.clone(), container);
+        }
+        for pod in found.pods {
+            let containers = of_pod.remove(&pod.id).unwrap_or_default();
+            let handle = Driver::resume(Arc::clone(&self.context), pod.clone(), containers);
+            self.pods().insert(pod.id, handle);
+        }
+        for container in of_pod.into_values().flatten().map(|(_, c)| c) {
+            self.context.images.release(&container.id).await?;
+            self.context.store.delete_container(&container.id).await?;
+        }
+        // A lease is taken just before its container's record is written.
+        for (owner, _) in self.context.images.leases() {
+            if !known.contains(&owner) {
+                self.context.images.release(&owner).await?;
+            }
+        }
+        let handles: Vec<Handle> = self.pods().values().cloned().collect();
+        for mut handle in handles {
+            if handle.started.wait_for(Option::is_some).await.is_err() {
+                tracing::debug!("a pod was undone");
+            }
+        }
+        self.pods().retain(|_, handle| !handle.snapshot.borrow().gone);
+        let live: Vec<String> = self.pods().keys().cloned().collect();
+        if let Err(error) = self.context.network.gc(live.into_iter()).await {
+            // A plugin that fails now must not keep pods from being served.
+            tracing::warn!(error = %error.sentence(), "cannot collect attachments of pods that are gone");
+        }
+        Ok(())
+    }
+
+    fn pods(&self) -> MutexGuard<'_, HashMap<String, Handle>> {
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    #[must_use]
+    pub fn config(&self) -> &Config {
+        &self.context.config
+    }
+
+    /// Starts a pod and returns its id once it serves. The work goes on when
+    /// the caller goes away; asked again meanwhile, the same work is joined.
+    pub async fn run(&self, spec: PodSpec) -> Result<String> {
+        let since = Instant::now();
+        let (id, mut handle) = self.join_or_begin(spec, since)?;
+        let outcome = match handle.started.wait_for(Option::is_some).await {
+            Ok(outcome) => outcome.clone(),
+            Err(_) => None,
+        };
+        match outcome {
+            Some(Ok(())) => Ok(id),
+            Some(Err(error)) => {
+                self.pods().remove(&id);
+                Err(Error::Shared { kind: error.kind(), message: error.sentence() })
+            }
+            None => Err(Error::PodNotFound(id)),
+        }
+    }
+
+    /// One look at the names and, if the name is free, its reservation, under
+    /// one lock: of two requests for a name one begins and the other joins.
+    fn join_or_begin(&self, spec: PodSpec, since: Instant) -> Result<(String, Handle)> {
+        let (handler, runtime) = self.context.config.runtime(&spec.handler)?;
+        let host_cpus = std::thread::available_parallelism()
+            .map_or(1, |n| u32::try_from(n.get()).unwrap_or(1));
+        let size =
+            sizing::size(runtime, &spec.resources, &spec.overhead, host_cpus, max_vcpus(runtime));
+        let mut pods = self.pods();
+        let taken = pods.iter().find(|(_, handle)| {
+            let snapshot = handle.snapshot.borrow();
+            !snapshot.gone && snapshot.pod.spec.name == spec.name
+        });
+        if let Some((id, handle)) = taken {
+            let under_way = handle.started.borrow().is_none();
+            if under_way && handle.snapshot.borrow().pod.spec == spec {
+                return Ok((id.clone(), handle.clone()));
+            }
+            return Err(Error::PodNameTaken { name: full_name(&spec.name), id: id.clone() });
+        }
+        let id = ids::new_id();
+        let record = PodRecord {
+            id: id.clone(),
+            handler: handler.to_owned(),
+            phase: PodPhase::Reserved,
+            created_at_nanos: now_nanos(),
+            uid: free_uid(self.context.config.uid_base, &pods)?,
+            vcpus: size.vcpus,
+            memory_mib: size.memory_mib,
+            cgroup: spec.cgroup_parent.clone().or_else(|| Some(DEFAULT_CGROUP.into())),
+            network: None,
+            vmm_pid: None,
+            failure: None,
+            timeline: Vec::new(),
+            spec,
+        };
+        let handle = Driver::begin(Arc::clone(&self.context), record, since);
+        pods.insert(id.clone(), handle.clone());
+        Ok((id, handle))
+    }
+
+    /// StopPodSandbox; a pod that does not exist is stopped.
+    pub async fn stop(&self, id: &str) -> Result<()> {
+        let Some(handle) = self.find(id)? else { return Ok(()) };
+        handle.stopping.cancel();
+        match handle.ask(|reply| Command::Stop { reply }).await {
+            // A start that the stop ended was undone.
+            Err(Error::PodNotFound(_)) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// RemovePodSandbox; a pod that does not exist is removed.
+    pub async fn remove(&self, id: &str) -> Result<()> {
+        let Some(handle) = self.find(id)? else { return Ok(()) };
+        handle.stopping.cancel();
+        let pod_id = handle.snapshot.borrow().pod.id.clone();
+        match handle.ask(|reply| Command::Remove { reply }).await {
+            Ok(()) | Err(Error::PodNotFound(_)) => {
+                self.pods().remove(&pod_id);
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    /// The pods that CRI lists.
+    #[must_use]
+    pub fn list(&self) -> Vec<PodSnapshot> {
+        let pods = self.pods();
+        let mut list: Vec<PodSnapshot> =
+            pods.values().map(|handle| handle.snapshot.borrow().clone()).filter(PodSnapshot::is_listed).collect();
+        list.sort_by_key(|snapshot| std::cmp::Reverse(snapshot.pod.created_at_nanos));
+        list
+    }
+
+    /// The pod of this id or unambiguous prefix.
+    pub fn pod(&self, id: &str) -> Result<PodSnapshot> {
+        let handle = self.find(id)?.ok_or_else(|| Error::PodNotFound(id.to_owned()))?;
+        let snapshot = handle.snapshot.borrow().clone();
+        if snapshot.is_listed() { Ok(snapshot) } else { Err(Error::PodNotFound(id.to_owned())) }
+    }
+
+    fn find(&self, id: &str) -> Result<Option<Handle>> {
+        let pods = self.pods();
+        let full = ids::resolve("pod sandbox", id, pods.keys().map(String::as_str))?;
+        Ok(full.and_then(|full| pods.get(full)).cloned())
+    }
+
+    /// The container of this id or unambiguous prefix, with its pod.
+    pub fn container(&self, id: &str) -> Result<(PodSnapshot, Arc<ContainerRecord>)> {
+        let (_, snapshot, container) =
+            self.find_container(id)?.ok_or_else(|| Error::ContainerNotFound(id.to_owned()))?;
+        Ok((snapshot, container))
+    }
+
+    fn find_container(&self, id: &str) -> Result<Option<(Handle, PodSnapshot, Arc<ContainerRecord>)>> {
+        let snapshots: Vec<(Handle, PodSnapshot)> = self
+            .pods()
+            .values()
+            .map(|handle| (handle.clone(), handle.snapshot.borrow().clone()))
+            .collect();
+        let all = snapshots.iter().flat_map(|(_, s)| s.containers.keys().map(String::as_str));
+        let Some(full) = ids::resolve("container", id, all)? else { return Ok(None) };
+        Ok(snapshots.iter().find_map(|(handle, snapshot)| {
+            let container = snapshot.containers.get(full)?;
+            Some((handle.clone(), snapshot.clone(), Arc::clone(container)))
+        }))
+    }
+
+    fn existing(&self, id: &str) -> Result<(Handle, Arc<ContainerRecord>)> {
+        let (handle, _, container) =
+            self.find_container(id)?.ok_or_else(|| Error::ContainerNotFound(id.to_owned()))?;
+        Ok((handle, container))
+    }
+
+    pub async fn create_container(&self, pod: &str, spec: ContainerSpec) -> Result<String> {
+        let handle = self.find(pod)?.ok_or_else(|| Error::PodNotFound(pod.to_owned()))?;
+        handle.ask(|reply| Command::Create { spec: Box::new(spec), reply }).await
+    }
+
+    pub async fn start_container(&self, id: &str) -> Result<()> {
+        let (handle, container) = self.existing(id)?;
+        handle.ask(|reply| Command::Start { id: container.id.clone(), reply }).await
+    }
+
+    /// Asks the container to end, then ends it. Stopped or unknown to a pod
+    /// that is gone: no error.
+    pub async fn stop_container(&self, id: &str, grace: Duration) -> Result<()> {
+        let Some((handle, _, container)) = self.find_container(id)? else { return Ok(()) };
+        if container.phase == ContainerPhase::Exited {
+            return Ok(());
+        }
+        let signal = |signal| {
+            let (handle, id) = (handle.clone(), container.id.clone());
+            async move { handle.ask(|reply| Command::Signal { id, signal, reply }).await }
+        };
+        if !grace.is_zero() {
+            signal(signals::parse(&container.stop_signal).unwrap_or(SIGTERM)).await?;
+            if tokio::time::timeout(grace, over(&handle, &container.id)).await.is_ok() {
+                return Ok(());
+            }
+        }
+        signal(SIGKILL).await?;
+        tokio::time::timeout(KILL_WAIT, over(&handle, &container.id)).await.map_err(|_| {
+            Error::Unkillable { id: container.id.clone(), seconds: KILL_WAIT.as_secs() }
+        })
+    }
+
+    /// RemoveContainer, of a running one too; an unknown one is no error.
+    pub async fn remove_container(&self, id: &str) -> Result<()> {
+        let Some((handle, _, container)) = self.find_container(id)? else { return Ok(()) };
+        match handle.ask(|reply| Command::RemoveContainer { id: container.id.clone(), reply }).await {
+            Err(Error::PodNotFound(_)) => Ok(()),
+            other => other,
+        }
+    }
+
+    pub async fn reopen_log(&self, id: &str) -> Result<()> {
+        let (handle, container) = self.existing(id)?;
+        handle.ask(|reply| Command::ReopenLog { id: container.id.clone(), reply }).await
+    }
+
+    pub async fn exec_sync(&self, id: &str, argv: Vec<String>, timeout: Option<Duration>) -> Result<ExecOutput> {
+        let (snapshot, container) = self.container(id)?;
+        if container.phase != ContainerPhase::Running {
+            return Err(crate::driver::state_error(&container, "exec needs a running container"));
+        }
+        let agent = snapshot.agent.ok_or_else(|| Error::PodNotReady {
+            id: snapshot.pod.id.clone(),
+            state: snapshot.pod.failure.clone().unwrap_or_default(),
+        })?;
+        let request = agent_api::ExecSyncRequest {
+            container_id: container.id.clone(),
+            argv,
+            timeout_millis: timeout.map_or(0, |t| u64::try_from(t.as_millis()).unwrap_or(u64::MAX)),
+        };
+        let work = collect(&agent, request);
+        match timeout {
+            None => work.await,
+            // The agent keeps the time; this is for one that hangs.
+            Some(limit) => tokio::time::timeout(limit + EXEC_GRACE, work).await.unwrap_or(Ok(ExecOutput {
+                timed_out: true,
+                ..ExecOutput::default()
+            })),
+        }
+    }
+
+    /// Statistics from the pod's guest; none while it does not serve.
+    pub async fn stats(&self, snapshot: &PodSnapshot) -> Result<Option<agent_api::StatsResponse>> {
+        match &snapshot.agent {
+            Some(agent) => agent.stats(Vec::new()).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Where the node's CNI configuration stands: ready, or why not.
+    pub fn network_state(&self) -> std::result::Result<(), String> {
+        self.context.network.state()
+    }
+
+    #[must_use]
+    pub fn scratch_dir(&self) -> std::path::PathBuf {
+        self.context.config.root.join("scratch")
+    }
+
+    /// Bytes and files that the pods' scratch disks take on the host.
+    pub async fn scratch_usage(&self) -> Result<(u64, u64)> {
+        let dir = self.scratch_dir();
+        let usage = tokio::task::spawn_blocking(move || crate::scratch::usage(&dir)).await;
+        usage.map_err(|_| Error::Stopping)?
+    }
+
+    #[must_use]
+    pub fn console_path(&self, pod: &PodSnapshot) -> std::path::PathBuf {
+        let paths = crate::paths::PodPaths::new(&self.context.config, &pod.pod.id);
+        Path::new(&paths.console).to_owned()
+    }
+}
+
+async fn collect(agent: &crate::AgentClient, request: agent_api::ExecSyncRequest) -> Result<ExecOutput> {
+    let mut stream = agent.exec_sync(request).await?;
+    let mut output = ExecOutput::default();
+    // What is beyond the limit is dropped, as the field's runtimes do.
+    let take = |to: &mut Vec<u8>, bytes: Vec<u8>| {
+        let room = EXEC_OUTPUT_LIMIT.saturating_sub(to.len());
+        to.extend_from_slice(&bytes[..bytes.len().min(room)]);
+    };
+    while let Some(event) =
+        stream.message().await.map_err(|status| crate::agent::refused("ExecSync", &status))?
+    {
+        match event.event {
+            Some(ExecEvent::Stdout(bytes)) => take(&mut output.stdout, bytes),
+            Some(ExecEvent::Stderr(bytes)) => take(&mut output.stderr, bytes),
+            Some(ExecEvent::Exit(exit)) => {
+                output.exit_code = exit.code;
+                output.timed_out = exit.timed_out;
+                return Ok(output);
+            }
+            None => {}
+        }
+    }
+    Err(Error::VmEnded("the exec's stream broke before its exit code".to_owned()))
+}
+
+/// Waits until the container has exited or is gone.
+async fn over(handle: &Handle, id: &str) {
+    let mut snapshot = handle.snapshot.clone();
+    let done = |snapshot: &PodSnapshot| {
+        snapshot.gone
+            || snapshot.containers.get(id).is_none_or(|container| container.exit.is_some())
+    };
+    if snapshot.wait_for(done).await.is_err() {
+        tracing::debug!(container = id, "the pod's driver ended");
+    }
+}
+
+fn full_name(name: &PodName) -> String {
+    format!("{}/{} (uid {}, attempt {})", name.namespace, name.name, name.uid, name.attempt)
+}
+
+fn free_uid(base: u32, pods: &HashMap<String, Handle>) -> Result<u32> {
+    let taken: BTreeSet<u32> = pods.values().map(|handle| handle.snapshot.borrow().pod.uid).collect();
+    (base..base.saturating_add(UIDS)).find(|uid| !taken.contains(uid)).ok_or_else(|| Error::Shared {
+        kind: crate::ErrorKind::ResourceExhausted,
+        message: format!("all {UIDS} uids for pods are in use"),
+    })
+}

@@ -1,0 +1,307 @@
+//! The OCI runtime spec of a container, from what CRI asked for and what its
+//! image says (OCI runtime spec 1.2; OCI image spec, "Conversion to OCI
+//! runtime configuration").
+
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
+
+use oci_spec::image::ImageConfiguration;
+use oci_spec::runtime::{
+    Capabilities, Capability, LinuxBuilder, LinuxCapabilitiesBuilder, LinuxCpuBuilder,
+    LinuxMemoryBuilder, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources,
+    LinuxResourcesBuilder, Mount, MountBuilder, ProcessBuilder, RootBuilder, Spec, SpecBuilder,
+};
+
+use crate::spec::{ContainerSpec, Propagation, Resources, Seccomp};
+use crate::{Error, Result, seccomp};
+
+/// What containerd and CRI-O search when neither image nor pod sets PATH.
+const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// The capabilities every runtime of the field grants by default.
+const DEFAULT_CAPABILITIES: [Capability; 14] = [
+    Capability::AuditWrite,
+    Capability::Chown,
+    Capability::DacOverride,
+    Capability::Fowner,
+    Capability::Fsetid,
+    Capability::Kill,
+    Capability::Mknod,
+    Capability::NetBindService,
+    Capability::NetRaw,
+    Capability::Setfcap,
+    Capability::Setgid,
+    Capability::Setpcap,
+    Capability::Setuid,
+    Capability::SysChroot,
+];
+
+const ALL_CAPABILITIES: [Capability; 41] = [
+    Capability::AuditControl,
+    Capability::AuditRead,
+    Capability::AuditWrite,
+    Capability::BlockSuspend,
+    Capability::Bpf,
+    Capability::CheckpointRestore,
+    Capability::Chown,
+    Capability::DacOverride,
+    Capability::DacReadSearch,
+    Capability::Fowner,
+    Capability::Fsetid,
+    Capability::IpcLock,
+    Capability::IpcOwner,
+    Capability::Kill,
+    Capability::Lease,
+    Capability::LinuxImmutable,
+    Capability::MacAdmin,
+    Capability::MacOverride,
+    Capability::Mknod,
+    Capability::NetAdmin,
+    Capability::NetBindService,
+    Capability::NetBroadcast,
+    Capability::NetRaw,
+    Capability::Perfmon,
+    Capability::Setfcap,
+    Capability::Setgid,
+    Capability::Setpcap,
+    Capability::Setuid,
+    Capability::SysAdmin,
+    Capability::SysBoot,
+    Capability::SysChroot,
+    Capability::SysModule,
+    Capability::SysNice,
+    Capability::SysPacct,
+    Capability::SysPtrace,
+    Capability::SysRawio,
+    Capability::SysResource,
+    Capability::SysTime,
+    Capability::SysTtyConfig,
+    Capability::Syslog,
+    Capability::WakeAlarm,
+];
+
+pub fn runtime_spec(
+    spec: &ContainerSpec,
+    image: &ImageConfiguration,
+    hostname: &str,
+    guest_volumes: &Path,
+) -> Result<Spec> {
+    let config = image.config().clone().unwrap_or_default();
+    let args = command_line(
+        spec,
+        config.entrypoint().as_deref().unwrap_or_default(),
+        config.cmd().as_deref().unwrap_or_default(),
+    )?;
+    let cwd = [spec.working_dir.as_str(), config.working_dir().as_deref().unwrap_or_default()]
+        .into_iter()
+        .find(|dir| !dir.is_empty())
+        .unwrap_or("/");
+    let held = capabilities(spec)?;
+    let process = ProcessBuilder::default()
+        .terminal(spec.tty)
+        .args(args)
+        .env(environment(spec, config.env().as_deref().unwrap_or_default(), hostname))
+        .cwd(cwd)
+        .no_new_privileges(spec.security.no_new_privileges)
+        .oom_score_adj(spec.resources.oom_score_adj)
+        .capabilities(capability_sets(&held)?)
+        .build()?;
+
+    let mut namespaces = vec![LinuxNamespaceType::Mount, LinuxNamespaceType::Cgroup];
+    if spec.security.own_pid_namespace {
+        namespaces.push(LinuxNamespaceType::Pid);
+    }
+    let namespaces = namespaces
+        .into_iter()
+        .map(|kind| LinuxNamespaceBuilder::default().typ(kind).build())
+        .collect::<std::result::Result<Vec<_>, _>>()?;
+    let mut linux = LinuxBuilder::default()
+        .namespaces(namespaces)
+        .resources(linux_resources(&spec.resources)?)
+        .masked_paths(text(&spec.security.masked_paths))
+        .readonly_paths(text(&spec.security.readonly_paths))
+        .build()?;
+    if spec.security.seccomp == Seccomp::RuntimeDefault && !spec.security.privileged {
+        linux.set_seccomp(Some(seccomp::runtime_default(&held)?));
+    }
+    linux.set_rootfs_propagation(Some(root_propagation(spec).to_owned()));
+
+    Ok(SpecBuilder::default()
+        .version("1.2.0")
+        .hostname(hostname)
+        .root(RootBuilder::default().path("rootfs").readonly(spec.security.read_only_root).build()?)
+        .process(process)
+        .mounts(mounts(spec, guest_volumes)?)
+        .linux(linux)
+        .build()?)
+}
+
+fn text(paths: &[PathBuf]) -> Vec<String> {
+    paths.iter().map(|path| path.to_string_lossy().into_owned()).collect()
+}
+
+/// CRI's `command` replaces the image's entrypoint and, with it, its cmd;
+/// `args` replaces only the cmd.
+fn command_line(spec: &ContainerSpec, entrypoint: &[String], cmd: &[String]) -> Result<Vec<String>> {
+    let (head, tail) = match (spec.command.is_empty(), spec.args.is_empty()) {
+        (true, true) => (entrypoint, cmd),
+        (true, false) => (entrypoint, spec.args.as_slice()),
+        (false, _) => (spec.command.as_slice(), spec.args.as_slice()),
+    };
+    let line: Vec<String> = head.iter().chain(tail).cloned().collect();
+    if line.is_empty() {
+        return Err(Error::Invalid {
+            field: "config.command".to_owned(),
+            why: format!("is empty and image {:?} has neither entrypoint nor cmd", spec.user_image),
+        });
+    }
+    Ok(line)
+}
+
+fn environment(spec: &ContainerSpec, image: &[String], hostname: &str) -> Vec<String> {
+    let mut names: HashMap<String, usize> = HashMap::new();
+    let mut variables: Vec<String> = Vec::new();
+    let mut set = |entry: String| {
+        let name = entry.split('=').next().unwrap_or_default().to_owned();
+        match names.get(&name) {
+            Some(&index) => variables[index] = entry,
+            None => {
+                names.insert(name, variables.len());
+                variables.push(entry);
+            }
+        }
+    };
+    set(DEFAULT_PATH.to_owned());
+    set(format!("HOSTNAME={hostname}"));
+    if spec.tty {
+        set("TERM=xterm".to_owned());
+    }
+    for entry in image {
+        set(entry.clone());
+    }
+    for (name, value) in &spec.env {
+        set(format!("{name}={value}"));
+    }
+    variables
+}
+
+/// What the container's processes may hold.
+fn capabilities(spec: &ContainerSpec) -> Result<HashSet<Capability>> {
+    let security = &spec.security;
+    let is_all = |name: &&String| name.eq_ignore_ascii_case("ALL");
+    let mut set = HashSet::from(DEFAULT_CAPABILITIES);
+    if security.privileged || security.add_capabilities.iter().any(|name| is_all(&name)) {
+        set = HashSet::from(ALL_CAPABILITIES);
+    }
+    if security.drop_capabilities.iter().any(|name| is_all(&name)) {
+        set.clear();
+    }
+    for name in security.add_capabilities.iter().filter(|name| !is_all(name)) {
+        set.insert(known_capability(name, "add")?);
+    }
+    for name in security.drop_capabilities.iter().filter(|name| !is_all(name)) {
+        set.remove(&known_capability(name, "drop")?);
+    }
+    Ok(set)
+}
+
+fn capability_sets(held: &HashSet<Capability>) -> Result<oci_spec::runtime::LinuxCapabilities> {
+    let set: Capabilities = held.iter().copied().collect();
+    Ok(LinuxCapabilitiesBuilder::default()
+        .bounding(set.clone())
+        .effective(set.clone())
+        .permitted(set)
+        .inheritable(Capabilities::new())
+        .ambient(Capabilities::new())
+        .build()?)
+}
+
+fn known_capability(name: &str, list: &str) -> Result<Capability> {
+    let upper = name.to_ascii_uppercase();
+    let short = upper.strip_prefix("CAP_").unwrap_or(&upper);
+    serde_json::from_value(serde_json::Value::String(format!("CAP_{short}"))).map_err(|_| Error::Invalid {
+        field: format!("linux.security_context.capabilities.{list}_capabilities"),
+        why: format!("{name:?} is no capability of Linux"),
+    })
+}
+
+/// The kernel's file systems a container finds, then its volumes, parents
+/// before children.
+fn mounts(spec: &ContainerSpec, guest_volumes: &Path) -> Result<Vec<Mount>> {
+    let sys_mode = if spec.security.privileged { "rw" } else { "ro" };
+    let mut mounts = vec![
+        kernel_mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"])?,
+        kernel_mount("/dev", "tmpfs", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"])?,
+        kernel_mount("/dev/pts", "devpts", "devpts", &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"])?,
+        kernel_mount("/dev/mqueue", "mqueue", "mqueue", &["nosuid", "noexec", "nodev"])?,
+        kernel_mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", sys_mode])?,
+        kernel_mount("/sys/fs/cgroup", "cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", sys_mode])?,
+    ];
+    let mut volumes: Vec<(usize, &crate::spec::Mount)> = spec.mounts.iter().enumerate().collect();
+    volumes.sort_by_key(|(_, volume)| volume.container_path.components().count());
+    for (index, volume) in volumes {
+        let propagation = match volume.propagation {
+            Propagation::Private => "rprivate",
+            Propagation::HostToContainer => "rslave",
+            Propagation::Bidirectional => "rshared",
+        };
+        let mode = if volume.read_only { "ro" } else { "rw" };
+        mounts.retain(|mount| mount.destination() != &volume.container_path);
+        mounts.push(
+            MountBuilder::default()
+                .destination(&volume.container_path)
+                .source(guest_volumes.join(index.to_string()))
+                .typ("bind")
+                .options(vec!["rbind".to_owned(), propagation.to_owned(), mode.to_owned()])
+                .build()?,
+        );
+    }
+    Ok(mounts)
+}
+
+fn kernel_mount(at: &str, kind: &str, source: &str, options: &[&str]) -> Result<Mount> {
+    Ok(MountBuilder::default()
+        .destination(at)
+        .typ(kind)
+        .source(source)
+        .options(options.iter().map(|&o| o.to_owned()).collect::<Vec<_>>())
+        .build()?)
+}
+
+fn root_propagation(spec: &ContainerSpec) -> &'static str {
+    let has = |wanted| spec.mounts.iter().any(|mount| mount.propagation == wanted);
+    if has(Propagation::Bidirectional) {
+        "rshared"
+    } else if has(Propagation::HostToContainer) {
+        "rslave"
+    } else {
+        "rprivate"
+    }
+}
+
+/// CRI's resources in the terms of the OCI runtime spec.
+pub fn linux_resources(resources: &Resources) -> Result<LinuxResources> {
+    let mut cpu = LinuxCpuBuilder::default();
+    if let Some(shares) = resources.cpu_shares {
+        cpu = cpu.shares(shares);
+    }
+    if let Some(quota) = resources.cpu_quota_us {
+        cpu = cpu.quota(i64::try_from(quota).unwrap_or(i64::MAX));
+    }
+    if let Some(period) = resources.cpu_period_us {
+        cpu = cpu.period(period);
+    }
+    let mut memory = LinuxMemoryBuilder::default();
+    if let Some(limit) = resources.memory_limit_bytes {
+        memory = memory.limit(i64::try_from(limit).unwrap_or(i64::MAX));
+    }
+    let mut builder = LinuxResourcesBuilder::default().cpu(cpu.build()?).memory(memory.build()?);
+    if !resources.unified.is_empty() {
+        builder = builder.unified(resources.unified.clone().into_iter().collect::<HashMap<_, _>>());
+    }
+    Ok(builder.build()?)
+}
+
+#[cfg(test)]
+#[path = "oci_tests.rs"]
+mod tests;

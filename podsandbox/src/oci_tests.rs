@@ -1,0 +1,86 @@
+use super::*;
+use crate::spec::{ContainerName, Security, User};
+
+fn container() -> ContainerSpec {
+    ContainerSpec {
+        name: ContainerName { name: "c".into(), attempt: 0 },
+        user_image: "busybox".into(),
+        image: "sha256:x".into(),
+        command: Vec::new(),
+        args: Vec::new(),
+        working_dir: String::new(),
+        env: Vec::new(),
+        mounts: Vec::new(),
+        labels: Default::default(),
+        annotations: Default::default(),
+        log_path: None,
+        stdin: false,
+        stdin_once: false,
+        tty: false,
+        user: User::default(),
+        security: Security::default(),
+        resources: Resources::default(),
+    }
+}
+
+fn words(words: &[&str]) -> Vec<String> {
+    words.iter().map(|&w| w.to_owned()).collect()
+}
+
+#[test]
+fn command_and_args_replace_entrypoint_and_cmd_as_kubernetes_documents() {
+    let (entrypoint, cmd) = (words(&["/entry"]), words(&["a", "b"]));
+    let line = |command: &[&str], args: &[&str]| {
+        let spec = ContainerSpec { command: words(command), args: words(args), ..container() };
+        command_line(&spec, &entrypoint, &cmd).unwrap()
+    };
+    assert_eq!(line(&[], &[]), ["/entry", "a", "b"]);
+    assert_eq!(line(&[], &["x"]), ["/entry", "x"]);
+    assert_eq!(line(&["/cmd"], &[]), ["/cmd"]);
+    assert_eq!(line(&["/cmd"], &["x"]), ["/cmd", "x"]);
+    assert!(matches!(command_line(&container(), &[], &[]), Err(Error::Invalid { .. })));
+}
+
+#[test]
+fn the_pods_variables_win_over_the_images() {
+    let spec = ContainerSpec {
+        env: vec![("A".into(), "pod".into()), ("A".into(), "last".into()), ("PATH".into(), "/p".into())],
+        ..container()
+    };
+    let env = environment(&spec, &words(&["A=image", "B=image"]), "web");
+    assert_eq!(env, ["PATH=/p", "HOSTNAME=web", "A=last", "B=image"]);
+}
+
+#[test]
+fn capabilities_are_added_and_dropped_by_name_or_all() {
+    let held = |add: &[&str], drop: &[&str]| {
+        let security = Security {
+            add_capabilities: words(add),
+            drop_capabilities: words(drop),
+            ..Security::default()
+        };
+        capabilities(&ContainerSpec { security, ..container() }).unwrap()
+    };
+    assert_eq!(held(&["net_admin"], &["ALL"]), HashSet::from([Capability::NetAdmin]));
+    assert!(held(&["ALL"], &["CAP_SYS_ADMIN"]).len() == 40);
+    assert!(!held(&[], &["NET_RAW"]).contains(&Capability::NetRaw));
+    let security = Security { add_capabilities: words(&["FLY"]), ..Security::default() };
+    let error = capabilities(&ContainerSpec { security, ..container() }).unwrap_err();
+    assert!(error.to_string().contains("\"FLY\" is no capability"), "{error}");
+}
+
+#[test]
+fn a_volume_replaces_what_is_mounted_at_its_place_and_parents_come_first() {
+    let volume = |at: &str| crate::spec::Mount {
+        host_path: "/h".into(),
+        container_path: at.into(),
+        read_only: false,
+        propagation: Propagation::Private,
+    };
+    let spec = ContainerSpec { mounts: vec![volume("/a/b"), volume("/a"), volume("/dev/mqueue")], ..container() };
+    let mounts = mounts(&spec, Path::new("/v")).unwrap();
+    let at = |path: &str| mounts.iter().position(|m| m.destination() == Path::new(path)).unwrap();
+    assert!(at("/a") < at("/a/b"));
+    assert_eq!(mounts.iter().filter(|m| m.destination() == Path::new("/dev/mqueue")).count(), 1);
+    assert_eq!(mounts[at("/a/b")].source().as_deref(), Some(Path::new("/v/0")));
+}

@@ -1,0 +1,59 @@
+//! Where a pod's files are. Every path follows from the id, so that a daemon
+//! that knows only the id can free everything.
+
+use std::path::PathBuf;
+
+use crate::config::Config;
+
+/// Unix socket paths hold 107 bytes; a 64-digit id would use most of them.
+const DIR_ID_DIGITS: usize = 16;
+
+#[derive(Clone, Debug)]
+pub struct PodPaths {
+    /// Everything volatile.
+    pub dir: PathBuf,
+    pub control: PathBuf,
+    pub vsock: PathBuf,
+    pub console: PathBuf,
+    /// The VMM's own messages.
+    pub vmm_log: PathBuf,
+    pub jail: PathBuf,
+    /// What the guest sees through virtio-fs.
+    pub shared: PathBuf,
+    pub scratch: PathBuf,
+    pub netns_name: String,
+    pub netns: PathBuf,
+}
+
+impl PodPaths {
+    #[must_use]
+    pub fn new(config: &Config, id: &str) -> Self {
+        let short = &id[..id.len().min(DIR_ID_DIGITS)];
+        let dir = config.run_dir.join("pods").join(short);
+        let netns_name = format!("drupe-{short}");
+        Self {
+            control: dir.join("control.sock"),
+            vsock: dir.join("vsock.sock"),
+            console: dir.join("console.log"),
+            vmm_log: dir.join("vmm.log"),
+            jail: dir.join("jail"),
+            shared: dir.join("shared"),
+            scratch: config.root.join("scratch").join(format!("{short}.ext4")),
+            netns: config.netns_dir.join(&netns_name),
+            netns_name,
+            dir,
+        }
+    }
+
+    /// The directory that holds one container's volumes.
+    #[must_use]
+    pub fn volumes(&self, container: &str) -> PathBuf {
+        self.shared.join(&container[..container.len().min(DIR_ID_DIGITS)])
+    }
+
+    /// The same directory as the guest sees it.
+    #[must_use]
+    pub fn guest_volumes(&self, container: &str) -> PathBuf {
+        PathBuf::from(agent_api::SHARED_DIR).join(&container[..container.len().min(DIR_ID_DIGITS)])
+    }
+}

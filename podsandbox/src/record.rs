@@ -1,0 +1,148 @@
+//! What is on disk about a pod and its containers.
+//!
+//! A record is written before the step it announces is taken. A daemon that
+//! finds a pod between [`PodPhase::Reserved`] and [`PodPhase::Booted`] undoes
+//! it; every resource's name follows from the id, so the id is enough.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::Step;
+use crate::spec::{ContainerSpec, PodSpec};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PodPhase {
+    /// The name, id and uid are taken; nothing else may exist yet, anything
+    /// may from here on.
+    Reserved,
+    /// CNI ADD is about to run.
+    Networked,
+    /// The VMM is about to be spawned.
+    Booted,
+    /// The pod serves.
+    Ready,
+    /// StopPodSandbox has begun; what is left is being freed.
+    Stopping,
+    Stopped,
+    /// RemovePodSandbox has begun.
+    Removing,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PodRecord {
+    pub id: String,
+    pub spec: PodSpec,
+    /// The configured handler that serves it.
+    pub handler: String,
+    pub phase: PodPhase,
+    pub created_at_nanos: i64,
+    /// Uid and gid of the pod's VMM.
+    pub uid: u32,
+    pub vcpus: u32,
+    pub memory_mib: u32,
+    /// The control group the VMM is put below; none: the daemon's own.
+    pub cgroup: Option<PathBuf>,
+    pub network: Option<PodNetworkRecord>,
+    /// Process id of the VMM on the host, for people and statistics.
+    pub vmm_pid: Option<u32>,
+    /// Why the pod is not ready any more, when nobody asked for that.
+    pub failure: Option<String>,
+    pub timeline: Vec<PhaseTime>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodNetworkRecord {
+    /// In the order the CNI result gives them; the first is the pod's IP.
+    pub ips: Vec<String>,
+}
+
+/// One step of a pod's start, in microseconds since RunPodSandbox came in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PhaseTime {
+    pub phase: Step,
+    pub start_us: u64,
+    pub duration_us: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ContainerPhase {
+    /// Being put together; a daemon that finds it so undoes it.
+    Creating,
+    Created,
+    Running,
+    Exited,
+    /// RemoveContainer has begun.
+    Removing,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ContainerRecord {
+    pub id: String,
+    pub pod_id: String,
+    pub spec: ContainerSpec,
+    pub image_id: String,
+    /// The image by digest, as the kubelet shows it; else the id.
+    pub image_ref: String,
+    pub phase: ContainerPhase,
+    pub slot: u32,
+    pub stop_signal: String,
+    pub log_file: Option<PathBuf>,
+    pub created_at_nanos: i64,
+    pub started_at_nanos: i64,
+    pub exit: Option<ExitRecord>,
+    /// The process in the guest's PID namespace.
+    pub pid: u32,
+    pub user: Option<ResolvedUser>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResolvedUser {
+    pub uid: u32,
+    pub gid: u32,
+    pub supplemental_groups: Vec<u32>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExitRecord {
+    pub code: i32,
+    pub finished_at_nanos: i64,
+    pub reason: ExitReason,
+    pub message: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ExitReason {
+    Completed,
+    Error,
+    OOMKilled,
+    StartError,
+    /// The pod's machine is gone and with it what its containers returned.
+    Unknown,
+}
+
+impl ExitReason {
+    /// The reason that belongs to an exit the agent reported.
+    #[must_use]
+    pub fn of(code: i32, oom_killed: bool, start_error: &str) -> Self {
+        match (code, oom_killed, start_error.is_empty()) {
+            (_, _, false) => Self::StartError,
+            (_, true, _) => Self::OOMKilled,
+            (0, ..) => Self::Completed,
+            _ => Self::Error,
+        }
+    }
+
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Completed => "Completed",
+            Self::Error => "Error",
+            Self::OOMKilled => "OOMKilled",
+            Self::StartError => "StartError",
+            Self::Unknown => "Unknown",
+        }
+    }
+}

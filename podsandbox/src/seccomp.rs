@@ -1,0 +1,79 @@
+//! The `RuntimeDefault` seccomp profile.
+//!
+//! A container's kernel is its pod's own, so the profile guards the pod's
+//! other containers and the guest's kernel, not the host. It refuses what the
+//! field's default profiles refuse, each group unless the container holds the
+//! capability that the calls are for.
+
+use std::collections::HashSet;
+
+use oci_spec::runtime::{
+    Arch, Capability, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompBuilder, LinuxSyscallBuilder,
+};
+
+use crate::Result;
+
+/// Calls refused to a container without the capability; None: to every one.
+const REFUSED: [(Option<Capability>, &[&str]); 9] = [
+    (
+        None,
+        &[
+            "add_key", "keyctl", "request_key", "io_uring_enter", "io_uring_register",
+            "io_uring_setup", "userfaultfd", "uselib", "ustat", "sysfs", "vserver", "nfsservctl",
+            "get_kernel_syms", "query_module", "create_module", "vm86", "vm86old",
+        ],
+    ),
+    (
+        Some(Capability::SysAdmin),
+        &[
+            "mount", "umount", "umount2", "mount_setattr", "move_mount", "open_tree", "fsconfig",
+            "fsmount", "fsopen", "fspick", "pivot_root", "setns", "unshare", "sethostname",
+            "setdomainname", "quotactl", "quotactl_fd", "swapon", "swapoff", "lookup_dcookie",
+        ],
+    ),
+    (Some(Capability::Bpf), &["bpf"]),
+    (Some(Capability::Perfmon), &["perf_event_open"]),
+    (Some(Capability::SysBoot), &["reboot", "kexec_load", "kexec_file_load"]),
+    (Some(Capability::SysModule), &["init_module", "finit_module", "delete_module"]),
+    (Some(Capability::SysTime), &["settimeofday", "stime", "clock_settime", "clock_settime64", "adjtimex", "clock_adjtime"]),
+    (Some(Capability::DacReadSearch), &["open_by_handle_at"]),
+    (Some(Capability::SysRawio), &["iopl", "ioperm"]),
+];
+
+/// `EPERM`, as the field's default profiles answer.
+const EPERM: u32 = 1;
+
+pub fn runtime_default(held: &HashSet<Capability>) -> Result<LinuxSeccomp> {
+    let names: Vec<String> = REFUSED
+        .iter()
+        .filter(|(capability, _)| capability.is_none_or(|needed| !held.contains(&needed)))
+        .flat_map(|(_, names)| names.iter().map(|&name| name.to_owned()))
+        .collect();
+    let refuse = LinuxSyscallBuilder::default()
+        .names(names)
+        .action(LinuxSeccompAction::ScmpActErrno)
+        .errno_ret(EPERM)
+        .build()?;
+    Ok(LinuxSeccompBuilder::default()
+        .default_action(LinuxSeccompAction::ScmpActAllow)
+        .architectures(vec![Arch::ScmpArchX86_64])
+        .syscalls(vec![refuse])
+        .build()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_capability_brings_its_calls_back() {
+        let refused = |held: &HashSet<Capability>| {
+            let profile = runtime_default(held).unwrap();
+            profile.syscalls().clone().unwrap().iter().flat_map(|s| s.names().clone()).collect::<HashSet<_>>()
+        };
+        let none = refused(&HashSet::new());
+        assert!(none.contains("mount") && none.contains("keyctl") && none.contains("bpf"));
+        let admin = refused(&HashSet::from([Capability::SysAdmin]));
+        assert!(!admin.contains("mount") && admin.contains("keyctl") && admin.contains("bpf"));
+    }
+}

@@ -1,0 +1,98 @@
+//! How large a pod's virtual machine is.
+//!
+//! Limits win: the guest gets the pod's memory limit plus what its own kernel
+//! and agent need, so that a container can use all it was promised. A pod
+//! without limits gets the handler's defaults.
+
+use crate::config::RuntimeConfig;
+use crate::spec::Resources;
+
+/// Below this a guest kernel does not come up.
+const MIN_MEMORY_MIB: u32 = 64;
+/// What the guest kernels are built for.
+const MAX_VCPUS: u32 = 32;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VmSize {
+    pub vcpus: u32,
+    pub memory_mib: u32,
+}
+
+#[must_use]
+pub fn size(
+    runtime: &RuntimeConfig,
+    resources: &Resources,
+    overhead: &Resources,
+    host_cpus: u32,
+    max_vcpus: u32,
+) -> VmSize {
+    let memory_mib = match resources.memory_limit_bytes {
+        Some(limit) => {
+            let own = overhead
+                .memory_limit_bytes
+                .map_or(runtime.guest_overhead_mib, |bytes| mib(bytes).max(runtime.guest_overhead_mib));
+            mib(limit).saturating_add(own)
+        }
+        None => runtime.default_memory_mib,
+    };
+    let vcpus = match (resources.cpu_quota_us, resources.cpu_period_us.unwrap_or(100_000)) {
+        (Some(quota), period) if period > 0 => {
+            u32::try_from(quota.div_ceil(period)).unwrap_or(MAX_VCPUS)
+        }
+        _ => runtime.default_vcpus,
+    };
+    VmSize {
+        vcpus: vcpus.clamp(1, host_cpus.clamp(1, max_vcpus.min(MAX_VCPUS))),
+        memory_mib: memory_mib.max(MIN_MEMORY_MIB),
+    }
+}
+
+fn mib(bytes: u64) -> u32 {
+    u32::try_from(bytes.div_ceil(1 << 20)).unwrap_or(u32::MAX / 2)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn limits(memory: Option<u64>, quota: Option<u64>) -> Resources {
+        Resources {
+            memory_limit_bytes: memory,
+            cpu_quota_us: quota,
+            cpu_period_us: Some(100_000),
+            ..Resources::default()
+        }
+    }
+
+    #[test]
+    fn a_pod_without_limits_gets_the_handlers_defaults() {
+        let runtime = RuntimeConfig::default();
+        let none = Resources::default();
+        let size = size(&runtime, &none, &none, 16, 32);
+        assert_eq!(size, VmSize { vcpus: 1, memory_mib: 512 });
+    }
+
+    #[test]
+    fn half_a_cpu_needs_one_and_two_and_a_half_need_three() {
+        let runtime = RuntimeConfig::default();
+        let none = Resources::default();
+        let cpus = |quota| size(&runtime, &limits(None, Some(quota)), &none, 16, 32).vcpus;
+        assert_eq!(cpus(50_000), 1);
+        assert_eq!(cpus(250_000), 3);
+    }
+
+    proptest! {
+        #[test]
+        fn a_container_can_use_all_it_was_promised(
+            limit in 1u64..1 << 44, overhead in proptest::option::of(0u64..1 << 34),
+            quota in 0u64..1 << 40, host in 1u32..512, max in 1u32..64,
+        ) {
+            let runtime = RuntimeConfig::default();
+            let declared = limits(overhead, None);
+            let size = size(&runtime, &limits(Some(limit), Some(quota)), &declared, host, max);
+            prop_assert!(u64::from(size.memory_mib) << 20 >= limit.min(1 << 50));
+            prop_assert!(size.vcpus >= 1 && size.vcpus <= host && size.vcpus <= 32 && size.vcpus <= max);
+        }
+    }
+}

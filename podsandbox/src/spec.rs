@@ -1,0 +1,173 @@
+//! What a pod and a container are asked to be.
+//!
+//! The CRI server parses requests into these types and rejects what cannot be;
+//! past that edge every value here can be acted on. They are stored as they
+//! are, so a restarted daemon knows what was asked for.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// The identity the kubelet gives a sandbox; unique on a node.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct PodName {
+    pub name: String,
+    pub namespace: String,
+    pub uid: String,
+    pub attempt: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PodSpec {
+    pub name: PodName,
+    /// As asked for; empty means the default handler.
+    pub handler: String,
+    /// The guest's hostname, at most 64 bytes.
+    pub hostname: String,
+    /// Where containers' log paths are rooted; none: no logs.
+    pub log_directory: Option<PathBuf>,
+    /// None: the node's own resolv.conf.
+    pub dns: Option<Dns>,
+    pub port_mappings: Vec<PortMapping>,
+    pub bandwidth: Bandwidth,
+    pub labels: BTreeMap<String, String>,
+    pub annotations: BTreeMap<String, String>,
+    /// Kernel parameters of the guest, by dotted name.
+    pub sysctls: BTreeMap<String, String>,
+    pub share_process_namespace: bool,
+    /// The control group that the kubelet made for the pod.
+    pub cgroup_parent: Option<PathBuf>,
+    /// Sum over the containers, as the kubelet states it; bytes and CPUs.
+    pub resources: Resources,
+    /// What RuntimeClass declares on top.
+    pub overhead: Resources,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Dns {
+    pub servers: Vec<String>,
+    pub searches: Vec<String>,
+    pub options: Vec<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortMapping {
+    pub protocol: Protocol,
+    pub container_port: u16,
+    pub host_port: u16,
+    /// Empty: every address of the host.
+    pub host_ip: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    Tcp,
+    Udp,
+    Sctp,
+}
+
+/// Bits per second, from the pod's `kubernetes.io/*-bandwidth` annotations.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bandwidth {
+    pub ingress_bits: Option<u64>,
+    pub egress_bits: Option<u64>,
+}
+
+/// `LinuxContainerResources` of CRI; 0 and None both mean "not set" there, so
+/// here only None does.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resources {
+    pub cpu_period_us: Option<u64>,
+    /// Microseconds of CPU time per period.
+    pub cpu_quota_us: Option<u64>,
+    pub cpu_shares: Option<u64>,
+    pub memory_limit_bytes: Option<u64>,
+    pub memory_swap_limit_bytes: Option<u64>,
+    pub oom_score_adj: i32,
+    pub cpuset_cpus: String,
+    pub cpuset_mems: String,
+    /// cgroup v2 files, verbatim.
+    pub unified: BTreeMap<String, String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct ContainerName {
+    pub name: String,
+    pub attempt: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ContainerSpec {
+    pub name: ContainerName,
+    /// The image as the user wrote it.
+    pub user_image: String,
+    /// The image id or reference that CRI resolved.
+    pub image: String,
+    pub command: Vec<String>,
+    pub args: Vec<String>,
+    pub working_dir: String,
+    /// In order; a later one wins.
+    pub env: Vec<(String, String)>,
+    pub mounts: Vec<Mount>,
+    pub labels: BTreeMap<String, String>,
+    pub annotations: BTreeMap<String, String>,
+    /// Below the pod's log directory; none: output is discarded.
+    pub log_path: Option<PathBuf>,
+    pub stdin: bool,
+    pub stdin_once: bool,
+    pub tty: bool,
+    pub user: User,
+    pub security: Security,
+    pub resources: Resources,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mount {
+    pub host_path: PathBuf,
+    pub container_path: PathBuf,
+    pub read_only: bool,
+    pub propagation: Propagation,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Propagation {
+    Private,
+    HostToContainer,
+    Bidirectional,
+}
+
+/// Whom the process runs as; names are resolved in the container's own files.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct User {
+    pub username: String,
+    pub uid: Option<i64>,
+    pub gid: Option<i64>,
+    pub supplemental_groups: Vec<i64>,
+    pub strict_groups: bool,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Security {
+    /// All capabilities and devices of the guest; never of the host.
+    pub privileged: bool,
+    pub add_capabilities: Vec<String>,
+    pub drop_capabilities: Vec<String>,
+    pub read_only_root: bool,
+    pub no_new_privileges: bool,
+    pub masked_paths: Vec<PathBuf>,
+    pub readonly_paths: Vec<PathBuf>,
+    /// The container's own PID namespace; else the pod's.
+    pub own_pid_namespace: bool,
+    pub seccomp: Seccomp,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Seccomp {
+    #[default]
+    Unconfined,
+    RuntimeDefault,
+}

@@ -1,0 +1,135 @@
+//! Records in one redb file. Every write is on disk when the call returns.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+
+use crate::record::{ContainerRecord, PodRecord};
+
+const PODS: TableDefinition<&str, &[u8]> = TableDefinition::new("pods");
+const CONTAINERS: TableDefinition<&str, &[u8]> = TableDefinition::new("containers");
+
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    #[error("cannot open {path:?}")]
+    Open { path: PathBuf, #[source] source: Box<redb::Error> },
+    #[error("transaction failed")]
+    Transaction(#[source] Box<redb::Error>),
+    #[error("record {id} is not readable: {source}")]
+    Decode { id: String, source: serde_json::Error },
+    #[error("record {id} cannot be encoded: {source}")]
+    Encode { id: String, source: serde_json::Error },
+    #[error("the writer task ended")]
+    WriterGone,
+}
+
+fn db(error: impl Into<redb::Error>) -> StoreError {
+    StoreError::Transaction(Box::new(error.into()))
+}
+
+/// Shared by all drivers; a write runs on the blocking pool.
+#[derive(Clone)]
+pub struct Store {
+    database: Arc<Database>,
+}
+
+/// What the daemon finds when it starts.
+pub struct Found {
+    pub pods: Vec<PodRecord>,
+    pub containers: Vec<ContainerRecord>,
+}
+
+impl Store {
+    pub fn open(path: &Path) -> Result<Self, StoreError> {
+        let open = |source: redb::Error| StoreError::Open { path: path.to_owned(), source: Box::new(source) };
+        let database = Database::create(path).map_err(|e| open(e.into()))?;
+        let write = database.begin_write().map_err(|e| open(e.into()))?;
+        write.open_table(PODS).map_err(|e| open(e.into()))?;
+        write.open_table(CONTAINERS).map_err(|e| open(e.into()))?;
+        write.commit().map_err(|e| open(e.into()))?;
+        Ok(Self { database: Arc::new(database) })
+    }
+
+    pub async fn put_pod(&self, record: &PodRecord) -> Result<(), StoreError> {
+        self.put(PODS, &record.id, record).await
+    }
+
+    pub async fn put_container(&self, record: &ContainerRecord) -> Result<(), StoreError> {
+        self.put(CONTAINERS, &record.id, record).await
+    }
+
+    pub async fn delete_pod(&self, id: &str) -> Result<(), StoreError> {
+        self.delete(PODS, id).await
+    }
+
+    pub async fn delete_container(&self, id: &str) -> Result<(), StoreError> {
+        self.delete(CONTAINERS, id).await
+    }
+
+    pub fn load(&self) -> Result<Found, StoreError> {
+        let read = self.database.begin_read().map_err(db)?;
+        Ok(Found { pods: all(&read, PODS)?, containers: all(&read, CONTAINERS)? })
+    }
+
+    async fn put(
+        &self,
+        table: TableDefinition<'static, &'static str, &'static [u8]>,
+        id: &str,
+        record: &impl serde::Serialize,
+    ) -> Result<(), StoreError> {
+        let bytes = serde_json::to_vec(record)
+            .map_err(|source| StoreError::Encode { id: id.to_owned(), source })?;
+        let id = id.to_owned();
+        self.write(move |transaction| {
+            let mut table = transaction.open_table(table).map_err(db)?;
+            table.insert(id.as_str(), bytes.as_slice()).map_err(db)?;
+            Ok(())
+        })
+        .await
+    }
+
+    async fn delete(
+        &self,
+        table: TableDefinition<'static, &'static str, &'static [u8]>,
+        id: &str,
+    ) -> Result<(), StoreError> {
+        let id = id.to_owned();
+        self.write(move |transaction| {
+            let mut table = transaction.open_table(table).map_err(db)?;
+            table.remove(id.as_str()).map_err(db)?;
+            Ok(())
+        })
+        .await
+    }
+
+    async fn write(
+        &self,
+        change: impl FnOnce(&redb::WriteTransaction) -> Result<(), StoreError> + Send + 'static,
+    ) -> Result<(), StoreError> {
+        let database = Arc::clone(&self.database);
+        tokio::task::spawn_blocking(move || {
+            let transaction = database.begin_write().map_err(db)?;
+            change(&transaction)?;
+            transaction.commit().map_err(db)
+        })
+        .await
+        .map_err(|_| StoreError::WriterGone)?
+    }
+}
+
+fn all<T: serde::de::DeserializeOwned>(
+    read: &redb::ReadTransaction,
+    table: TableDefinition<&'static str, &'static [u8]>,
+) -> Result<Vec<T>, StoreError> {
+    let table = read.open_table(table).map_err(db)?;
+    let mut records = Vec::new();
+    for entry in table.iter().map_err(db)? {
+        let (id, bytes) = entry.map_err(db)?;
+        records.push(
+            serde_json::from_slice(bytes.value())
+                .map_err(|source| StoreError::Decode { id: id.value().to_owned(), source })?,
+        );
+    }
+    Ok(records)
+}

@@ -1,0 +1,249 @@
+//! From exec to a running guest.
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use nix::sys::signalfd::SignalFd;
+use vmm_client::protocol::{LOG_PORT, READY_PORT};
+use vmm_client::{Machine, VmSpec};
+
+use crate::console::Console;
+use crate::devices::Device;
+use crate::devices::blk::Blk;
+use crate::devices::fs::Fs;
+use crate::devices::net::Net;
+use crate::devices::rng::Rng;
+use crate::devices::vsock::{HostPorts, Vsock};
+use crate::event_loop::{DeviceRef, EventLoop};
+use crate::handoff::{Answer, Fds};
+use crate::jail;
+use crate::logs::{LogHandle, LogService};
+use crate::machine::{Started, uml};
+use crate::supervisor::{self, Notice, Notifier, Parts, Supervisor, chain, microseconds};
+use crate::transport::vhost_user::{Memory, VhostUser};
+
+/// The guest's address. Each pod's VMM has one guest, so all have the same.
+const GUEST_CID: u32 = 3;
+
+/// The virtio-fs tag by which the agent mounts the shared directory.
+const SHARED_TAG: &str = "shared";
+
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    #[error("{0}")]
+    Prepare(&'static str, #[source] io::Error),
+    #[error("device {label}")]
+    Device {
+        label: String,
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    #[error(transparent)]
+    Jail(#[from] jail::JailError),
+    #[error(transparent)]
+    Handoff(#[from] crate::handoff::HandoffError),
+    #[error("machine uml")]
+    Uml(#[from] uml::StartError),
+    #[error("machine kvm is not built into this VMM")]
+    NoKvm,
+}
+
+/// Runs the VM that the daemon hands over on standard input, until it ends.
+pub fn run(since: Instant) -> Result<(), BootError> {
+    close_surplus_descriptors();
+    let answer = Answer::from_stdin()?;
+    let supervisor = match boot(&answer, since) {
+        Ok(supervisor) => supervisor,
+        Err(error) => {
+            answer.send(Err(chain(&error)))?;
+            return Err(error);
+        }
+    };
+    // A daemon that died meanwhile finds the machine by its control socket.
+    if let Err(error) = answer.send(Ok(())) {
+        tracing::warn!(error = chain(&error), "the daemon has gone");
+    }
+    supervisor
+        .run()
+        .map_err(|e| BootError::Prepare("supervise the machine", e))
+}
+
+/// Whatever the daemon's other threads had open at the wrong moment.
+fn close_surplus_descriptors() {
+    // SAFETY: nothing in this process owns a descriptor above 2 yet.
+    unsafe { libc::close_range(3, libc::c_uint::MAX, 0) };
+}
+
+fn boot(answer: &Answer, since: Instant) -> Result<Supervisor, BootError> {
+    let (spec, mut fds) = answer.receive()?;
+    tracing::info!(pod = spec.pod_id, machine = ?spec.machine, "starting");
+    let signals =
+        supervisor::block_signals().map_err(|e| BootError::Prepare("block signals", e))?;
+    jail::enter(&spec, fds.netns.take())?;
+    let jailed_us = microseconds(since);
+    start(spec, fds, signals, since, jailed_us)
+}
+
+fn start(
+    spec: VmSpec,
+    mut fds: Fds,
+    signals: SignalFd,
+    since: Instant,
+    jailed_us: u64,
+) -> Result<Supervisor, BootError> {
+    let (notifier, notices) =
+        supervisor::notices().map_err(|e| BootError::Prepare("make an eventfd", e))?;
+    let mut devices = Devices::new()?;
+
+    if let Some(file) = fds.scratch.take() {
+        let disk = Blk::scratch("scratch", file).map_err(device_error("scratch"))?;
+        devices.add(Kind::Disk, "scratch", disk)?;
+    }
+    let mut disks = Vec::new();
+    for slot in 0..spec.image_slots {
+        let label = format!("image{slot}");
+        disks.push(devices.add(Kind::Disk, &label, Blk::empty(&label))?);
+    }
+    if let (Some(tap), Some(mac)) = (fds.tap.take(), spec.mac) {
+        let net = Net::new(tap, mac, spec.mtu).map_err(device_error("net"))?;
+        devices.add(Kind::Quick, "net", net)?;
+    }
+    let logs = LogService::start().map_err(|e| BootError::Prepare("start the log thread", e))?;
+    let ports = Box::new(Ports {
+        notifier: notifier.clone(),
+        logs: logs.clone(),
+    });
+    let vsock = Vsock::new(GUEST_CID, fds.vsock, ports).map_err(device_error("vsock"))?;
+    devices.add(Kind::Quick, "vsock", vsock)?;
+    let rng = Rng::new(Path::new(jail::URANDOM)).map_err(device_error("rng"))?;
+    devices.add(Kind::Quick, "rng", rng)?;
+
+    let shared = Fs::new(Path::new(jail::SHARED_DIR), SHARED_TAG).map_err(device_error("fs"))?;
+    devices.add(Kind::Shared, "fs", shared)?;
+
+    let console = Console::new(fds.console, spec.console_limit_bytes)
+        .map_err(|e| BootError::Prepare("open the console log", e))?;
+    let sockets = devices.spawn(&notifier)?;
+    let started: Started = match spec.machine {
+        Machine::Uml(mode) => uml::start(uml::Config {
+            mode,
+            vcpus: spec.vcpus,
+            memory_mib: spec.memory_mib,
+            kernel: fds.kernel,
+            initramfs: fds.initramfs,
+            devices: sockets,
+            args: spec.kernel_args,
+        })?,
+        Machine::Kvm => return Err(BootError::NoKvm),
+    };
+    let parts = Parts {
+        since,
+        jailed_us,
+        control: fds.control,
+        console,
+        notices,
+        notifier,
+        logs,
+        disks,
+    };
+    Supervisor::new(signals, parts, started)
+        .map_err(|e| BootError::Prepare("supervise the machine", e))
+}
+
+fn device_error<E>(label: &str) -> impl FnOnce(E) -> BootError
+where
+    E: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let label = label.to_owned();
+    move |source| BootError::Device {
+        label,
+        source: source.into(),
+    }
+}
+
+/// Which loop serves a device.
+enum Kind {
+    /// Never waits.
+    Quick,
+    /// May wait for the host's disks.
+    Disk,
+    /// The shared directory: waits for whatever the volumes are on.
+    Shared,
+}
+
+/// The machine's devices, each with its vhost-user socket.
+struct Devices {
+    quick: EventLoop,
+    disk: EventLoop,
+    shared: EventLoop,
+    memory: Arc<Memory>,
+    sockets: Vec<(PathBuf, u32)>,
+}
+
+impl Devices {
+    fn new() -> Result<Self, BootError> {
+        let make =
+            |name| EventLoop::new(name).map_err(|e| BootError::Prepare("make an event loop", e));
+        Ok(Self {
+            quick: make("devices")?,
+            disk: make("disks")?,
+            shared: make("shared-dir")?,
+            memory: Arc::default(),
+            sockets: Vec::new(),
+        })
+    }
+
+    fn add<D: Device>(
+        &mut self,
+        kind: Kind,
+        label: &str,
+        device: D,
+    ) -> Result<DeviceRef<D>, BootError> {
+        let socket = Path::new(jail::RUN_DIR).join(self.sockets.len().to_string());
+        let transport =
+            VhostUser::listen(&socket, self.memory.clone()).map_err(device_error(label))?;
+        self.sockets.push((socket, device.id()));
+        let event_loop = match kind {
+            Kind::Quick => &mut self.quick,
+            Kind::Disk => &mut self.disk,
+            Kind::Shared => &mut self.shared,
+        };
+        event_loop
+            .add(label, device, Box::new(transport))
+            .map_err(device_error(label))
+    }
+
+    /// Starts the loops; the sockets, in the order the guest shall probe them.
+    fn spawn(self, notifier: &Notifier) -> Result<Vec<(PathBuf, u32)>, BootError> {
+        for event_loop in [self.quick, self.disk, self.shared] {
+            let notifier = notifier.clone();
+            event_loop
+                .spawn(move |reason| notifier.send(Notice::Failed(reason)))
+                .map_err(|e| BootError::Prepare("start a thread", e))?;
+        }
+        Ok(self.sockets)
+    }
+}
+
+/// What answers on the host's vsock ports.
+struct Ports {
+    notifier: Notifier,
+    logs: LogHandle,
+}
+
+impl HostPorts for Ports {
+    fn connect(&mut self, port: u32) -> io::Result<UnixStream> {
+        match port {
+            READY_PORT => {
+                // The connection itself is the message; it ends at once.
+                let (guest, _) = UnixStream::pair()?;
+                self.notifier.send(Notice::GuestReady);
+                Ok(guest)
+            }
+            LOG_PORT => self.logs.connect().map_err(io::Error::other),
+            _ => Err(io::ErrorKind::ConnectionRefused.into()),
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! What a disk's sectors are made of.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
+
+use crate::devices::iov::Iov;
+
+/// Layers start at multiples of this, the block size of EROFS.
+const ALIGN: u64 = 4096;
+
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    #[error("the slot has a disk already")]
+    InUse,
+    #[error("no file to back the disk")]
+    NoFiles,
+    #[error("file {index} of the disk is no regular file")]
+    NotRegular { index: usize },
+    #[error("file {index} of the disk is empty")]
+    EmptyFile { index: usize },
+    #[error("file {index} of the disk is not open for {wanted}")]
+    Mode { index: usize, wanted: &'static str },
+    #[error("the disk's length of {len} bytes is no multiple of 4096")]
+    Length { len: u64 },
+    #[error("file {index} of the disk")]
+    Io { index: usize, source: io::Error },
+}
+
+pub enum Backing {
+    Empty,
+    /// Read-only files one after another.
+    Image(Vec<Extent>),
+    /// One file, read-write.
+    Disk {
+        file: File,
+        len: u64,
+    },
+}
+
+pub struct Extent {
+    file: File,
+    /// Where it begins on the disk.
+    start: u64,
+    file_len: u64,
+    /// Its length on the disk: the file's, rounded up with zeroes.
+    len: u64,
+}
+
+impl Backing {
+    pub(super) fn image(files: Vec<File>) -> Result<Self, AttachError> {
+        if files.is_empty() {
+            return Err(AttachError::NoFiles);
+        }
+        let mut extents = Vec::with_capacity(files.len());
+        let mut start = 0u64;
+        for (index, file) in files.into_iter().enumerate() {
+            let file_len = check(&file, index, false)?;
+            let len = file_len.next_multiple_of(ALIGN);
+            extents.push(Extent {
+                file,
+                start,
+                file_len,
+                len,
+            });
+            start += len;
+        }
+        Ok(Self::Image(extents))
+    }
+
+    pub(super) fn disk(file: File) -> Result<Self, AttachError> {
+        let len = check(&file, 0, true)?;
+        if !len.is_multiple_of(ALIGN) {
+            return Err(AttachError::Length { len });
+        }
+        Ok(Self::Disk { file, len })
+    }
+
+    /// Bytes; a multiple of 4096.
+    pub fn capacity(&self) -> u64 {
+        match self {
+            Self::Empty => 0,
+            Self::Image(extents) => extents.last().map_or(0, |last| last.start + last.len),
+            Self::Disk { len, .. } => *len,
+        }
+    }
+
+    /// Whether `count` bytes at `offset` lie on the disk.
+    pub(super) fn holds(&self, offset: u64, count: u64) -> bool {
+        offset
+            .checked_add(count)
+            .is_some_and(|end| end <= self.capacity())
+    }
+
+    /// Reads a range that the disk [`Self::holds`].
+    pub(super) fn read(&self, mut iov: Iov<'_>, mut offset: u64) -> io::Result<()> {
+        let extents = match self {
+            Self::Empty => return Err(io::ErrorKind::NotFound.into()),
+            Self::Disk { file, .. } => return iov.read_exact_at(file, offset),
+            Self::Image(extents) => extents,
+        };
+        let first = extents.partition_point(|e| e.start + e.len <= offset);
+        for extent in &extents[first..] {
+            if iov.is_empty() {
+                break;
+            }
+            let within = offset - extent.start;
+            let stored = extent.file_len.saturating_sub(within);
+            let data = iov.take(usize::try_from(stored).unwrap_or(usize::MAX));
+            offset += data.len() as u64;
+            data.read_exact_at(&extent.file, within)?;
+
+            let padding = iov.take((extent.start + extent.len - offset) as usize);
+            offset += padding.len() as u64;
+            padding.fill_zero();
+        }
+        Ok(())
+    }
+
+    fn disk_file(&self) -> io::Result<&File> {
+        match self {
+            Self::Disk { file, .. } => Ok(file),
+            _ => Err(io::ErrorKind::ReadOnlyFilesystem.into()),
+        }
+    }
+
+    pub(super) fn write(&self, iov: Iov<'_>, offset: u64) -> io::Result<()> {
+        iov.write_all_at(self.disk_file()?, offset)
+    }
+
+    pub(super) fn flush(&self) -> io::Result<()> {
+        match self {
+            Self::Disk { file, .. } => file.sync_data(),
+            _ => Ok(()),
+        }
+    }
+
+    /// Gives the range back to the host; it reads as zeroes from now on.
+    pub(super) fn punch(&self, offset: u64, count: u64) -> io::Result<()> {
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        self.fallocate(flags, offset, count)
+    }
+
+    /// Zeroes the range and keeps it allocated where the host's file system
+    /// can do so.
+    pub(super) fn zero(&self, offset: u64, count: u64) -> io::Result<()> {
+        let flags = FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        match self.fallocate(flags, offset, count) {
+            Err(e) if e.raw_os_error() == Some(Errno::EOPNOTSUPP as i32) => {
+                self.punch(offset, count)
+            }
+            other => other,
+        }
+    }
+
+    fn fallocate(&self, flags: FallocateFlags, offset: u64, count: u64) -> io::Result<()> {
+        let offset = i64::try_from(offset).map_err(io::Error::other)?;
+        let count = i64::try_from(count).map_err(io::Error::other)?;
+        if count == 0 {
+            return Ok(());
+        }
+        Ok(fallocate(self.disk_file()?, flags, offset, count)?)
+    }
+}
+
+/// The length of a file fit to back a disk.
+fn check(file: &File, index: usize, write: bool) -> Result<u64, AttachError> {
+    let failed = |source| AttachError::Io { index, source };
+    let meta = file.metadata().map_err(failed)?;
+    if !meta.is_file() {
+        return Err(AttachError::NotRegular { index });
+    }
+    let flags = fcntl(file.as_fd(), FcntlArg::F_GETFL).map_err(|e| failed(e.into()))?;
+    let mode = OFlag::from_bits_retain(flags) & OFlag::O_ACCMODE;
+    if write && mode != OFlag::O_RDWR {
+        return Err(AttachError::Mode {
+            index,
+            wanted: "reading and writing",
+        });
+    }
+    if mode == OFlag::O_WRONLY || OFlag::from_bits_retain(flags).contains(OFlag::O_PATH) {
+        return Err(AttachError::Mode {
+            index,
+            wanted: "reading",
+        });
+    }
+    match meta.len() {
+        0 => Err(AttachError::EmptyFile { index }),
+        len => Ok(len),
+    }
+}

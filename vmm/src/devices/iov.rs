@@ -1,0 +1,338 @@
+//! Guest buffers as scatter lists, so that the host's kernel reads and writes
+//! guest memory without a copy in between.
+
+use std::io;
+use std::ops::Deref;
+use std::os::fd::{AsFd, AsRawFd};
+
+use virtio_queue::DescriptorChain;
+use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap, VolatileSlice};
+
+/// The kernel's UIO_MAXIOV.
+const MAX_SLICES: usize = 1024;
+
+/// A descriptor chain that cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum ChainError {
+    #[error("a buffer of {len} bytes at {addr:#x} lies outside of guest memory")]
+    Outside { addr: u64, len: u32 },
+    #[error("a chain of more than {MAX_SLICES} buffers")]
+    TooLong,
+}
+
+/// Pieces of guest memory, in order.
+#[derive(Clone, Debug, Default)]
+pub struct Iov<'m> {
+    slices: Vec<VolatileSlice<'m>>,
+    len: usize,
+}
+
+/// Device-readable and device-writable buffers of `chain`.
+pub fn split<'m, M>(
+    chain: DescriptorChain<M>,
+    mem: &'m GuestMemoryMmap,
+) -> Result<(Iov<'m>, Iov<'m>), ChainError>
+where
+    M: Deref,
+    M::Target: GuestMemory,
+{
+    let (mut readable, mut writable) = (Iov::default(), Iov::default());
+    for descriptor in chain {
+        let target = if descriptor.is_write_only() {
+            &mut writable
+        } else {
+            &mut readable
+        };
+        target.push(mem, descriptor.addr(), descriptor.len())?;
+    }
+    Ok((readable, writable))
+}
+
+impl<'m> Iov<'m> {
+    pub fn push(
+        &mut self,
+        mem: &'m GuestMemoryMmap,
+        addr: GuestAddress,
+        len: u32,
+    ) -> Result<(), ChainError> {
+        for slice in mem.get_slices(addr, len as usize) {
+            let slice = slice.map_err(|_| ChainError::Outside { addr: addr.0, len })?;
+            if self.slices.len() == MAX_SLICES {
+                return Err(ChainError::TooLong);
+            }
+            self.len += slice.len();
+            self.slices.push(slice);
+        }
+        Ok(())
+    }
+
+    /// Bytes in all.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    pub fn slice_count(&self) -> usize {
+        self.slices.len()
+    }
+
+    /// Takes the first `count` bytes (or all there are) out of the list.
+    #[must_use]
+    pub fn take(&mut self, count: usize) -> Self {
+        if count >= self.len {
+            return std::mem::take(self);
+        }
+        let mut head = Self::default();
+        let mut whole = 0;
+        for slice in &self.slices {
+            let left = count - head.len;
+            if slice.len() <= left {
+                head.len += slice.len();
+                head.slices.push(*slice);
+                whole += 1;
+                continue;
+            }
+            if left > 0
+                && let Ok((first, second)) = slice.split_at(left)
+            {
+                head.len += left;
+                head.slices.push(first);
+                self.slices[whole] = second;
+            }
+            break;
+        }
+        self.slices.drain(..whole);
+        self.len -= head.len;
+        head
+    }
+
+    /// Drops all but the first `count` bytes.
+    pub fn truncate(&mut self, count: usize) {
+        *self = self.take(count);
+    }
+
+    /// Takes the next `N` bytes by value; `None` when there are fewer.
+    pub fn take_bytes<const N: usize>(&mut self) -> Option<[u8; N]> {
+        if self.len < N {
+            return None;
+        }
+        let mut bytes = [0; N];
+        let mut at = 0;
+        for slice in &self.take(N).slices {
+            at += slice.copy_to(&mut bytes[at..]);
+        }
+        Some(bytes)
+    }
+
+    /// Copies `bytes` to the front of the list, as far as it reaches.
+    pub fn fill_from(&self, bytes: &[u8]) -> usize {
+        let mut at = 0;
+        for slice in &self.slices {
+            if at == bytes.len() {
+                break;
+            }
+            let count = slice.len().min(bytes.len() - at);
+            slice.copy_from(&bytes[at..at + count]);
+            at += count;
+        }
+        at
+    }
+
+    /// Copies the front of the list out, as far as `bytes` reaches.
+    pub fn copy_to(&self, bytes: &mut [u8]) -> usize {
+        let mut at = 0;
+        for slice in &self.slices {
+            at += slice.copy_to(&mut bytes[at..]);
+        }
+        at
+    }
+
+    pub fn fill_zero(&self) {
+        const ZEROES: [u8; 4096] = [0; 4096];
+        for slice in &self.slices {
+            let mut rest = *slice;
+            while !rest.is_empty() {
+                let count = rest.len().min(ZEROES.len());
+                rest.copy_from(&ZEROES[..count]);
+                match rest.offset(count) {
+                    Ok(next) => rest = next,
+                    Err(_) => break,
+                }
+            }
+        }
+    }
+
+    /// Fills the list from `file` at `offset`; an end of the file before that
+    /// is an error.
+    pub fn read_exact_at(mut self, file: impl AsFd, mut offset: u64) -> io::Result<()> {
+        while !self.is_empty() {
+            let done = self.call(|iov, count| {
+                // SAFETY: every iovec lies in guest memory that `self` borrows
+                // and that is only ever accessed as volatile.
+                unsafe { libc::preadv(file.as_fd().as_raw_fd(), iov, count, signed(offset)) }
+            })?;
+            if done == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            offset += done as u64;
+            drop(self.take(done));
+        }
+        Ok(())
+    }
+
+    /// Writes the whole list to `file` at `offset`.
+    pub fn write_all_at(mut self, file: impl AsFd, mut offset: u64) -> io::Result<()> {
+        while !self.is_empty() {
+            let done = self.call(|iov, count| {
+                // SAFETY: every iovec lies in guest memory that `self` borrows
+                // and that is only ever accessed as volatile.
+                unsafe { libc::pwritev(file.as_fd().as_raw_fd(), iov, count, signed(offset)) }
+            })?;
+            if done == 0 {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
+            offset += done as u64;
+            drop(self.take(done));
+        }
+        Ok(())
+    }
+
+    /// One `readv`: a packet.
+    pub fn read_from(&self, file: impl AsFd) -> io::Result<usize> {
+        self.call(|iov, count| {
+            // SAFETY: every iovec lies in guest memory that `self` borrows and
+            // that is only ever accessed as volatile.
+            unsafe { libc::readv(file.as_fd().as_raw_fd(), iov, count) }
+        })
+    }
+
+    /// One `writev`: a packet.
+    pub fn write_to(&self, file: impl AsFd) -> io::Result<usize> {
+        self.call(|iov, count| {
+            // SAFETY: every iovec lies in guest memory that `self` borrows and
+            // that is only ever accessed as volatile.
+            unsafe { libc::writev(file.as_fd().as_raw_fd(), iov, count) }
+        })
+    }
+
+    /// One `sendmsg` to a stream socket: neither blocks nor raises SIGPIPE.
+    pub fn send(&self, socket: impl AsFd) -> io::Result<usize> {
+        const FLAGS: libc::c_int = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+        self.call(|iov, count| {
+            let message = message(iov, count);
+            // SAFETY: every iovec lies in guest memory that `self` borrows and
+            // that is only ever accessed as volatile; `message` outlives the
+            // call.
+            unsafe { libc::sendmsg(socket.as_fd().as_raw_fd(), &message, FLAGS) }
+        })
+    }
+
+    /// One `recvmsg` from a stream socket that does not block.
+    pub fn receive(&self, socket: impl AsFd) -> io::Result<usize> {
+        self.call(|iov, count| {
+            let mut message = message(iov, count);
+            // SAFETY: as in `send`.
+            unsafe { libc::recvmsg(socket.as_fd().as_raw_fd(), &mut message, libc::MSG_DONTWAIT) }
+        })
+    }
+
+    fn call(&self, call: impl Fn(*const libc::iovec, libc::c_int) -> isize) -> io::Result<usize> {
+        let guards: Vec<_> = self
+            .slices
+            .iter()
+            .map(VolatileSlice::ptr_guard_mut)
+            .collect();
+        let iovecs: Vec<_> = guards
+            .iter()
+            .map(|guard| libc::iovec {
+                iov_base: guard.as_ptr().cast(),
+                iov_len: guard.len(),
+            })
+            .collect();
+        // At most MAX_SLICES, by `push`.
+        let count = libc::c_int::try_from(iovecs.len()).unwrap_or(libc::c_int::MAX);
+        loop {
+            let done = call(iovecs.as_ptr(), count);
+            if let Ok(done) = usize::try_from(done) {
+                return Ok(done);
+            }
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error);
+            }
+        }
+    }
+}
+
+fn message(iov: *const libc::iovec, count: libc::c_int) -> libc::msghdr {
+    // SAFETY: all zeroes is a valid msghdr: null pointers with zero lengths.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = iov.cast_mut();
+    message.msg_iovlen = count as usize;
+    message
+}
+
+/// Offsets are checked against a device's size, which is that of files.
+fn signed(offset: u64) -> libc::off_t {
+    libc::off_t::try_from(offset).unwrap_or(libc::off_t::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use vm_memory::Bytes;
+
+    fn memory() -> GuestMemoryMmap {
+        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap()
+    }
+
+    fn scattered(mem: &GuestMemoryMmap) -> Iov<'_> {
+        let mut iov = Iov::default();
+        for (addr, len) in [(0x100, 3), (0x200, 5), (0x300, 2)] {
+            iov.push(mem, GuestAddress(addr), len).unwrap();
+        }
+        iov
+    }
+
+    #[test]
+    fn a_list_is_taken_apart_at_any_byte() {
+        let mem = memory();
+        for cut in 0..=12 {
+            let mut rest = scattered(&mem);
+            let head = rest.take(cut);
+            assert_eq!(head.len(), cut.min(10));
+            assert_eq!(rest.len(), 10 - cut.min(10));
+            assert_eq!(head.fill_from(b"abcdefghij"), cut.min(10));
+            assert_eq!(rest.fill_from(&b"abcdefghij"[cut.min(10)..]), rest.len());
+            let bytes: [u8; 10] = scattered(&mem).take_bytes().unwrap();
+            assert_eq!(&bytes, b"abcdefghij");
+        }
+    }
+
+    #[test]
+    fn files_are_read_and_written_in_place() {
+        let mem = memory();
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(b"__0123456789").unwrap();
+        scattered(&mem).read_exact_at(&file, 2).unwrap();
+        let mut middle = [0; 5];
+        mem.read_slice(&mut middle, GuestAddress(0x200)).unwrap();
+        assert_eq!(&middle, b"34567");
+        scattered(&mem).write_all_at(&file, 12).unwrap();
+        assert_eq!(file.metadata().unwrap().len(), 22);
+        let error = scattered(&mem).read_exact_at(&file, 15).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn buffers_outside_of_memory_are_refused() {
+        let mem = memory();
+        let mut iov = Iov::default();
+        let error = iov.push(&mem, GuestAddress(0x3fff), 2).unwrap_err();
+        assert!(matches!(error, ChainError::Outside { addr: 0x3fff, .. }));
+    }
+}

@@ -1,0 +1,299 @@
+//! On a real tap in a network namespace of the test's thread.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollTimeout};
+use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
+
+use super::*;
+use crate::devices::test_driver::{Driver, Part};
+
+const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+const ALL: u64 = u64::MAX;
+
+/// A tap that is up, and a packet socket behind it.
+fn tap(vnet_hdr: bool) -> (File, OwnedFd) {
+    unshare(CloneFlags::CLONE_NEWNET).unwrap();
+    let tun = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun")
+        .unwrap();
+    // SAFETY: all-zero bytes are a valid ifreq.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    request.ifr_name[0] = b't' as libc::c_char;
+    let mut flags = libc::IFF_TAP | libc::IFF_NO_PI;
+    if vnet_hdr {
+        flags |= libc::IFF_VNET_HDR;
+    }
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    // SAFETY: TUNSETIFF reads and writes one ifreq.
+    assert_eq!(0, unsafe {
+        libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF as _, &mut request)
+    });
+    request.ifr_ifru.ifru_flags = libc::IFF_UP as libc::c_short;
+    let raw = socket(
+        AddressFamily::Packet,
+        SockType::Raw,
+        SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC,
+        SockProtocol::EthAll,
+    )
+    .unwrap();
+    // SAFETY: SIOCSIFFLAGS reads one ifreq.
+    assert_eq!(0, unsafe {
+        libc::ioctl(raw.as_raw_fd(), libc::SIOCSIFFLAGS as _, &mut request)
+    });
+    // SAFETY: SIOCGIFINDEX fills in one ifreq.
+    assert_eq!(0, unsafe {
+        libc::ioctl(raw.as_raw_fd(), libc::SIOCGIFINDEX as _, &mut request)
+    });
+    // SAFETY: SIOCGIFINDEX sets this member of the union.
+    let index = unsafe { request.ifr_ifru.ifru_ifindex };
+    // SAFETY: all-zero bytes are a valid sockaddr_ll.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    address.sll_family = libc::AF_PACKET as u16;
+    address.sll_protocol = (libc::ETH_P_ALL as u16).to_be();
+    address.sll_ifindex = index;
+    let size = size_of_val(&address) as libc::socklen_t;
+    // SAFETY: the address is a sockaddr_ll of the given size.
+    assert_eq!(0, unsafe {
+        libc::bind(raw.as_raw_fd(), (&raw const address).cast(), size)
+    });
+    (tun, raw)
+}
+
+/// A frame of a local experimental protocol, so that nobody answers.
+fn frame(len: usize, fill: u8) -> Vec<u8> {
+    let mut frame = vec![fill; len];
+    frame[..12].copy_from_slice(&[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 2, 0, 0, 0, 0, 9]);
+    frame[12..14].copy_from_slice(&[0x88, 0xb5]);
+    frame
+}
+
+struct Bench {
+    net: Net,
+    driver: Driver,
+    raw: OwnedFd,
+    epoll: Arc<Epoll>,
+}
+
+fn bench(features: u64) -> Bench {
+    let (tun, raw) = tap(true);
+    let mut net = Net::new(tun, MAC, Some(1400)).unwrap();
+    let epoll = Arc::new(Epoll::new(EpollCreateFlags::empty()).unwrap());
+    net.start(Poller::new(epoll.clone(), 0)).unwrap();
+    net.set_features(features & net.features());
+    let driver = Driver::new(&net);
+    Bench {
+        net,
+        driver,
+        raw,
+        epoll,
+    }
+}
+
+impl Bench {
+    fn send(&self, bytes: &[u8]) {
+        let sent = nix::unistd::write(&self.raw, bytes).unwrap();
+        assert_eq!(sent, bytes.len());
+    }
+
+    /// Runs the device on what is ready; false when nothing is.
+    fn turn(&mut self) -> bool {
+        let mut events = [EpollEvent::empty(); 4];
+        let ready = self.epoll.wait(&mut events, EpollTimeout::ZERO).unwrap();
+        for event in &events[..ready] {
+            let net = &mut self.net;
+            self.driver
+                .with(net, |net, io| {
+                    net.host_ready(event.data() as u32, event.events(), io)
+                })
+                .unwrap();
+        }
+        ready > 0
+    }
+
+    /// The next used receive buffers that hold a frame of the tests' own kind
+    /// (the kernel sends some of its own), header included.
+    fn received(
+        &mut self,
+        chains: &mut std::vec::IntoIter<crate::devices::test_driver::Chain>,
+    ) -> Vec<u8> {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            assert!(Instant::now() < deadline, "nothing received");
+            self.turn();
+            let Some((head, len)) = self.driver.used(RX) else {
+                continue;
+            };
+            let first = chains.next().unwrap();
+            assert_eq!(u32::from(first.head), head);
+            let mut packet = self.driver.read(&first, len as usize);
+            let buffers = u16::from_le_bytes([packet[10], packet[11]]);
+            for _ in 1..buffers {
+                let (head, len) = self.driver.used(RX).unwrap();
+                let next = chains.next().unwrap();
+                assert_eq!(u32::from(next.head), head);
+                packet.extend(self.driver.read(&next, len as usize));
+            }
+            if packet[HEADER + 12..HEADER + 14] == [0x88, 0xb5] {
+                return packet;
+            }
+        }
+    }
+}
+
+/// Network namespaces belong to threads.
+fn on_a_thread(test: impl FnOnce() + Send + 'static) {
+    thread::spawn(test).join().unwrap();
+}
+
+#[test]
+fn a_packet_is_spread_over_merged_buffers() {
+    on_a_thread(|| {
+        let mut bench = bench(ALL);
+        let chains: Vec<_> = (0..250)
+            .map(|_| bench.driver.push(RX, &[Part::Write(300)]))
+            .collect();
+        let mut chains = chains.into_iter();
+        bench.driver.kick(&mut bench.net, RX);
+        for len in [60, 288, 289, 1000, 1514] {
+            let sent = frame(len, len as u8);
+            bench.send(&sent);
+            let got = bench.received(&mut chains);
+            assert_eq!(got.len(), HEADER + len);
+            assert!(got[HEADER..] == sent);
+            let buffers = u16::from_le_bytes([got[10], got[11]]);
+            assert_eq!(usize::from(buffers), (HEADER + len).div_ceil(300));
+        }
+    });
+}
+
+#[test]
+fn the_tap_is_left_alone_while_the_guest_has_no_buffers() {
+    on_a_thread(|| {
+        // No merging and no segments: one buffer a packet is enough.
+        let mut bench = bench(0);
+        bench.driver.kick(&mut bench.net, RX);
+        bench.send(&frame(100, 1));
+        assert!(!bench.turn(), "watched without a buffer");
+        let first = vec![bench.driver.push(RX, &[Part::Write(2000)])];
+        bench.driver.kick(&mut bench.net, RX);
+        // The kernel's own packets may have taken it; then give another.
+        let mut chains = first;
+        for _ in 0..50 {
+            chains.push(bench.driver.push(RX, &[Part::Write(2000)]));
+        }
+        bench.driver.kick(&mut bench.net, RX);
+        let got = bench.received(&mut chains.into_iter());
+        assert_eq!(got[HEADER..], frame(100, 1));
+    });
+}
+
+#[test]
+fn packets_of_the_guest_reach_the_host_and_bad_ones_are_lost() {
+    on_a_thread(|| {
+        let mut bench = bench(ALL);
+        let header = [0; HEADER];
+        // A header that asks for a checksum beyond the packet's end.
+        let mut evil = header;
+        evil[0] = 1;
+        evil[6..8].copy_from_slice(&u16::MAX.to_le_bytes());
+        let sent = frame(700, 5);
+        let driver = &mut bench.driver;
+        driver.push(TX, &[Part::Read(&header[..5])]);
+        driver.push(TX, &[Part::Read(&evil), Part::Read(&sent)]);
+        driver.push(
+            TX,
+            &[Part::Raw {
+                addr: u64::MAX,
+                len: 100,
+                write: false,
+            }],
+        );
+        driver.push(TX, &[Part::Read(&header), Part::Read(&sent)]);
+        driver.kick(&mut bench.net, TX);
+        assert_eq!(std::iter::from_fn(|| bench.driver.used(TX)).count(), 4);
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let mut buffer = [0; 2000];
+        loop {
+            assert!(Instant::now() < deadline, "nothing came out of the tap");
+            if let Ok(len) = nix::unistd::read(&bench.raw, &mut buffer)
+                && buffer[12..14] == [0x88, 0xb5]
+            {
+                assert!(buffer[..len] == sent);
+                break;
+            }
+        }
+    });
+}
+
+#[test]
+fn a_long_queue_is_sent_in_turns() {
+    on_a_thread(|| {
+        let mut bench = bench(ALL);
+        let packet = [vec![0; HEADER], frame(60, 1)].concat();
+        for _ in 0..TX_BUDGET * 2 + 1 {
+            bench.driver.push(TX, &[Part::Read(&packet)]);
+        }
+        bench.driver.kick(&mut bench.net, TX);
+        let mut count = || std::iter::from_fn(|| bench.driver.used(TX)).count();
+        assert_eq!(count(), TX_BUDGET);
+        while bench.turn() {}
+        let rest = std::iter::from_fn(|| bench.driver.used(TX)).count();
+        assert_eq!(rest, TX_BUDGET + 1);
+    });
+}
+
+#[test]
+fn a_tap_that_was_deleted_leaves_a_silent_nic() {
+    on_a_thread(|| {
+        let mut bench = bench(0);
+        bench.driver.push(RX, &[Part::Write(2000)]);
+        bench.driver.kick(&mut bench.net, RX);
+        let status = std::process::Command::new("ip")
+            .args(["link", "del", "dev", "t"])
+            .status()
+            .unwrap();
+        assert!(status.success());
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !bench.net.dead {
+            assert!(Instant::now() < deadline, "the tap's end was not seen");
+            bench.turn();
+        }
+        assert!(!bench.turn(), "watched after its end");
+        let packet = [vec![0; HEADER], frame(60, 1)].concat();
+        bench.driver.push(TX, &[Part::Read(&packet)]);
+        bench.driver.kick(&mut bench.net, TX);
+        assert!(bench.driver.used(TX).is_some());
+    });
+}
+
+#[test]
+fn a_tap_of_the_wrong_kind_is_refused() {
+    on_a_thread(|| {
+        let (tun, _) = tap(false);
+        assert!(matches!(
+            Net::new(tun, MAC, None),
+            Err(TapError::Flags { .. })
+        ));
+        let null = File::open("/dev/null").unwrap();
+        assert!(matches!(Net::new(null, MAC, None), Err(TapError::NoTun(_))));
+    });
+}
+
+#[test]
+fn the_configuration_names_address_and_mtu() {
+    on_a_thread(|| {
+        let bench = bench(ALL);
+        let mut config = [0xff; 16];
+        bench.net.read_config(0, &mut config);
+        assert_eq!(config[..6], MAC);
+        assert_eq!(config[10..12], 1400u16.to_le_bytes());
+        assert_eq!(config[12..], [0; 4]);
+    });
+}

@@ -1,0 +1,26 @@
+//! One pod's virtual machine: devices, the machine that runs the guest's
+//! kernel, and the jail around both.
+//!
+//! ```text
+//! supervisor ── control socket ── daemon
+//!   │ reaps, logs the console, answers, ends everything
+//!   ├─ machine: uml (a child process)            kernel ◀─┐
+//!   └─ event loops: net vsock rng | disks | shared dir    │ virtqueues
+//!        devices ── transport (vhost-user) ───────────────┘
+//! ```
+//!
+//! `main` hands over to [`run`]. The modules are public for tests only.
+
+mod boot;
+pub mod console;
+pub mod devices;
+pub mod event_loop;
+pub mod handoff;
+pub mod jail;
+pub mod logs;
+pub mod machine;
+mod packet;
+pub mod supervisor;
+pub mod transport;
+
+pub use boot::{BootError, run};

@@ -1,0 +1,146 @@
+//! The `uml` machine: User Mode Linux, a Linux kernel as a process of the
+//! host. Its devices connect to us by vhost-user (`virtio_uml.device=`).
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::personality::{self, Persona};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::WaitStatus;
+use nix::unistd::{AccessFlags, Pid, access};
+use vmm_client::UmlMode;
+
+use super::{Machine, Started};
+use crate::jail::TMP_DIR;
+
+/// The guest's process list and the host's show it by this name.
+const NAME: &str = "drupe-guest";
+
+/// What the kernel is always told. `noreboot` and `panic=-1`: the guest ends
+/// instead of starting over. A pod has no use for other consoles.
+const ARGS: [&str; 6] = [
+    "con0=fd:0,fd:1",
+    "con=null",
+    "noreboot",
+    "panic=-1",
+    "quiet",
+    "rdinit=/init",
+];
+
+#[derive(Debug)]
+pub struct Config {
+    pub mode: UmlMode,
+    pub vcpus: u32,
+    pub memory_mib: u32,
+    pub kernel: OwnedFd,
+    pub initramfs: OwnedFd,
+    /// Socket and virtio device id of each device, in order.
+    pub devices: Vec<(PathBuf, u32)>,
+    /// More words for the kernel.
+    pub args: Vec<String>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error("the initramfs cannot be read by the pod's uid")]
+    Initramfs(#[source] io::Error),
+    #[error("cannot prepare the guest kernel's process")]
+    Prepare(#[source] io::Error),
+    #[error("the guest kernel cannot be executed by the pod's uid")]
+    Exec(#[source] io::Error),
+}
+
+/// Starts the kernel. The calling thread must be the process's only user of
+/// `fork`: descriptors are made inheritable for a moment.
+pub fn start(config: Config) -> Result<Started, StartError> {
+    let kernel = format!("/proc/self/fd/{}", config.kernel.as_raw_fd());
+    let initramfs = format!("/proc/self/fd/{}", config.initramfs.as_raw_fd());
+    // UML reads it by this path, as the pod's uid and without capabilities:
+    // so does access(2) look at it, by the real uid.
+    access(initramfs.as_str(), AccessFlags::R_OK).map_err(|e| StartError::Initramfs(e.into()))?;
+
+    let (console, output) = io::pipe().map_err(StartError::Prepare)?;
+    let errors = output.try_clone().map_err(StartError::Prepare)?;
+    let mut command = Command::new(kernel);
+    command
+        .arg0(NAME)
+        .arg(format!("mem={}M", config.memory_mib))
+        .arg(format!("initrd={initramfs}"))
+        .arg(match config.mode {
+            UmlMode::Seccomp => "seccomp=on",
+            UmlMode::Ptrace => "seccomp=off",
+        })
+        .args((config.vcpus > 1).then(|| format!("ncpus={}", config.vcpus)))
+        .args(ARGS)
+        .args(
+            config
+                .devices
+                .iter()
+                .map(|(socket, id)| format!("virtio_uml.device={}:{id}", socket.display())),
+        )
+        .args(&config.args)
+        .env_clear()
+        .env("TMPDIR", TMP_DIR)
+        .env("HOME", TMP_DIR)
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(output)
+        .stderr(errors);
+
+    fcntl(config.initramfs.as_fd(), FcntlArg::F_SETFD(FdFlag::empty()))
+        .map_err(|e| StartError::Prepare(e.into()))?;
+    // Otherwise UML would set it and execute itself again by its path, which
+    // the jail does not have.
+    let persona = personality::get().map_err(|e| StartError::Prepare(e.into()))?;
+    personality::set(persona | Persona::ADDR_NO_RANDOMIZE)
+        .map_err(|e| StartError::Prepare(e.into()))?;
+    let child = command.spawn().map_err(StartError::Exec)?;
+    personality::set(persona).map_err(|e| StartError::Prepare(e.into()))?;
+
+    let pid = i32::try_from(child.id()).map_err(|e| StartError::Prepare(io::Error::other(e)))?;
+    Ok(Started {
+        machine: Box::new(Uml {
+            pid: Some(Pid::from_raw(pid)),
+        }),
+        console,
+    })
+}
+
+/// The kernel's first process. It is reaped by whoever reaps for PID 1.
+struct Uml {
+    pid: Option<Pid>,
+}
+
+impl Machine for Uml {
+    fn kill(&mut self) {
+        // Its helpers and the guest's processes end with our PID namespace.
+        if let Some(pid) = self.pid
+            && let Err(error) = kill(pid, Signal::SIGKILL)
+        {
+            tracing::warn!(%error, "the guest kernel cannot be killed");
+        }
+    }
+
+    fn child_ended(&mut self, status: WaitStatus) -> Option<String> {
+        if status.pid() != self.pid {
+            return None;
+        }
+        let how = match status {
+            WaitStatus::Exited(_, 0) => "the guest powered off".into(),
+            WaitStatus::Exited(_, code) => format!("the guest kernel exited with status {code}"),
+            WaitStatus::Signaled(_, Signal::SIGKILL, _) => {
+                "the guest kernel was killed, perhaps by the host's OOM killer".into()
+            }
+            WaitStatus::Signaled(_, signal, _) => {
+                format!("the guest kernel was ended by {signal}")
+            }
+            _ => return None,
+        };
+        self.pid = None;
+        Some(how)
+    }
+}

@@ -1,0 +1,354 @@
+//! The main thread once the machine runs: PID 1 of the pod's VMM.
+//!
+//! ```text
+//! Booting ── agent connects to the ready port ──▶ Ready
+//!    └──── guest ends, device fails, kill ────┬─────┘
+//!                                             ▼
+//!                     Ended: told to subscribers; the process exits
+//! ```
+//! It reaps, keeps the console, answers the control protocol, and never
+//! waits for an event loop: answers from there come back as [`Notice`]s.
+
+mod clients;
+mod notice;
+
+use std::io::{self, PipeReader, Read};
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Instant;
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use vmm_client::protocol::{Event, Reply, Request, Status, VmState};
+
+use self::clients::{ClientId, Clients, Said};
+pub use self::notice::{Notice, Notices, Notifier, notices};
+use crate::console::Console;
+use crate::devices::blk::Blk;
+use crate::event_loop::DeviceRef;
+use crate::logs::{LogError, LogHandle};
+use crate::machine::{Machine, Started};
+
+const SIGNALS: u64 = 0;
+const CONSOLE: u64 = 1;
+const WAKE: u64 = 2;
+const LISTENER: u64 = 3;
+
+/// Read from the console at once.
+const CONSOLE_CHUNK: usize = 16 * 1024;
+/// Read from it after the guest has ended: what the pipe can hold and a bit.
+const CONSOLE_REST: usize = 128 * 1024;
+
+/// What the supervisor watches over.
+pub struct Parts {
+    /// When the VMM was executed.
+    pub since: Instant,
+    pub jailed_us: u64,
+    pub control: OwnedFd,
+    pub console: Console,
+    pub notices: Notices,
+    pub notifier: Notifier,
+    pub logs: LogHandle,
+    /// Disk slots by number.
+    pub disks: Vec<DeviceRef<Blk>>,
+}
+
+pub struct Supervisor {
+    epoll: Epoll,
+    signals: SignalFd,
+    machine: Box<dyn Machine>,
+    pipe: Option<PipeReader>,
+    console: Console,
+    clients: Clients,
+    notices: Notices,
+    notifier: Notifier,
+    logs: LogHandle,
+    disks: Vec<DeviceRef<Blk>>,
+    since: Instant,
+    status: Status,
+}
+
+/// Blocks the signals that the supervisor reads; to be called before any
+/// thread exists, so that all inherit it.
+pub fn block_signals() -> io::Result<SignalFd> {
+    let mut mask = SigSet::empty();
+    for signal in [Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT] {
+        mask.add(signal);
+    }
+    mask.thread_block()?;
+    let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
+    Ok(SignalFd::with_flags(&mask, flags)?)
+}
+
+impl Supervisor {
+    pub fn new(signals: SignalFd, parts: Parts, started: Started) -> io::Result<Self> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        let watch = |fd: &dyn AsFd, datum| {
+            epoll.add(fd.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, datum))
+        };
+        let pipe = started.console;
+        let flags = OFlag::from_bits_retain(fcntl(&pipe, FcntlArg::F_GETFL)?);
+        fcntl(&pipe, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+        watch(&signals, SIGNALS)?;
+        watch(&pipe, CONSOLE)?;
+        watch(&*parts.notices.wake, WAKE)?;
+        let clients = Clients::new(parts.control, &epoll)?;
+        Ok(Self {
+            clients,
+            epoll,
+            signals,
+            machine: started.machine,
+            pipe: Some(pipe),
+            console: parts.console,
+            notices: parts.notices,
+            notifier: parts.notifier,
+            logs: parts.logs,
+            disks: parts.disks,
+            status: Status {
+                state: VmState::Booting,
+                jailed_us: Some(parts.jailed_us),
+                machine_started_us: Some(microseconds(parts.since)),
+                guest_ready_us: None,
+            },
+            since: parts.since,
+        })
+    }
+
+    /// Serves until the machine has ended and the subscribers know.
+    pub fn run(mut self) -> io::Result<()> {
+        let reason = loop {
+            if let Some(reason) = self.step()? {
+                break reason;
+            }
+        };
+        self.machine.kill();
+        self.read_console(CONSOLE_REST)?;
+        if let Err(error) = self.logs.finish() {
+            tracing::warn!(error = chain(&error), "container logs may lack their end");
+        }
+        let reason = self.report(&reason);
+        tracing::info!(reason, "machine ended");
+        self.status.state = VmState::Ended { reason };
+        let event = Event::State(self.status.clone());
+        self.clients.broadcast(&event, &self.epoll)
+    }
+
+    /// Handles what is ready; `Some` ends the machine.
+    fn step(&mut self) -> io::Result<Option<String>> {
+        let mut events = [EpollEvent::empty(); 16];
+        let ready = match self.epoll.wait(&mut events, EpollTimeout::NONE) {
+            Err(Errno::EINTR) => return Ok(None),
+            other => other?,
+        };
+        for event in &events[..ready] {
+            let ended = match event.data() {
+                SIGNALS => self.take_signals()?,
+                CONSOLE => {
+                    self.read_console(CONSOLE_CHUNK)?;
+                    None
+                }
+                WAKE => self.take_notices()?,
+                LISTENER => {
+                    self.clients.accept(&self.epoll)?;
+                    None
+                }
+                client => self.take_request(client)?,
+            };
+            if ended.is_some() {
+                return Ok(ended);
+            }
+        }
+        Ok(None)
+    }
+
+    fn take_signals(&mut self) -> io::Result<Option<String>> {
+        let mut asked = None;
+        while let Some(info) = self.signals.read_signal()? {
+            match Signal::try_from(info.ssi_signo as i32) {
+                Ok(Signal::SIGCHLD) => {}
+                Ok(signal) => asked = Some(format!("the VMM was ended by {signal}")),
+                Err(_) => {}
+            }
+        }
+        let mut ended = None;
+        loop {
+            match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+                Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return Ok(ended.or(asked)),
+                Ok(status) => ended = ended.or(self.machine.child_ended(status)),
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+
+    fn read_console(&mut self, most: usize) -> io::Result<()> {
+        let mut chunk = [0; CONSOLE_CHUNK];
+        let mut left = most;
+        while left > 0
+            && let Some(pipe) = &mut self.pipe
+        {
+            let want = left.min(chunk.len());
+            match pipe.read(&mut chunk[..want]) {
+                Ok(0) => {
+                    self.epoll.delete(&*pipe)?;
+                    self.pipe = None;
+                }
+                Ok(len) => {
+                    self.console.take(&chunk[..len]);
+                    left -= len;
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+
+    fn take_notices(&mut self) -> io::Result<Option<String>> {
+        // Spurious at worst: the notices are what counts.
+        let _ = self.notices.wake.read();
+        while let Some(notice) = self.notices.take() {
+            match notice {
+                Notice::Failed(reason) => return Ok(Some(reason)),
+                Notice::Answer(client, reply) => {
+                    self.clients.answer(client, &reply, &self.epoll)?;
+                }
+                Notice::GuestReady if self.status.state == VmState::Booting => {
+                    self.status.state = VmState::Ready;
+                    self.status.guest_ready_us = Some(microseconds(self.since));
+                    let event = Event::State(self.status.clone());
+                    self.clients.broadcast(&event, &self.epoll)?;
+                }
+                Notice::GuestReady => {}
+            }
+        }
+        Ok(None)
+    }
+
+    fn take_request(&mut self, client: ClientId) -> io::Result<Option<String>> {
+        let Said::Request(request, fds) = self.clients.read(client, &self.epoll)? else {
+            return Ok(None);
+        };
+        let reply = match request {
+            Request::Status => Some(Reply::Status(self.status.clone())),
+            Request::Subscribe => {
+                self.clients.subscribe(client);
+                let event = Event::State(self.status.clone());
+                self.clients.answer(client, &event, &self.epoll)?;
+                None
+            }
+            Request::AttachDisk { slot } => self.attach(client, slot, fds),
+            Request::DetachDisk { slot } => self.detach(client, slot),
+            Request::OpenLog { container } => match <[OwnedFd; 1]>::try_from(fds) {
+                Ok([fd]) => self.on_logs(client, move |logs| logs.open(&container, fd.into())),
+                Err(fds) => Some(Reply::Error {
+                    message: format!("open-log with {} descriptors, one belongs", fds.len()),
+                }),
+            },
+            Request::CloseLog { container } => {
+                self.on_logs(client, move |logs| logs.close(&container))
+            }
+            Request::Kill => {
+                self.clients.answer(client, &Reply::Ok, &self.epoll)?;
+                return Ok(Some("the machine was killed on request".into()));
+            }
+        };
+        if let Some(reply) = reply {
+            self.clients.answer(client, &reply, &self.epoll)?;
+        }
+        Ok(None)
+    }
+
+    /// `None` when the answer comes as a notice.
+    fn attach(&self, client: ClientId, slot: u32, fds: Vec<OwnedFd>) -> Option<Reply> {
+        self.on_disk(client, slot, move |disk, io| {
+            let files = fds.into_iter().map(Into::into).collect();
+            disk.attach(files, io)
+                .map_err(|e| format!("disk slot {slot}: {}", chain(&e)))
+        })
+    }
+
+    fn detach(&self, client: ClientId, slot: u32) -> Option<Reply> {
+        self.on_disk(client, slot, |disk, io| {
+            disk.detach(io);
+            Ok(())
+        })
+    }
+
+    fn on_disk(
+        &self,
+        client: ClientId,
+        slot: u32,
+        call: impl FnOnce(&mut Blk, &crate::devices::Io<'_>) -> Result<(), String> + Send + 'static,
+    ) -> Option<Reply> {
+        let Some(disk) = self.disks.get(slot as usize) else {
+            let message = format!("no disk slot {slot}, there are {}", self.disks.len());
+            return Some(Reply::Error { message });
+        };
+        let notifier = self.notifier.clone();
+        let posted = disk.post(move |disk, io| {
+            let reply = match call(disk, io) {
+                Ok(()) => Reply::Ok,
+                Err(message) => Reply::Error { message },
+            };
+            notifier.send(Notice::Answer(client, reply));
+        });
+        posted.err().map(|e| Reply::Error {
+            message: e.to_string(),
+        })
+    }
+
+    /// The log thread may wait for a disk, so a thread of its own waits for
+    /// it; there are no more of them than clients.
+    fn on_logs(
+        &self,
+        client: ClientId,
+        call: impl FnOnce(&LogHandle) -> Result<(), LogError> + Send + 'static,
+    ) -> Option<Reply> {
+        let (logs, notifier) = (self.logs.clone(), self.notifier.clone());
+        let spawned = std::thread::Builder::new()
+            .name("log-request".into())
+            .spawn(move || {
+                let reply = match call(&logs) {
+                    Ok(()) => Reply::Ok,
+                    Err(e) => Reply::Error { message: chain(&e) },
+                };
+                notifier.send(Notice::Answer(client, reply));
+            });
+        spawned.err().map(|e| Reply::Error {
+            message: format!("cannot start a thread: {e}"),
+        })
+    }
+
+    /// `reason` with what the guest last said.
+    fn report(&self, reason: &str) -> String {
+        let mut report = match self.console.panic_reason() {
+            Some(panic) => format!("{reason} (kernel panic: {panic})"),
+            None => reason.to_owned(),
+        };
+        let lines = self.console.last_lines();
+        if !lines.is_empty() {
+            report += "; the last lines of its console:\n";
+            report += &lines.join("\n");
+        }
+        report
+    }
+}
+
+/// An error with its causes in one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        text = format!("{text}: {cause}");
+        next = cause.source();
+    }
+    text
+}
+
+pub fn microseconds(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,397 @@
+//! A pod's VMM as the daemon starts it, with a guest whose init is a busybox
+//! script. Needs root, a UML kernel (`DRUPE_TEST_KERNEL`) and a static busybox.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, setns};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
+};
+use tempfile::TempDir;
+use vmm_client::protocol::{Event, VmState};
+use vmm_client::{
+    Control, Events, FdRole, Machine, SpawnRequest, UmlMode, VmSpec, VmmProcess, spawn,
+};
+
+const BUSYBOX: &str = "/bin/busybox";
+pub const UID: u32 = 61_000;
+pub const MAC: [u8; 6] = [0x02, 0xd7, 0, 0, 0, 1];
+pub const HOST_ADDRESS: &str = "10.231.7.1";
+/// Nothing here takes a tenth of this on an idle machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The kernel to test with; without one the test says so and passes.
+pub fn kernel() -> Option<PathBuf> {
+    let path = std::env::var_os("DRUPE_TEST_KERNEL").map(PathBuf::from);
+    if path.is_none() {
+        // Straight to the terminal: the test harness would swallow it.
+        let note = "SKIPPED: set DRUPE_TEST_KERNEL to a UML kernel to boot guests\n";
+        File::options()
+            .write(true)
+            .open("/dev/stderr")
+            .and_then(|mut f| f.write_all(note.as_bytes()))
+            .unwrap();
+    }
+    path
+}
+
+pub fn tempdir() -> TempDir {
+    tempfile::Builder::new()
+        .prefix("drupe-vmm-test-")
+        .tempdir()
+        .unwrap()
+}
+
+/// What a test's pod is made of.
+pub struct Setup {
+    pub mode: UmlMode,
+    pub vcpus: u32,
+    pub memory_mib: u32,
+    pub image_slots: u32,
+    pub network: bool,
+    /// Shell lines of the guest's init.
+    pub script: &'static str,
+    pub kernel_args: Vec<String>,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self {
+            mode: UmlMode::Seccomp,
+            vcpus: 1,
+            memory_mib: 128,
+            image_slots: 2,
+            network: false,
+            script: "",
+            kernel_args: Vec::new(),
+        }
+    }
+}
+
+pub struct Pod {
+    pub process: VmmProcess,
+    events: Option<Events>,
+    _cleanup: Cleanup,
+    dir: TempDir,
+}
+
+/// Undoes what [`prepare`] did to the machine.
+pub struct Cleanup {
+    shared: PathBuf,
+    pub netns: Option<String>,
+}
+
+impl Drop for Cleanup {
+    fn drop(&mut self) {
+        let _ = umount2(&self.shared, MntFlags::MNT_DETACH);
+        if let Some(name) = &self.netns {
+            ip(&["netns", "del", name]);
+        }
+    }
+}
+
+impl Pod {
+    pub async fn start(kernel: &Path, setup: Setup) -> Self {
+        let dir = tempdir();
+        let (request, cleanup) = prepare(kernel, &setup, dir.path());
+        Self::run(dir, request, cleanup).await
+    }
+
+    pub async fn run(dir: TempDir, request: SpawnRequest, cleanup: Cleanup) -> Self {
+        let process = match spawn(request).await {
+            Ok(process) => process,
+            Err(error) => {
+                let log = fs::read_to_string(dir.path().join("vmm.log")).unwrap();
+                panic!("{error:?}\n{log}");
+            }
+        };
+        let control = Control::connect(&dir.path().join("control")).await.unwrap();
+        Self {
+            process,
+            events: Some(control.subscribe().await.unwrap()),
+            _cleanup: cleanup,
+            dir,
+        }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub async fn control(&self) -> Control {
+        Control::connect(&self.path("control")).await.unwrap()
+    }
+
+    pub fn console(&self) -> String {
+        String::from_utf8_lossy(&fs::read(self.path("console.log")).unwrap()).into_owned()
+    }
+
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.path("vmm.log")).unwrap()
+    }
+
+    /// Waits until the console shows `text`.
+    pub async fn expect(&mut self, text: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.console().contains(text) {
+            let over = tokio::time::timeout(Duration::from_millis(20), self.process.wait()).await;
+            if over.is_ok() && self.console().contains(text) {
+                return;
+            }
+            assert!(
+                over.is_err() && Instant::now() < deadline,
+                "no {text:?} on the console ({over:?}):\n{}\n{}",
+                self.console(),
+                self.log()
+            );
+        }
+    }
+
+    /// Waits for the end of the machine and of its VMM; returns the reason.
+    pub async fn ended(&mut self) -> String {
+        let mut events = self.events.take().unwrap();
+        let mut reason = String::new();
+        while let Some(Event::State(status)) = tokio::time::timeout(PATIENCE, events.next())
+            .await
+            .expect("the machine ends")
+            .unwrap()
+        {
+            if let VmState::Ended { reason: why } = status.state {
+                reason = why;
+            }
+        }
+        let status = tokio::time::timeout(PATIENCE, self.process.wait())
+            .await
+            .expect("the VMM exits")
+            .unwrap();
+        assert!(status.success(), "{status}: {}", self.log());
+        reason
+    }
+}
+
+impl Drop for Pod {
+    fn drop(&mut self) {
+        // A test that failed: the VMM is still there or at least unreaped, so
+        // its PID is no other process's.
+        if std::thread::panicking() {
+            let pid = nix::unistd::Pid::from_raw(self.process.pid() as i32);
+            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+        }
+    }
+}
+
+/// Runs `call` on a thread inside a network namespace.
+pub fn in_netns<R: Send + 'static>(
+    name: &str,
+    call: impl FnOnce() -> R + Send + 'static,
+) -> std::thread::JoinHandle<R> {
+    let netns = File::open(Path::new("/run/netns").join(name)).unwrap();
+    std::thread::spawn(move || {
+        setns(netns, CloneFlags::CLONE_NEWNET).unwrap();
+        call()
+    })
+}
+
+/// Processes in the PID namespace whose first process is `pid`.
+pub fn namespace_of(pid: u32) -> Vec<PathBuf> {
+    let id = |path: &Path| fs::read_link(path.join("ns/pid")).ok();
+    let Some(wanted) = id(&PathBuf::from(format!("/proc/{pid}"))) else {
+        return Vec::new();
+    };
+    fs::read_dir("/proc")
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| id(path).as_ref() == Some(&wanted))
+        .collect()
+}
+
+/// Everything the daemon would have ready in `dir`.
+pub fn prepare(kernel: &Path, setup: &Setup, dir: &Path) -> (SpawnRequest, Cleanup) {
+    fs::set_permissions(dir, fs::Permissions::from_mode(0o755)).unwrap();
+    let shared = dir.join("shared");
+    let jail = dir.join("jail");
+    fs::create_dir(&shared).unwrap();
+    fs::create_dir(&jail).unwrap();
+    let none = None::<&str>;
+    mount(Some(&shared), &shared, none, MsFlags::MS_BIND, none).unwrap();
+    mount(none, &shared, none, MsFlags::MS_SHARED, none).unwrap();
+
+    let initramfs = dir.join("initramfs");
+    make_initramfs(&initramfs, setup.script);
+    let scratch = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(dir.join("scratch"))
+        .unwrap();
+    scratch.set_len(64 << 20).unwrap();
+    let append = |name: &str| {
+        OpenOptions::new()
+            .create(true)
+            .append(true)
+            .read(true)
+            .open(dir.join(name))
+            .unwrap()
+    };
+    let mut fds: Vec<(FdRole, OwnedFd)> = vec![
+        (FdRole::Kernel, File::open(kernel).unwrap().into()),
+        (FdRole::Initramfs, File::open(&initramfs).unwrap().into()),
+        (FdRole::ConsoleLog, append("console.log").into()),
+        (
+            FdRole::ControlListener,
+            control_listener(&dir.join("control")),
+        ),
+        (
+            FdRole::VsockListener,
+            UnixListener::bind(dir.join("vsock")).unwrap().into(),
+        ),
+        (FdRole::Scratch, scratch.into()),
+    ];
+    let netns = setup.network.then(|| {
+        let (name, netns, tap) = make_network();
+        fds.push((FdRole::Netns, netns));
+        fds.push((FdRole::Tap, tap));
+        name
+    });
+    let cleanup = Cleanup {
+        shared: shared.clone(),
+        netns,
+    };
+    let (roles, fds) = fds.into_iter().unzip();
+    let request = SpawnRequest {
+        program: env!("CARGO_BIN_EXE_drupe-vmm").into(),
+        spec: VmSpec {
+            pod_id: "test".into(),
+            machine: Machine::Uml(setup.mode),
+            vcpus: setup.vcpus,
+            memory_mib: setup.memory_mib,
+            kernel_args: setup.kernel_args.clone(),
+            mac: setup.network.then_some(MAC),
+            mtu: setup.network.then_some(1400),
+            image_slots: setup.image_slots,
+            jail_root: jail,
+            shared_dir: shared,
+            uid: UID,
+            gid: UID,
+            console_limit_bytes: 1 << 20,
+            fds: roles,
+        },
+        fds,
+        log: append("vmm.log"),
+        cgroup_procs: Vec::new(),
+    };
+    (request, cleanup)
+}
+
+fn control_listener(path: &Path) -> OwnedFd {
+    let listener = socket(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )
+    .unwrap();
+    bind(listener.as_raw_fd(), &UnixAddr::new(path).unwrap()).unwrap();
+    listen(&listener, Backlog::new(8).unwrap()).unwrap();
+    listener
+}
+
+fn make_initramfs(path: &Path, script: &str) {
+    let root = tempfile::tempdir().unwrap();
+    let at = |name: &str| root.path().join(name);
+    for dir in ["bin", "dev", "proc", "sys", "mnt", "tmp"] {
+        fs::create_dir(at(dir)).unwrap();
+    }
+    fs::copy(BUSYBOX, at("bin/busybox")).unwrap();
+    fs::set_permissions(at("bin/busybox"), fs::Permissions::from_mode(0o755)).unwrap();
+    // Whoever can link Rust programs has a C compiler.
+    let status = Command::new("cc")
+        .args(["-static", "-O1", "-o"])
+        .arg(at("bin/vsock"))
+        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/vsock.c"))
+        .status()
+        .unwrap();
+    assert!(status.success(), "cannot compile the guest's vsock tool");
+    let init = format!(
+        "#!/bin/busybox sh\n\
+         bb=/bin/busybox\n\
+         $bb mount -t devtmpfs dev /dev\n\
+         $bb mount -t proc proc /proc\n\
+         $bb mount -t sysfs sys /sys\n\
+         $bb --install -s /bin\n\
+         export PATH=/bin\n\
+         disk() {{ for d in /sys/block/vd*; do\n\
+           [ \"$(cat $d/serial)\" = \"$1\" ] && echo /dev/${{d##*/}}; done; }}\n\
+         echo GUEST-UP\n\
+         {script}\n\
+         poweroff -f\n"
+    );
+    fs::write(at("init"), init).unwrap();
+    fs::set_permissions(at("init"), fs::Permissions::from_mode(0o755)).unwrap();
+    let status = Command::new("sh")
+        .arg("-c")
+        .arg("find . | busybox cpio -o -H newc")
+        .current_dir(root.path())
+        .stdout(File::create(path).unwrap())
+        .stderr(Stdio::null())
+        .status()
+        .unwrap();
+    assert!(status.success(), "cannot pack the initramfs");
+}
+
+/// A network namespace whose tap carries [`HOST_ADDRESS`].
+fn make_network() -> (String, OwnedFd, OwnedFd) {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    let name = format!("drupe-vmm-test-{}-{number}", std::process::id());
+    ip(&["netns", "add", &name]);
+    ip(&[
+        "-n", &name, "tuntap", "add", "dev", "tap0", "mode", "tap", "vnet_hdr",
+    ]);
+    ip(&[
+        "-n",
+        &name,
+        "addr",
+        "add",
+        &format!("{HOST_ADDRESS}/24"),
+        "dev",
+        "tap0",
+    ]);
+    ip(&["-n", &name, "link", "set", "tap0", "up"]);
+    let netns = File::open(Path::new("/run/netns").join(&name)).unwrap();
+    let tap = in_netns(&name, || open_tap("tap0"));
+    (name, netns.into(), tap.join().unwrap())
+}
+
+fn open_tap(name: &str) -> OwnedFd {
+    let tun = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun")
+        .unwrap();
+    // SAFETY: all-zero bytes are a valid ifreq.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags =
+        (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+    // SAFETY: TUNSETIFF reads and writes one ifreq.
+    let result = unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF as _, &mut request) };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+    tun.into()
+}
+
+pub fn ip(args: &[&str]) {
+    let status = Command::new("ip").args(args).status().unwrap();
+    assert!(status.success(), "ip {args:?}");
+}
