@@ -7,7 +7,11 @@ use anyhow::{Context, Result, ensure};
 /// A file below `out/`, or the reason why it is not there.
 fn artifact(relative: &str, made_by: &str) -> Result<PathBuf> {
     let path = out_dir()?.join(relative);
-    ensure!(path.exists(), "{} is missing: run `make {made_by}`", path.display());
+    ensure!(
+        path.exists(),
+        "{} is missing: run `make {made_by}`",
+        path.display()
+    );
     Ok(path)
 }
 
@@ -17,7 +21,8 @@ pub fn out_dir() -> Result<PathBuf> {
         Some(dir) => PathBuf::from(dir),
         None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../out"),
     };
-    dir.canonicalize().with_context(|| format!("{} is missing: run `make setup build`", dir.display()))
+    dir.canonicalize()
+        .with_context(|| format!("{} is missing: run `make setup build`", dir.display()))
 }
 
 pub fn daemon() -> Result<PathBuf> {

@@ -31,9 +31,14 @@ impl Cgroup {
         let everywhere: Vec<_> = mounts.iter().map(|mount| mount.join(name)).collect();
         for path in &everywhere {
             let pods = path.join(PODS);
-            fs::create_dir_all(&pods).with_context(|| format!("create cgroup {}", pods.display()))?;
+            fs::create_dir_all(&pods)
+                .with_context(|| format!("create cgroup {}", pods.display()))?;
         }
-        Ok(Self { name: name.to_owned(), path: unified.join(name), everywhere })
+        Ok(Self {
+            name: name.to_owned(),
+            path: unified.join(name),
+            everywhere,
+        })
     }
 
     /// `cgroup_parent` of the node's pods.
@@ -70,7 +75,8 @@ impl Cgroup {
     pub fn processes(&self) -> Result<BTreeMap<u32, String>> {
         let mut found = BTreeMap::new();
         for dir in tree(&self.path)? {
-            let procs = fs::read_to_string(dir.join("cgroup.procs")).context("read cgroup.procs")?;
+            let procs =
+                fs::read_to_string(dir.join("cgroup.procs")).context("read cgroup.procs")?;
             for pid in procs.lines().filter_map(|pid| pid.parse::<u32>().ok()) {
                 found.insert(pid, command_line(pid));
             }
@@ -85,7 +91,8 @@ impl Cgroup {
         }
         fs::write(self.path.join("cgroup.kill"), "1").context("cgroup.kill")?;
         eventually("killed processes to end", KILL_WITHIN, || {
-            let events = fs::read_to_string(self.path.join("cgroup.events")).context("cgroup.events")?;
+            let events =
+                fs::read_to_string(self.path.join("cgroup.events")).context("cgroup.events")?;
             ensure!(events.contains("populated 0"), "{:?}", self.processes()?);
             Ok::<_, anyhow::Error>(())
         })?;
@@ -93,7 +100,8 @@ impl Cgroup {
             // A process that was just reaped may hold its cgroup a moment more.
             eventually("the cgroup to be empty", KILL_WITHIN, || {
                 for dir in tree(path)?.iter().rev() {
-                    fs::remove_dir(dir).with_context(|| format!("remove cgroup {}", dir.display()))?;
+                    fs::remove_dir(dir)
+                        .with_context(|| format!("remove cgroup {}", dir.display()))?;
                 }
                 Ok::<_, anyhow::Error>(())
             })?;
@@ -125,7 +133,9 @@ fn hierarchies() -> Result<(Vec<PathBuf>, PathBuf)> {
     let mut unified = None;
     for line in mounts.lines() {
         let fields: Vec<_> = line.split(' ').collect();
-        let (Some(point), Some(kind)) = (fields.get(1), fields.get(2)) else { continue };
+        let (Some(point), Some(kind)) = (fields.get(1), fields.get(2)) else {
+            continue;
+        };
         match *kind {
             "cgroup" => all.push(PathBuf::from(point)),
             "cgroup2" => {
@@ -135,16 +145,28 @@ fn hierarchies() -> Result<(Vec<PathBuf>, PathBuf)> {
             _ => {}
         }
     }
-    Ok((all, unified.context("no cgroup2 file system is mounted on this machine")?))
+    Ok((
+        all,
+        unified.context("no cgroup2 file system is mounted on this machine")?,
+    ))
 }
 
 /// The command line, or the name in brackets where there is none.
 fn command_line(pid: u32) -> String {
     let proc = Path::new("/proc").join(pid.to_string());
     let line = fs::read(proc.join("cmdline")).unwrap_or_default();
-    let words: Vec<_> = line.split(|b| *b == 0).filter(|w| !w.is_empty()).map(String::from_utf8_lossy).collect();
+    let words: Vec<_> = line
+        .split(|b| *b == 0)
+        .filter(|w| !w.is_empty())
+        .map(String::from_utf8_lossy)
+        .collect();
     if words.is_empty() {
-        return format!("[{}]", fs::read_to_string(proc.join("comm")).unwrap_or_default().trim());
+        return format!(
+            "[{}]",
+            fs::read_to_string(proc.join("comm"))
+                .unwrap_or_default()
+                .trim()
+        );
     }
     words.join(" ")
 }

@@ -45,12 +45,15 @@ impl Cri {
             .enable_all()
             .build()
             .context("start tokio")?;
-        let endpoint = Endpoint::try_from(format!("unix://{}", socket.display())).context("endpoint")?;
-        let channel =
-            tokio.block_on(endpoint.connect()).with_context(|| format!("connect to {}", socket.display()))?;
+        let endpoint =
+            Endpoint::try_from(format!("unix://{}", socket.display())).context("endpoint")?;
+        let channel = tokio
+            .block_on(endpoint.connect())
+            .with_context(|| format!("connect to {}", socket.display()))?;
         Ok(Self {
             tokio: Arc::new(tokio),
-            runtime: RuntimeServiceClient::new(channel.clone()).max_decoding_message_size(MAX_ANSWER),
+            runtime: RuntimeServiceClient::new(channel.clone())
+                .max_decoding_message_size(MAX_ANSWER),
             image: ImageServiceClient::new(channel),
         })
     }
@@ -91,29 +94,46 @@ impl Cri {
     }
 
     pub fn pull_with(&self, image: &str, auth: Option<AuthConfig>) -> Result<String, Status> {
-        let request = PullImageRequest { image: Some(image_spec(image)), auth, sandbox_config: None };
+        let request = PullImageRequest {
+            image: Some(image_spec(image)),
+            auth,
+            sandbox_config: None,
+        };
         Ok(self.pull_image(request)?.image_ref)
     }
 
     pub fn remove(&self, image: &str) -> Result<(), Status> {
-        self.remove_image(RemoveImageRequest { image: Some(image_spec(image)) }).map(drop)
+        self.remove_image(RemoveImageRequest {
+            image: Some(image_spec(image)),
+        })
+        .map(drop)
     }
 
     /// What is known of an image; None when it is not here.
     pub fn find_image(&self, image: &str) -> Result<Option<Image>, Status> {
-        let request = ImageStatusRequest { image: Some(image_spec(image)), verbose: false };
+        let request = ImageStatusRequest {
+            image: Some(image_spec(image)),
+            verbose: false,
+        };
         Ok(self.image_status(request)?.image)
     }
 
     /// Bytes that images take on this node.
     pub fn image_bytes(&self) -> Result<u64, Status> {
         let info = self.image_fs_info(ImageFsInfoRequest {})?;
-        let used = info.image_filesystems.iter().filter_map(|fs| fs.used_bytes.as_ref());
+        let used = info
+            .image_filesystems
+            .iter()
+            .filter_map(|fs| fs.used_bytes.as_ref());
         Ok(used.map(|used| used.value).sum())
     }
 }
 
 #[must_use]
 pub fn image_spec(image: &str) -> ImageSpec {
-    ImageSpec { image: image.to_owned(), user_specified_image: image.to_owned(), ..Default::default() }
+    ImageSpec {
+        image: image.to_owned(),
+        user_specified_image: image.to_owned(),
+        ..Default::default()
+    }
 }

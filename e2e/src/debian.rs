@@ -16,7 +16,9 @@ pub fn contents(deb: &Path) -> Result<Vec<u8>> {
         .context("dpkg-deb")?;
     let mut tar = Vec::new();
     let mut stdout = child.stdout.take().context("dpkg-deb's output")?;
-    stdout.read_to_end(&mut tar).context("read dpkg-deb's output")?;
+    stdout
+        .read_to_end(&mut tar)
+        .context("read dpkg-deb's output")?;
     let status = child.wait().context("dpkg-deb")?;
     ensure!(status.success(), "dpkg-deb {}: {status}", deb.display());
     Ok(tar)

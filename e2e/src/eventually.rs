@@ -21,7 +21,10 @@ pub fn eventually<T, E: Display>(
         match check() {
             Ok(value) => return Ok(value),
             Err(seen) if begun.elapsed() >= within => {
-                bail!("waited {:.1} s for {what}; last: {seen:#}", within.as_secs_f64())
+                bail!(
+                    "waited {:.1} s for {what}; last: {seen:#}",
+                    within.as_secs_f64()
+                )
             }
             Err(_) => thread::sleep(INTERVAL),
         }

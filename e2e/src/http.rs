@@ -21,7 +21,10 @@ pub struct Response {
 impl Response {
     #[must_use]
     pub fn header(&self, name: &str) -> Option<&str> {
-        self.headers.iter().find(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str())
+        self.headers
+            .iter()
+            .find(|(n, _)| n.eq_ignore_ascii_case(name))
+            .map(|(_, value)| value.as_str())
     }
 }
 
@@ -37,7 +40,10 @@ pub fn request(
         let mut stream = TcpStream::connect(address)?;
         stream.set_read_timeout(Some(TIMEOUT))?;
         stream.set_write_timeout(Some(TIMEOUT))?;
-        let mut head = format!("{method} {path} HTTP/1.0\r\nHost: {address}\r\nContent-Length: {}\r\n", body.len());
+        let mut head = format!(
+            "{method} {path} HTTP/1.0\r\nHost: {address}\r\nContent-Length: {}\r\n",
+            body.len()
+        );
         for (name, value) in headers {
             head.push_str(&format!("{name}: {value}\r\n"));
         }
@@ -61,17 +67,30 @@ fn parse(answer: &[u8]) -> Result<Response> {
     let head = std::str::from_utf8(&answer[..end]).context("head")?;
     let mut lines = head.split("\r\n");
     let status_line = lines.next().unwrap_or_default();
-    ensure!(status_line.starts_with("HTTP/"), "no status line: {status_line:?}");
-    let status = status_line.split(' ').nth(1).and_then(|code| code.parse().ok()).context("status")?;
+    ensure!(
+        status_line.starts_with("HTTP/"),
+        "no status line: {status_line:?}"
+    );
+    let status = status_line
+        .split(' ')
+        .nth(1)
+        .and_then(|code| code.parse().ok())
+        .context("status")?;
     let headers = lines
         .filter_map(|line| line.split_once(':'))
         .map(|(name, value)| (name.to_owned(), value.trim().to_owned()))
         .collect();
-    Ok(Response { status, headers, body: answer[end + 4..].to_vec() })
+    Ok(Response {
+        status,
+        headers,
+        body: answer[end + 4..].to_vec(),
+    })
 }
 
 /// Where `needle` begins in `haystack`.
 #[must_use]
 pub fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
-    haystack.windows(needle.len()).position(|window| window == needle)
+    haystack
+        .windows(needle.len())
+        .position(|window| window == needle)
 }

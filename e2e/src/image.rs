@@ -37,7 +37,11 @@ impl Manifest {
 impl Image {
     #[must_use]
     pub fn new(layers: Vec<Layer>, config: Value) -> Self {
-        Self { layers, config, format: Format::Oci }
+        Self {
+            layers,
+            config,
+            format: Format::Oci,
+        }
     }
 
     #[must_use]
@@ -49,7 +53,11 @@ impl Image {
     /// The image configuration (OCI image spec, config.md).
     #[must_use]
     pub fn config_bytes(&self) -> Vec<u8> {
-        let diff_ids: Vec<_> = self.layers.iter().map(|layer| layer.diff_id.as_str()).collect();
+        let diff_ids: Vec<_> = self
+            .layers
+            .iter()
+            .map(|layer| layer.diff_id.as_str())
+            .collect();
         let config = json!({
             "architecture": architecture(),
             "os": "linux",
@@ -64,7 +72,10 @@ impl Image {
         let config = self.config_bytes();
         let (media_type, config_type) = match self.format {
             Format::Oci => (OCI_MANIFEST, "application/vnd.oci.image.config.v1+json"),
-            Format::DockerSchema2 => (DOCKER_MANIFEST, "application/vnd.docker.container.image.v1+json"),
+            Format::DockerSchema2 => (
+                DOCKER_MANIFEST,
+                "application/vnd.docker.container.image.v1+json",
+            ),
         };
         let layers: Vec<_> = self
             .layers
@@ -83,7 +94,10 @@ impl Image {
             "config": { "mediaType": config_type, "digest": digest(&config), "size": config.len() },
             "layers": layers,
         });
-        Manifest { media_type, bytes: manifest.to_string().into_bytes() }
+        Manifest {
+            media_type,
+            bytes: manifest.to_string().into_bytes(),
+        }
     }
 
     /// What CRI calls the image's id: the digest of its configuration.
@@ -108,7 +122,10 @@ pub fn index(manifests: &[(&str, &Manifest)]) -> Manifest {
         })
         .collect();
     let index = json!({ "schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": manifests });
-    Manifest { media_type: OCI_INDEX, bytes: index.to_string().into_bytes() }
+    Manifest {
+        media_type: OCI_INDEX,
+        bytes: index.to_string().into_bytes(),
+    }
 }
 
 const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
@@ -121,7 +138,9 @@ fn layer_media_type(format: Format, compression: Compression) -> &'static str {
         (Format::Oci, Compression::Gzip) => "application/vnd.oci.image.layer.v1.tar+gzip",
         (Format::Oci, Compression::Zstd) => "application/vnd.oci.image.layer.v1.tar+zstd",
         // Docker's schema knows gzip only; the plain type is in use regardless.
-        (Format::DockerSchema2, Compression::Plain) => "application/vnd.docker.image.rootfs.diff.tar",
+        (Format::DockerSchema2, Compression::Plain) => {
+            "application/vnd.docker.image.rootfs.diff.tar"
+        }
         (Format::DockerSchema2, _) => "application/vnd.docker.image.rootfs.diff.tar.gzip",
     }
 }
@@ -139,7 +158,10 @@ pub fn architecture() -> &'static str {
 /// Debian's busybox with its applets, users and groups: what most tests run.
 /// Two layers, so that every test stacks some.
 pub fn busybox() -> Result<Image> {
-    let layers = vec![busybox_layer(Compression::Gzip)?, accounts_layer(Compression::Zstd)?];
+    let layers = vec![
+        busybox_layer(Compression::Gzip)?,
+        accounts_layer(Compression::Zstd)?,
+    ];
     Ok(Image::new(layers, busybox_config()))
 }
 
@@ -154,7 +176,16 @@ pub fn busybox_config() -> Value {
 
 pub fn busybox_layer(compression: Compression) -> Result<Layer> {
     let mut layer = LayerBuilder::default().package(&artifacts::deb("busybox-static")?)?;
-    for dir in ["etc", "proc", "sys", "dev", "root", "run", "var", "usr/local"] {
+    for dir in [
+        "etc",
+        "proc",
+        "sys",
+        "dev",
+        "root",
+        "run",
+        "var",
+        "usr/local",
+    ] {
         layer = layer.dir(dir, 0o755)?;
     }
     layer = layer.dir("tmp", 0o1777)?;
@@ -166,13 +197,92 @@ pub fn busybox_layer(compression: Compression) -> Result<Layer> {
 
 /// Names of the applets that tests call.
 const APPLETS: &[&str] = &[
-    "[", "awk", "base64", "basename", "cat", "chmod", "chown", "cp", "cut", "date", "dd", "df", "dirname", "dmesg",
-    "du", "echo", "env", "expr", "false", "find", "free", "grep", "groups", "gunzip", "gzip", "head", "hostname",
-    "httpd", "id", "ifconfig", "ip", "kill", "killall", "less", "ln", "ls", "md5sum", "mkdir", "mknod", "mount",
-    "mv", "nc", "nslookup", "od", "pidof", "ping", "printf", "ps", "pwd", "readlink", "rm", "rmdir", "route", "sed",
-    "seq", "sh", "sha256sum", "sleep", "sort", "stat", "stty", "sync", "tail", "tar", "tee", "test", "time",
-    "timeout", "top", "touch", "tr", "true", "tty", "umount", "uname", "uniq", "uptime", "vi", "wc", "wget", "which",
-    "whoami", "xargs", "xxd", "yes", "zcat",
+    "[",
+    "awk",
+    "base64",
+    "basename",
+    "cat",
+    "chmod",
+    "chown",
+    "cp",
+    "cut",
+    "date",
+    "dd",
+    "df",
+    "dirname",
+    "dmesg",
+    "du",
+    "echo",
+    "env",
+    "expr",
+    "false",
+    "find",
+    "free",
+    "grep",
+    "groups",
+    "gunzip",
+    "gzip",
+    "head",
+    "hostname",
+    "httpd",
+    "id",
+    "ifconfig",
+    "ip",
+    "kill",
+    "killall",
+    "less",
+    "ln",
+    "ls",
+    "md5sum",
+    "mkdir",
+    "mknod",
+    "mount",
+    "mv",
+    "nc",
+    "nslookup",
+    "od",
+    "pidof",
+    "ping",
+    "printf",
+    "ps",
+    "pwd",
+    "readlink",
+    "rm",
+    "rmdir",
+    "route",
+    "sed",
+    "seq",
+    "sh",
+    "sha256sum",
+    "sleep",
+    "sort",
+    "stat",
+    "stty",
+    "sync",
+    "tail",
+    "tar",
+    "tee",
+    "test",
+    "time",
+    "timeout",
+    "top",
+    "touch",
+    "tr",
+    "true",
+    "tty",
+    "umount",
+    "uname",
+    "uniq",
+    "uptime",
+    "vi",
+    "wc",
+    "wget",
+    "which",
+    "whoami",
+    "xargs",
+    "xxd",
+    "yes",
+    "zcat",
 ];
 
 pub fn accounts_layer(compression: Compression) -> Result<Layer> {
@@ -200,7 +310,11 @@ mod tests {
 
     #[test]
     fn a_manifest_names_its_layers_by_their_digests() {
-        let layer = LayerBuilder::default().file("a", 0o644, b"x").unwrap().build(Compression::Zstd).unwrap();
+        let layer = LayerBuilder::default()
+            .file("a", 0o644, b"x")
+            .unwrap()
+            .build(Compression::Zstd)
+            .unwrap();
         let image = Image::new(vec![layer.clone()], json!({}));
         let manifest: Value = serde_json::from_slice(&image.manifest().bytes).unwrap();
         assert_eq!(manifest["layers"][0]["digest"], layer.digest.as_str());

@@ -29,7 +29,9 @@ pub struct Layer {
 #[must_use]
 pub fn digest(bytes: &[u8]) -> String {
     let hash = Sha256::digest(bytes);
-    hash.iter().fold(String::from("sha256:"), |text, byte| format!("{text}{byte:02x}"))
+    hash.iter().fold(String::from("sha256:"), |text, byte| {
+        format!("{text}{byte:02x}")
+    })
 }
 
 pub struct LayerBuilder {
@@ -38,7 +40,9 @@ pub struct LayerBuilder {
 
 impl Default for LayerBuilder {
     fn default() -> Self {
-        Self { tar: tar::Builder::new(Vec::new()) }
+        Self {
+            tar: tar::Builder::new(Vec::new()),
+        }
     }
 }
 
@@ -56,12 +60,17 @@ impl LayerBuilder {
                 continue;
             }
             let mut header = entry.header().clone();
-            let link = entry.link_name().context("package entry's link")?.map(|link| link.into_owned());
+            let link = entry
+                .link_name()
+                .context("package entry's link")?
+                .map(|link| link.into_owned());
             match link {
                 Some(link) => self.tar.append_link(&mut header, &path, link)?,
                 None => {
                     let mut data = Vec::new();
-                    entry.read_to_end(&mut data).context("package entry's data")?;
+                    entry
+                        .read_to_end(&mut data)
+                        .context("package entry's data")?;
                     self.tar.append_data(&mut header, &path, data.as_slice())?;
                 }
             }
@@ -100,7 +109,13 @@ impl LayerBuilder {
     }
 
     /// A file with an extended attribute.
-    pub fn file_with_xattr(mut self, path: &str, data: &[u8], name: &str, value: &[u8]) -> Result<Self> {
+    pub fn file_with_xattr(
+        mut self,
+        path: &str,
+        data: &[u8],
+        name: &str,
+        value: &[u8],
+    ) -> Result<Self> {
         let key = format!("SCHILY.xattr.{name}");
         self.tar.append_pax_extensions([(key.as_str(), value)])?;
         self.file(path, 0o755, data)
@@ -123,15 +138,26 @@ impl LayerBuilder {
         Layer::from_tar(&tar, compression)
     }
 
-    fn entry(mut self, path: &str, kind: EntryType, mode: u32, owner: u64, data: &[u8]) -> Result<Self> {
+    fn entry(
+        mut self,
+        path: &str,
+        kind: EntryType,
+        mode: u32,
+        owner: u64,
+        data: &[u8],
+    ) -> Result<Self> {
         let mut header = header(kind, mode, owner, data.len() as u64);
-        self.tar.append_data(&mut header, path, data).with_context(|| path.to_owned())?;
+        self.tar
+            .append_data(&mut header, path, data)
+            .with_context(|| path.to_owned())?;
         Ok(self)
     }
 
     fn link(mut self, path: &str, kind: EntryType, target: &str, mode: u32) -> Result<Self> {
         let mut header = header(kind, mode, 0, 0);
-        self.tar.append_link(&mut header, path, target).with_context(|| path.to_owned())?;
+        self.tar
+            .append_link(&mut header, path, target)
+            .with_context(|| path.to_owned())?;
         Ok(self)
     }
 }
@@ -141,13 +167,19 @@ impl Layer {
         let blob = match compression {
             Compression::Plain => tar.to_vec(),
             Compression::Gzip => {
-                let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+                let mut gzip =
+                    flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
                 gzip.write_all(tar)?;
                 gzip.finish()?
             }
             Compression::Zstd => zstd::encode_all(tar, 1)?,
         };
-        Ok(Self { digest: digest(&blob), diff_id: digest(tar), blob, compression })
+        Ok(Self {
+            digest: digest(&blob),
+            diff_id: digest(tar),
+            blob,
+            compression,
+        })
     }
 }
 
@@ -170,7 +202,11 @@ mod tests {
     #[test]
     fn the_same_entries_give_the_same_digest() {
         let build = || {
-            let layer = LayerBuilder::default().dir("etc", 0o755).unwrap().file("etc/a", 0o644, b"x").unwrap();
+            let layer = LayerBuilder::default()
+                .dir("etc", 0o755)
+                .unwrap()
+                .file("etc/a", 0o644, b"x")
+                .unwrap();
             layer.build(Compression::Gzip).unwrap()
         };
         assert_eq!(build().digest, build().digest);

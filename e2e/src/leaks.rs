@@ -19,6 +19,8 @@ pub struct Scope<'a> {
     pub netns: &'a NetNs,
     /// Links that are there without any pod: loopback and the plugins' bridge.
     pub standing_links: &'a [String],
+    /// Host port rules of others.
+    pub standing_rules: &'a [String],
     /// Processes that are the harness's own.
     pub own_processes: Vec<u32>,
 }
@@ -30,18 +32,29 @@ pub fn assert_none(scope: &Scope<'_>) -> Result<()> {
     left.extend(mounts(scope.dir)?);
     left.extend(loop_devices(scope.dir)?);
     left.extend(links(scope)?);
-    left.extend(port_forwards(scope.netns)?);
+    let rules = port_forwards(scope.netns)?.into_iter();
+    left.extend(rules.filter(|rule| !scope.standing_rules.contains(rule)));
     left.extend(leases(&scope.ipam_dir)?);
     left.extend(volatile_files(scope)?);
-    left.extend(scope.cgroup.of_pods()?.iter().map(|path| format!("cgroup {}", path.display())));
+    left.extend(
+        scope
+            .cgroup
+            .of_pods()?
+            .iter()
+            .map(|path| format!("cgroup {}", path.display())),
+    );
     ensure!(left.is_empty(), "left behind:\n  {}", left.join("\n  "));
     Ok(())
 }
 
 fn processes(scope: &Scope<'_>) -> Result<Vec<String>> {
     let all = scope.cgroup.processes()?;
-    let foreign = all.iter().filter(|(pid, _)| !scope.own_processes.contains(pid));
-    Ok(foreign.map(|(pid, line)| format!("process {pid}: {line}")).collect())
+    let foreign = all
+        .iter()
+        .filter(|(pid, _)| !scope.own_processes.contains(pid));
+    Ok(foreign
+        .map(|(pid, line)| format!("process {pid}: {line}"))
+        .collect())
 }
 
 /// Mounts at or below `dir`, deepest first.
@@ -58,7 +71,10 @@ pub fn mount_points(dir: &Path) -> Result<Vec<PathBuf>> {
 }
 
 fn mounts(dir: &Path) -> Result<Vec<String>> {
-    Ok(mount_points(dir)?.iter().map(|point| format!("mount {}", point.display())).collect())
+    Ok(mount_points(dir)?
+        .iter()
+        .map(|point| format!("mount {}", point.display()))
+        .collect())
 }
 
 fn loop_devices(dir: &Path) -> Result<Vec<String>> {
@@ -66,9 +82,15 @@ fn loop_devices(dir: &Path) -> Result<Vec<String>> {
     for device in fs::read_dir("/sys/block").context("/sys/block")? {
         let device = device.context("/sys/block")?;
         // Absent for devices that are no loop or have no file.
-        let Ok(file) = fs::read_to_string(device.path().join("loop/backing_file")) else { continue };
+        let Ok(file) = fs::read_to_string(device.path().join("loop/backing_file")) else {
+            continue;
+        };
         if Path::new(file.trim()).starts_with(dir) {
-            left.push(format!("loop device {} on {}", device.file_name().display(), file.trim()));
+            left.push(format!(
+                "loop device {} on {}",
+                device.file_name().display(),
+                file.trim()
+            ));
         }
     }
     Ok(left)
@@ -77,14 +99,18 @@ fn loop_devices(dir: &Path) -> Result<Vec<String>> {
 /// Veths, taps and whatever else is in the node's network.
 fn links(scope: &Scope<'_>) -> Result<Vec<String>> {
     let links = scope.netns.links()?;
-    let extra = links.into_iter().filter(|link| !scope.standing_links.contains(link));
+    let extra = links
+        .into_iter()
+        .filter(|link| !scope.standing_links.contains(link));
     Ok(extra.map(|link| format!("link {link}")).collect())
 }
 
 /// Rules of the portmap plugin, whose chains are named after the container.
-fn port_forwards(netns: &NetNs) -> Result<Vec<String>> {
+pub fn port_forwards(netns: &NetNs) -> Result<Vec<String>> {
     let rules = netns.output("iptables-save", &["-t", "nat"])?;
-    let own = rules.lines().filter(|rule| rule.contains("CNI-DN-") || rule.contains("CNI-SN-"));
+    let own = rules
+        .lines()
+        .filter(|rule| rule.contains("CNI-DN-") || rule.contains("CNI-SN-"));
     Ok(own.map(|rule| format!("iptables rule {rule}")).collect())
 }
 
@@ -93,17 +119,26 @@ fn port_forwards(netns: &NetNs) -> Result<Vec<String>> {
 fn leases(ipam_dir: &Path) -> Result<Vec<String>> {
     let files = files_below(ipam_dir)?.into_iter();
     let leases = files.filter(|path| {
-        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let name = path
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned())
+            .unwrap_or_default();
         name != "lock" && !name.starts_with("last_reserved_ip.")
     });
-    Ok(leases.map(|path| format!("address lease {}", path.display())).collect())
+    Ok(leases
+        .map(|path| format!("address lease {}", path.display()))
+        .collect())
 }
 
 /// Sockets, logs, bind mount targets, names of network namespaces.
 fn volatile_files(scope: &Scope<'_>) -> Result<Vec<String>> {
     let mut left = Vec::new();
     for dir in scope.volatile_dirs {
-        left.extend(files_below(dir)?.iter().map(|path| format!("file {}", path.display())));
+        left.extend(
+            files_below(dir)?
+                .iter()
+                .map(|path| format!("file {}", path.display())),
+        );
     }
     Ok(left)
 }

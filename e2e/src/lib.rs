@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 pub mod artifacts;
+pub mod bench;
 pub mod cgroup;
 pub mod cri;
 pub mod debian;

@@ -32,14 +32,21 @@ fn parse(bytes: &[u8]) -> Result<Vec<Record>> {
         ensure!(bytes.is_empty(), "the last record has no end");
         return Ok(Vec::new());
     };
-    bytes.split(|byte| *byte == b'\n').enumerate().map(|(n, line)| record(line).with_context(|| format!("record {}", n + 1))).collect()
+    bytes
+        .split(|byte| *byte == b'\n')
+        .enumerate()
+        .map(|(n, line)| record(line).with_context(|| format!("record {}", n + 1)))
+        .collect()
 }
 
 fn record(line: &[u8]) -> Result<Record> {
     let mut fields = line.splitn(4, |byte| *byte == b' ');
     let mut field = || fields.next().context("a field is missing");
     let time = std::str::from_utf8(field()?).context("time")?.to_owned();
-    ensure!(time.len() >= 20 && time.as_bytes()[10] == b'T', "{time:?} is no RFC 3339 time");
+    ensure!(
+        time.len() >= 20 && time.as_bytes()[10] == b'T',
+        "{time:?} is no RFC 3339 time"
+    );
     let stream = match field()? {
         b"stdout" => Stream::Stdout,
         b"stderr" => Stream::Stderr,
@@ -50,7 +57,12 @@ fn record(line: &[u8]) -> Result<Record> {
         b"F" => false,
         other => bail!("tag {:?}", String::from_utf8_lossy(other)),
     };
-    Ok(Record { time, stream, partial, content: field()?.to_vec() })
+    Ok(Record {
+        time,
+        stream,
+        partial,
+        content: field()?.to_vec(),
+    })
 }
 
 /// What the container wrote to `stream`: a newline after every whole line.
@@ -88,7 +100,12 @@ mod tests {
 
     #[test]
     fn what_is_no_record_is_an_error() {
-        for bad in ["x", "x\n", "2026-01-01T00:00:00Z stdin F a\n", "2026-01-01T00:00:00Z stdout X a\n"] {
+        for bad in [
+            "x",
+            "x\n",
+            "2026-01-01T00:00:00Z stdin F a\n",
+            "2026-01-01T00:00:00Z stdout X a\n",
+        ] {
             assert!(parse(bad.as_bytes()).is_err(), "{bad:?}");
         }
     }

@@ -30,7 +30,11 @@ impl Node {
                 attempt: 0,
             }),
             hostname: name.to_owned(),
-            log_directory: self.logs().join(format!("{name}-{number}")).display().to_string(),
+            log_directory: self
+                .logs()
+                .join(format!("{name}-{number}"))
+                .display()
+                .to_string(),
             labels: HashMap::from([("app".to_owned(), name.to_owned())]),
             linux: Some(LinuxPodSandboxConfig {
                 cgroup_parent: self.pods_cgroup(),
@@ -45,18 +49,25 @@ impl Node {
     }
 
     pub fn run_pod(&self, name: &str) -> Result<Pod> {
-        self.run_pod_with(self.pod_config(name)).with_context(|| format!("run pod {name}"))
+        self.run_pod_with(self.pod_config(name))
+            .with_context(|| format!("run pod {name}"))
     }
 
     pub fn run_pod_with(&self, config: PodSandboxConfig) -> Result<Pod> {
-        std::fs::create_dir_all(&config.log_directory).with_context(|| config.log_directory.clone())?;
+        std::fs::create_dir_all(&config.log_directory)
+            .with_context(|| config.log_directory.clone())?;
         Ok(self.try_run_pod(config)?)
     }
 
     /// Like [`Self::run_pod_with`], but with the bare answer.
     pub fn try_run_pod(&self, config: PodSandboxConfig) -> Result<Pod, Status> {
-        let cri = self.cri().map_err(|error| Status::internal(error.to_string()))?;
-        let request = RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: String::new() };
+        let cri = self
+            .cri()
+            .map_err(|error| Status::internal(error.to_string()))?;
+        let request = RunPodSandboxRequest {
+            config: Some(config.clone()),
+            runtime_handler: String::new(),
+        };
         let id = cri.run_pod_sandbox(request)?.pod_sandbox_id;
         Ok(Pod { cri, id, config })
     }
@@ -70,7 +81,10 @@ impl Node {
 /// What the kubelet asks for unless the pod says otherwise. CRI's own default
 /// for processes is the pod's namespace.
 fn namespaces() -> NamespaceOption {
-    NamespaceOption { pid: NamespaceMode::Container.into(), ..Default::default() }
+    NamespaceOption {
+        pid: NamespaceMode::Container.into(),
+        ..Default::default()
+    }
 }
 
 pub struct Pod {
@@ -82,14 +96,21 @@ pub struct Pod {
 impl Pod {
     /// A pod that was made by a request whose answer was lost.
     pub fn known(node: &Node, id: &str, config: PodSandboxConfig) -> Result<Self> {
-        Ok(Self { cri: node.cri()?, id: id.to_owned(), config })
+        Ok(Self {
+            cri: node.cri()?,
+            id: id.to_owned(),
+            config,
+        })
     }
 
     /// What the kubelet sends for a plain container of the busybox image.
     #[must_use]
     pub fn container_config(&self, name: &str, command: &[&str]) -> ContainerConfig {
         ContainerConfig {
-            metadata: Some(ContainerMetadata { name: name.to_owned(), attempt: 0 }),
+            metadata: Some(ContainerMetadata {
+                name: name.to_owned(),
+                attempt: 0,
+            }),
             image: Some(image_spec(BUSYBOX)),
             command: command.iter().map(|word| (*word).to_owned()).collect(),
             labels: HashMap::from([("container".to_owned(), name.to_owned())]),
@@ -107,20 +128,31 @@ impl Pod {
 
     pub fn create(&self, config: ContainerConfig) -> Result<Container, Status> {
         let log = PathBuf::from(&self.config.log_directory).join(&config.log_path);
-        let name = config.metadata.as_ref().map(|metadata| metadata.name.clone()).unwrap_or_default();
+        let name = config
+            .metadata
+            .as_ref()
+            .map(|metadata| metadata.name.clone())
+            .unwrap_or_default();
         let request = CreateContainerRequest {
             pod_sandbox_id: self.id.clone(),
             config: Some(config),
             sandbox_config: Some(self.config.clone()),
         };
         let id = self.cri.create_container(request)?.container_id;
-        Ok(Container { cri: self.cri.clone(), id, name, log })
+        Ok(Container {
+            cri: self.cri.clone(),
+            id,
+            name,
+            log,
+        })
     }
 
     /// Creates and starts.
     pub fn start_with(&self, config: ContainerConfig) -> Result<Container> {
         let container = self.create(config).context("create the container")?;
-        container.start().with_context(|| format!("start {}", container.name))?;
+        container
+            .start()
+            .with_context(|| format!("start {}", container.name))?;
         Ok(container)
     }
 
@@ -138,13 +170,24 @@ impl Pod {
     pub fn run_to_end(&self, name: &str, script: &str) -> Result<String> {
         let container = self.start(name, &["sh", "-c", script])?;
         let status = container.wait_exit()?;
-        ensure!(status.exit_code == 0, "{name} ended with {}: {}", status.exit_code, container.output()?);
+        ensure!(
+            status.exit_code == 0,
+            "{name} ended with {}: {}",
+            status.exit_code,
+            container.output()?
+        );
         container.stdout()
     }
 
     pub fn status(&self) -> Result<PodSandboxStatus, Status> {
-        let request = PodSandboxStatusRequest { pod_sandbox_id: self.id.clone(), verbose: false };
-        self.cri.pod_sandbox_status(request)?.status.ok_or_else(|| Status::internal("no status"))
+        let request = PodSandboxStatusRequest {
+            pod_sandbox_id: self.id.clone(),
+            verbose: false,
+        };
+        self.cri
+            .pod_sandbox_status(request)?
+            .status
+            .ok_or_else(|| Status::internal("no status"))
     }
 
     /// Addresses, the primary first.
@@ -155,11 +198,19 @@ impl Pod {
     }
 
     pub fn stop(&self) -> Result<(), Status> {
-        self.cri.stop_pod_sandbox(StopPodSandboxRequest { pod_sandbox_id: self.id.clone() }).map(drop)
+        self.cri
+            .stop_pod_sandbox(StopPodSandboxRequest {
+                pod_sandbox_id: self.id.clone(),
+            })
+            .map(drop)
     }
 
     pub fn remove(&self) -> Result<(), Status> {
-        self.cri.remove_pod_sandbox(RemovePodSandboxRequest { pod_sandbox_id: self.id.clone() }).map(drop)
+        self.cri
+            .remove_pod_sandbox(RemovePodSandboxRequest {
+                pod_sandbox_id: self.id.clone(),
+            })
+            .map(drop)
     }
 }
 
@@ -174,7 +225,9 @@ pub struct Phase {
 /// How the pod came up, as `crictl inspectp` tells.
 pub fn timeline(node: &Node, pod: &str) -> Result<Vec<Phase>> {
     let inspected: serde_json::Value = serde_json::from_str(&node.crictl_ok(&["inspectp", pod])?)?;
-    let phases = inspected["info"]["timeline"].as_array().context("info.timeline is no array")?;
+    let phases = inspected["info"]["timeline"]
+        .as_array()
+        .context("info.timeline is no array")?;
     let phase = |value: &serde_json::Value| -> Option<Phase> {
         Some(Phase {
             name: value["phase"].as_str()?.to_owned(),
@@ -182,11 +235,18 @@ pub fn timeline(node: &Node, pod: &str) -> Result<Vec<Phase>> {
             duration: Duration::from_micros(value["duration_us"].as_u64()?),
         })
     };
-    phases.iter().map(|value| phase(value).with_context(|| format!("not a phase: {value}"))).collect()
+    phases
+        .iter()
+        .map(|value| phase(value).with_context(|| format!("not a phase: {value}")))
+        .collect()
 }
 
 /// A process that idles and ends at once when asked to.
-pub const IDLE: &[&str] = &["sh", "-c", "trap 'exit 0' TERM; while :; do sleep 1000 & wait $!; done"];
+pub const IDLE: &[&str] = &[
+    "sh",
+    "-c",
+    "trap 'exit 0' TERM; while :; do sleep 1000 & wait $!; done",
+];
 
 /// How long a container that was told to end, or has little to do, may run.
 const EXIT_WITHIN: Duration = Duration::from_secs(30);
@@ -201,12 +261,22 @@ pub struct Container {
 
 impl Container {
     pub fn start(&self) -> Result<(), Status> {
-        self.cri.start_container(StartContainerRequest { container_id: self.id.clone() }).map(drop)
+        self.cri
+            .start_container(StartContainerRequest {
+                container_id: self.id.clone(),
+            })
+            .map(drop)
     }
 
     pub fn status(&self) -> Result<ContainerStatus, Status> {
-        let request = ContainerStatusRequest { container_id: self.id.clone(), verbose: false };
-        self.cri.container_status(request)?.status.ok_or_else(|| Status::internal("no status"))
+        let request = ContainerStatusRequest {
+            container_id: self.id.clone(),
+            verbose: false,
+        };
+        self.cri
+            .container_status(request)?
+            .status
+            .ok_or_else(|| Status::internal("no status"))
     }
 
     /// Waits until it has ended.
@@ -217,7 +287,11 @@ impl Container {
     pub fn wait_exit_within(&self, within: Duration) -> Result<ContainerStatus> {
         eventually(&format!("container {} to end", self.name), within, || {
             let status = self.status()?;
-            ensure!(status.state() == ContainerState::ContainerExited, "it is {:?}", status.state());
+            ensure!(
+                status.state() == ContainerState::ContainerExited,
+                "it is {:?}",
+                status.state()
+            );
             Ok::<_, anyhow::Error>(status)
         })
     }
@@ -233,7 +307,9 @@ impl Container {
 
     /// Runs a command inside that succeeds; returns its output, trimmed.
     pub fn exec(&self, command: &[&str]) -> Result<String> {
-        let answer = self.exec_sync(command, 60).with_context(|| command.join(" "))?;
+        let answer = self
+            .exec_sync(command, 60)
+            .with_context(|| command.join(" "))?;
         ensure!(
             answer.exit_code == 0,
             "{} ended with {}: {}",
@@ -241,15 +317,26 @@ impl Container {
             answer.exit_code,
             String::from_utf8_lossy(&answer.stderr)
         );
-        Ok(String::from_utf8_lossy(&answer.stdout).trim_end().to_owned())
+        Ok(String::from_utf8_lossy(&answer.stdout)
+            .trim_end()
+            .to_owned())
     }
 
     pub fn stop(&self, timeout: i64) -> Result<(), Status> {
-        self.cri.stop_container(StopContainerRequest { container_id: self.id.clone(), timeout }).map(drop)
+        self.cri
+            .stop_container(StopContainerRequest {
+                container_id: self.id.clone(),
+                timeout,
+            })
+            .map(drop)
     }
 
     pub fn remove(&self) -> Result<(), Status> {
-        self.cri.remove_container(RemoveContainerRequest { container_id: self.id.clone() }).map(drop)
+        self.cri
+            .remove_container(RemoveContainerRequest {
+                container_id: self.id.clone(),
+            })
+            .map(drop)
     }
 
     /// What it has written to its standard output.
@@ -261,13 +348,20 @@ impl Container {
     /// What it has written to either stream.
     pub fn output(&self) -> Result<String> {
         let records = log::read(&self.log)?;
-        let written: Vec<_> =
-            [log::Stream::Stdout, log::Stream::Stderr].iter().flat_map(|stream| log::written(&records, *stream)).collect();
+        let written: Vec<_> = [log::Stream::Stdout, log::Stream::Stderr]
+            .iter()
+            .flat_map(|stream| log::written(&records, *stream))
+            .collect();
         Ok(String::from_utf8_lossy(&written).into_owned())
     }
 
     pub fn stats(&self) -> Result<ContainerStats, Status> {
-        let request = ContainerStatsRequest { container_id: self.id.clone() };
-        self.cri.container_stats(request)?.stats.ok_or_else(|| Status::internal("no stats"))
+        let request = ContainerStatsRequest {
+            container_id: self.id.clone(),
+        };
+        self.cri
+            .container_stats(request)?
+            .stats
+            .ok_or_else(|| Status::internal("no stats"))
     }
 }

@@ -65,8 +65,14 @@ impl Proxy {
     /// Listens at `address` in `netns` and forwards to `upstream`, both
     /// host:port. With `bearer_credentials`, requests need a token that the
     /// proxy's own `/token` gives to who shows them.
-    pub fn start(netns: &Arc<NetNs>, address: &str, upstream: &str, bearer_credentials: Option<&str>) -> Result<Self> {
-        let listener = netns.run(|| TcpListener::bind(address).with_context(|| address.to_owned()))?;
+    pub fn start(
+        netns: &Arc<NetNs>,
+        address: &str,
+        upstream: &str,
+        bearer_credentials: Option<&str>,
+    ) -> Result<Self> {
+        let listener =
+            netns.run(|| TcpListener::bind(address).with_context(|| address.to_owned()))?;
         let shared = Arc::new(Shared {
             address: address.to_owned(),
             upstream: upstream.to_owned(),
@@ -93,11 +99,18 @@ impl Proxy {
                 Ok(())
             })
         });
-        Ok(Self { address: address.to_owned(), shared })
+        Ok(Self {
+            address: address.to_owned(),
+            shared,
+        })
     }
 
     pub fn add_rule(&self, path: &str, action: Action, times: usize) {
-        lock(&self.shared.rules).push(Rule { path: path.to_owned(), action, times });
+        lock(&self.shared.rules).push(Rule {
+            path: path.to_owned(),
+            action,
+            times,
+        });
     }
 
     /// Requests since the start.
@@ -132,9 +145,19 @@ impl Shared {
             if request.path.starts_with("/token") {
                 let given = request.authorization == Some(format!("Basic {credentials}"));
                 return if given {
-                    answer(&mut client, 200, "", &format!(r#"{{"token":"{TOKEN}","expires_in":300}}"#))
+                    answer(
+                        &mut client,
+                        200,
+                        "",
+                        &format!(r#"{{"token":"{TOKEN}","expires_in":300}}"#),
+                    )
                 } else {
-                    answer(&mut client, 401, "", r#"{"errors":[{"code":"UNAUTHORIZED"}]}"#)
+                    answer(
+                        &mut client,
+                        401,
+                        "",
+                        r#"{"errors":[{"code":"UNAUTHORIZED"}]}"#,
+                    )
                 };
             }
             if request.authorization != Some(format!("Bearer {TOKEN}")) {
@@ -142,7 +165,12 @@ impl Shared {
                     "WWW-Authenticate: Bearer realm=\"http://{}/token\",service=\"e2e\",scope=\"repository:any:pull\"\r\n",
                     self.address
                 );
-                return answer(&mut client, 401, &challenge, r#"{"errors":[{"code":"UNAUTHORIZED"}]}"#);
+                return answer(
+                    &mut client,
+                    401,
+                    &challenge,
+                    r#"{"errors":[{"code":"UNAUTHORIZED"}]}"#,
+                );
             }
         }
 
@@ -155,7 +183,10 @@ impl Shared {
             Some(Action::StallAfter(limit)) => {
                 self.forward(&text, &mut client, Some(limit))?;
                 // Holds the connection until the client gives up.
-                client.read_to_end(&mut Vec::new()).map(drop).context("stalled client")
+                client
+                    .read_to_end(&mut Vec::new())
+                    .map(drop)
+                    .context("stalled client")
             }
             None => self.forward(&text, &mut client, None),
         }
@@ -163,7 +194,9 @@ impl Shared {
 
     fn action_for(&self, path: &str) -> Option<Action> {
         let mut rules = lock(&self.rules);
-        let rule = rules.iter_mut().find(|rule| rule.times > 0 && path.contains(&rule.path))?;
+        let rule = rules
+            .iter_mut()
+            .find(|rule| rule.times > 0 && path.contains(&rule.path))?;
         rule.times -= 1;
         Some(rule.action.clone())
     }
@@ -176,7 +209,10 @@ impl Shared {
         let mut forwarded = format!("{}\r\n", lines.next().unwrap_or_default());
         for line in lines {
             let name = line.split(':').next().unwrap_or_default();
-            if !["authorization", "connection"].iter().any(|n| name.eq_ignore_ascii_case(n)) {
+            if !["authorization", "connection"]
+                .iter()
+                .any(|n| name.eq_ignore_ascii_case(n))
+            {
                 forwarded.push_str(&format!("{line}\r\n"));
             }
         }
@@ -207,7 +243,9 @@ fn read_head(stream: &mut TcpStream) -> Result<Vec<u8>> {
 
 fn header(head: &str, name: &str) -> Option<String> {
     let mut fields = head.split("\r\n").filter_map(|line| line.split_once(':'));
-    fields.find(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, value)| value.trim().to_owned())
+    fields
+        .find(|(n, _)| n.eq_ignore_ascii_case(name))
+        .map(|(_, value)| value.trim().to_owned())
 }
 
 fn answer(client: &mut TcpStream, status: u16, headers: &str, body: &str) -> Result<()> {

@@ -36,7 +36,10 @@ pub fn watch(cgroup: &Arc<Cgroup>) -> Result<()> {
     });
     result?;
     let mut watched = watched.lock().unwrap_or_else(PoisonError::into_inner);
-    watched.push(Watched { cgroup: cgroup.clone(), own_children: Vec::new() });
+    watched.push(Watched {
+        cgroup: cgroup.clone(),
+        own_children: Vec::new(),
+    });
     Ok(())
 }
 
@@ -49,7 +52,9 @@ pub fn spawn_own(
     // the time the reaper looks.
     let watched = WATCHED.get().context("the cgroup is not watched yet")?;
     let mut watched = watched.lock().unwrap_or_else(PoisonError::into_inner);
-    let node = watched.iter_mut().find(|node| Arc::ptr_eq(&node.cgroup, cgroup));
+    let node = watched
+        .iter_mut()
+        .find(|node| Arc::ptr_eq(&node.cgroup, cgroup));
     let node = node.context("the cgroup is not watched")?;
     let child = spawn()?;
     node.own_children.push(child.id());
@@ -66,7 +71,9 @@ pub fn forget(cgroup: &Arc<Cgroup>) {
 fn reap_forever() {
     loop {
         thread::sleep(INTERVAL);
-        let Some(watched) = WATCHED.get() else { continue };
+        let Some(watched) = WATCHED.get() else {
+            continue;
+        };
         let watched = watched.lock().unwrap_or_else(PoisonError::into_inner);
         if watched.is_empty() {
             continue;
@@ -85,14 +92,19 @@ fn reap_forever() {
 }
 
 fn zombie_children() -> Vec<u32> {
-    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    let Ok(entries) = fs::read_dir("/proc") else {
+        return Vec::new();
+    };
     let own = std::process::id().to_string();
     entries
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok())
         .filter(|pid| {
             // "pid (comm) state ppid ..."; comm may hold spaces and brackets.
             let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-            let mut fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_whitespace();
+            let mut fields = stat
+                .rsplit_once(')')
+                .map_or("", |(_, rest)| rest)
+                .split_whitespace();
             fields.next() == Some("Z") && fields.next() == Some(&own)
         })
         .collect()

@@ -44,16 +44,35 @@ pub struct Registry {
 
 impl Registry {
     /// Starts a registry at `address` whose storage is `dir/storage`.
-    pub fn start(dir: &Path, netns: &Arc<NetNs>, cgroup: &Arc<Cgroup>, address: &str, access: &Access) -> Result<Self> {
+    pub fn start(
+        dir: &Path,
+        netns: &Arc<NetNs>,
+        cgroup: &Arc<Cgroup>,
+        address: &str,
+        access: &Access,
+    ) -> Result<Self> {
         fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
         let name = format!("registry-{}", address.replace(':', "-"));
         let config = dir.join(format!("{name}.yml"));
-        fs::write(&config, configuration(dir, address, access)?).with_context(|| config.display().to_string())?;
+        fs::write(&config, configuration(dir, address, access)?)
+            .with_context(|| config.display().to_string())?;
         let log = File::create(dir.join(format!("{name}.log"))).context("registry log")?;
         let mut command = Command::new("docker-registry");
-        command.arg("serve").arg(&config).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-        let process = reaper::spawn_own(cgroup, || netns.run(|| command.spawn().context("docker-registry")))?;
-        let mut registry = Self { process, address: address.to_owned(), netns: netns.clone(), dir: dir.to_owned() };
+        command
+            .arg("serve")
+            .arg(&config)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
+        let process = reaper::spawn_own(cgroup, || {
+            netns.run(|| command.spawn().context("docker-registry"))
+        })?;
+        let mut registry = Self {
+            process,
+            address: address.to_owned(),
+            netns: netns.clone(),
+            dir: dir.to_owned(),
+        };
         eventually("the registry to listen", START_WITHIN, || {
             if let Some(status) = registry.process.try_wait()? {
                 anyhow::bail!("it ended: {status}");
@@ -73,7 +92,12 @@ impl Registry {
     }
 
     /// Pushes a manifest whose blobs, or an index whose manifests, are there.
-    pub fn push_manifest(&self, repository: &str, reference: &str, manifest: &Manifest) -> Result<String> {
+    pub fn push_manifest(
+        &self,
+        repository: &str,
+        reference: &str,
+        manifest: &Manifest,
+    ) -> Result<String> {
         let path = format!("/v2/{repository}/manifests/{reference}");
         let response = self.netns.run(|| {
             let headers = [("Content-Type", manifest.media_type)];
@@ -91,15 +115,34 @@ impl Registry {
     fn push_blob(&self, repository: &str, blob: &[u8]) -> Result<()> {
         let digest = digest(blob);
         self.netns.run(|| {
-            let head = http::request(&self.address, "HEAD", &format!("/v2/{repository}/blobs/{digest}"), &[], &[])?;
+            let head = http::request(
+                &self.address,
+                "HEAD",
+                &format!("/v2/{repository}/blobs/{digest}"),
+                &[],
+                &[],
+            )?;
             if head.status == 200 {
                 return Ok(());
             }
-            let begun =
-                http::request(&self.address, "POST", &format!("/v2/{repository}/blobs/uploads/"), &[], &[])?;
-            ensure!(begun.status == 202, "begin the upload of a blob: {}", begun.status);
-            let location = begun.header("Location").context("no Location for the upload")?;
-            let path = location.split_once(&self.address).map_or(location, |(_, path)| path);
+            let begun = http::request(
+                &self.address,
+                "POST",
+                &format!("/v2/{repository}/blobs/uploads/"),
+                &[],
+                &[],
+            )?;
+            ensure!(
+                begun.status == 202,
+                "begin the upload of a blob: {}",
+                begun.status
+            );
+            let location = begun
+                .header("Location")
+                .context("no Location for the upload")?;
+            let path = location
+                .split_once(&self.address)
+                .map_or(location, |(_, path)| path);
             let separator = if path.contains('?') { '&' } else { '?' };
             let path = format!("{path}{separator}digest={digest}");
             let headers = [("Content-Type", "application/octet-stream")];
@@ -119,7 +162,9 @@ impl Registry {
     }
 
     fn blob_path(&self, digest: &str) -> Result<PathBuf> {
-        let hex = digest.strip_prefix("sha256:").context("not a sha256 digest")?;
+        let hex = digest
+            .strip_prefix("sha256:")
+            .context("not a sha256 digest")?;
         let blobs = self.dir.join("storage/docker/registry/v2/blobs/sha256");
         Ok(blobs.join(&hex[..2]).join(hex).join("data"))
     }
@@ -156,7 +201,10 @@ fn configuration(dir: &Path, address: &str, access: &Access) -> Result<String> {
         Access::Basic => {
             let htpasswd = dir.join("htpasswd");
             fs::write(&htpasswd, HTPASSWD).with_context(|| htpasswd.display().to_string())?;
-            config.push_str(&format!("auth:\n  htpasswd:\n    realm: e2e\n    path: {}\n", htpasswd.display()));
+            config.push_str(&format!(
+                "auth:\n  htpasswd:\n    realm: e2e\n    path: {}\n",
+                htpasswd.display()
+            ));
         }
         Access::Tls => {
             let tls = dir.join("tls");
@@ -178,14 +226,31 @@ fn make_certificates(dir: &Path) -> Result<()> {
     }
     fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
     let openssl = |args: &str| -> Result<()> {
-        let output =
-            Command::new("openssl").args(args.split(' ')).current_dir(dir).output().context("openssl")?;
-        ensure!(output.status.success(), "openssl {args}: {}", String::from_utf8_lossy(&output.stderr));
+        let output = Command::new("openssl")
+            .args(args.split(' '))
+            .current_dir(dir)
+            .output()
+            .context("openssl")?;
+        ensure!(
+            output.status.success(),
+            "openssl {args}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         Ok(())
     };
-    fs::write(dir.join("san.ext"), "subjectAltName=IP:127.0.0.1,DNS:localhost\n").context("san.ext")?;
+    fs::write(
+        dir.join("san.ext"),
+        "subjectAltName=IP:127.0.0.1,DNS:localhost\n",
+    )
+    .context("san.ext")?;
     let key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes";
-    openssl(&format!("req -x509 {key} -keyout ca.key -out ca.crt -days 2 -subj /CN=e2e-ca"))?;
-    openssl(&format!("req -new {key} -keyout registry.key -out registry.csr -subj /CN=registry"))?;
-    openssl("x509 -req -in registry.csr -CA ca.crt -CAkey ca.key -CAcreateserial -out registry.crt -days 2 -extfile san.ext")
+    openssl(&format!(
+        "req -x509 {key} -keyout ca.key -out ca.crt -days 2 -subj /CN=e2e-ca"
+    ))?;
+    openssl(&format!(
+        "req -new {key} -keyout registry.key -out registry.csr -subj /CN=registry"
+    ))?;
+    openssl(
+        "x509 -req -in registry.csr -CA ca.crt -CAkey ca.key -CAcreateserial -out registry.crt -days 2 -extfile san.ext",
+    )
 }

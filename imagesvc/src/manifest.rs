@@ -5,7 +5,7 @@ use oci_spec::image::ImageConfiguration;
 use serde::Deserialize;
 
 use crate::{
-    digest::Digest,
+    digest::{Algorithm, Digest},
     layer::Compression,
     platform::{self, Platform},
 };
@@ -262,6 +262,12 @@ pub(crate) fn parse_config(
         .map(|text| text.parse::<Digest>())
         .collect::<Result<Vec<_>, _>>()
         .map_err(|e| malformed(format!("diff_ids: {e}")))?;
+    // The conversion computes no other digest.
+    if let Some(other) = diff_ids.iter().find(|d| d.algorithm() != Algorithm::Sha256) {
+        return Err(malformed(format!(
+            "diff_ids: {other} is not a sha256 digest"
+        )));
+    }
     Ok((config, diff_ids))
 }
 

@@ -122,7 +122,7 @@ impl ImageService {
             Some(query) => self.status(query).into_iter().collect(),
             None => {
                 let images = self.inner.store.images();
-                images.iter().map(|stored| self.image(stored)).collect()
+                images.values().map(|stored| self.image(stored)).collect()
             }
         }
     }

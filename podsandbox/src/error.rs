@@ -63,12 +63,13 @@ pub enum Error {
     ContainerState { id: String, state: &'static str, needed: &'static str },
     #[error("{field}: {why}")]
     Invalid { field: String, why: String },
-    #[error("pod sandbox {id} failed in phase {step}")]
+    #[error("pod sandbox {id} failed in phase {step}: {}{console}", sentence(source.as_ref()))]
     Start {
         id: String,
         step: Step,
-        #[source]
         source: Box<Error>,
+        /// The last lines of the guest's console, where they may help.
+        console: String,
     },
     #[error("pod sandbox {id} has no free disk slot: it already holds {slots} containers")]
     NoDiskSlot { id: String, slots: u32 },

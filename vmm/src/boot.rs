@@ -114,6 +114,7 @@ fn start(
     let ports = Box::new(Ports {
         notifier: notifier.clone(),
         logs: logs.clone(),
+        ready: None,
     });
     let vsock = Vsock::new(GUEST_CID, fds.vsock, ports).map_err(device_error("vsock"))?;
     devices.add(Kind::Quick, "vsock", vsock)?;
@@ -231,14 +232,18 @@ impl Devices {
 struct Ports {
     notifier: Notifier,
     logs: LogHandle,
+    ready: Option<UnixStream>,
 }
 
 impl HostPorts for Ports {
     fn connect(&mut self, port: u32) -> io::Result<UnixStream> {
         match port {
             READY_PORT => {
-                // The connection itself is the message; it ends at once.
-                let (guest, _) = UnixStream::pair()?;
+                // The connection itself is the message. It is kept, unread, so
+                // that the agent can say who it is; what it may say beyond
+                // the socket's buffer waits in the guest.
+                let (guest, host) = UnixStream::pair()?;
+                self.ready = Some(host);
                 self.notifier.send(Notice::GuestReady);
                 Ok(guest)
             }

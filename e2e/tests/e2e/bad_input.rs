@@ -24,12 +24,18 @@ fn drupe() -> Result<Node> {
 
 /// Fails if a failed pull has left an image or a large file.
 fn assert_no_image_left(node: &Node) -> Result<()> {
-    let images = node.cri()?.list_images(ListImagesRequest::default())?.images;
+    let images = node
+        .cri()?
+        .list_images(ListImagesRequest::default())?
+        .images;
     ensure!(images.is_empty(), "{images:?}");
     for file in files_below(&node.root())? {
         let name = file.display().to_string();
         let size = fs::metadata(&file)?.len();
-        ensure!(!name.contains("images") || size < 2 << 20, "{name} of {size} bytes is left");
+        ensure!(
+            !name.contains("images") || size < 2 << 20,
+            "{name} of {size} bytes is left"
+        );
     }
     Ok(())
 }
@@ -37,10 +43,18 @@ fn assert_no_image_left(node: &Node) -> Result<()> {
 #[test]
 fn an_unknown_image_is_named() -> Result<()> {
     let node = drupe()?;
-    for name in ["127.0.0.1:5000/no-such-image:latest", "127.0.0.1:5000/busybox:no-such-tag"] {
+    for name in [
+        "127.0.0.1:5000/no-such-image:latest",
+        "127.0.0.1:5000/busybox:no-such-tag",
+    ] {
         refused(node.cri()?.pull(name), Code::NotFound, &[name])?;
     }
-    for bad in ["", "UPPER/case", "a b", "127.0.0.1:5000/busybox@sha256:short"] {
+    for bad in [
+        "",
+        "UPPER/case",
+        "a b",
+        "127.0.0.1:5000/busybox@sha256:short",
+    ] {
         refused(node.cri()?.pull(bad), Code::InvalidArgument, &[bad])?;
     }
     node.finish()
@@ -49,9 +63,17 @@ fn an_unknown_image_is_named() -> Result<()> {
 #[test]
 fn an_unreachable_registry_is_named() -> Result<()> {
     let node = drupe()?;
-    refused(node.cri()?.pull("127.0.0.1:5998/busybox:latest"), Code::Unavailable, &["127.0.0.1:5998", "refused"])?;
+    refused(
+        node.cri()?.pull("127.0.0.1:5998/busybox:latest"),
+        Code::Unavailable,
+        &["127.0.0.1:5998", "refused"],
+    )?;
     let unresolvable = "registry.invalid/busybox:latest";
-    refused(node.cri()?.pull(unresolvable), Code::Unavailable, &["registry.invalid"])?;
+    refused(
+        node.cri()?.pull(unresolvable),
+        Code::Unavailable,
+        &["registry.invalid"],
+    )?;
     node.finish()
 }
 
@@ -60,9 +82,20 @@ fn wrong_credentials_are_refused() -> Result<()> {
     let node = drupe()?;
     let _registry = node.start_registry("127.0.0.1:5001", &Access::Basic)?;
     let name = "127.0.0.1:5001/busybox:latest";
-    let wrong = AuthConfig { username: "puller".to_owned(), password: "wrong".to_owned(), ..Default::default() };
-    let message = refused(node.cri()?.pull_with(name, Some(wrong)), Code::Unauthenticated, &[name])?;
-    ensure!(!message.contains("wrong"), "the password is in the message: {message}");
+    let wrong = AuthConfig {
+        username: "puller".to_owned(),
+        password: "wrong".to_owned(),
+        ..Default::default()
+    };
+    let message = refused(
+        node.cri()?.pull_with(name, Some(wrong)),
+        Code::Unauthenticated,
+        &[name],
+    )?;
+    ensure!(
+        !message.contains("wrong"),
+        "the password is in the message: {message}"
+    );
     refused(node.cri()?.pull(name), Code::Unauthenticated, &[name])?;
     node.finish()
 }
@@ -71,12 +104,20 @@ fn wrong_credentials_are_refused() -> Result<()> {
 fn a_corrupt_layer_is_refused_by_its_digest() -> Result<()> {
     let node = drupe()?;
     let mut image = image::busybox()?;
-    image.layers.push(LayerBuilder::default().file("data", 0o644, &[1; 3_000_000])?.build(Compression::Plain)?);
+    image.layers.push(
+        LayerBuilder::default()
+            .file("data", 0o644, &[1; 3_000_000])?
+            .build(Compression::Plain)?,
+    );
     let registry = node.registry()?;
     registry.push("corrupt", "latest", &image)?;
     let digest = image.layers[2].digest.clone();
     registry.corrupt_blob(&digest)?;
-    refused(node.cri()?.pull("127.0.0.1:5000/corrupt:latest"), Code::DataLoss, &["corrupt:latest", &digest])?;
+    refused(
+        node.cri()?.pull("127.0.0.1:5000/corrupt:latest"),
+        Code::DataLoss,
+        &["corrupt:latest", &digest],
+    )?;
     assert_no_image_left(&node)?;
     node.finish()
 }
@@ -84,10 +125,18 @@ fn a_corrupt_layer_is_refused_by_its_digest() -> Result<()> {
 #[test]
 fn a_truncated_or_garbled_layer_is_refused() -> Result<()> {
     let node = drupe()?;
-    let whole = LayerBuilder::default().file("data", 0o644, &[1; 100_000])?.build(Compression::Plain)?;
+    let whole = LayerBuilder::default()
+        .file("data", 0o644, &[1; 100_000])?
+        .build(Compression::Plain)?;
     let cases = [
-        ("truncated", Layer::from_tar(&whole.blob[..60_000], Compression::Gzip)?),
-        ("garbled", Layer::from_tar(&[0xa5; 10_000], Compression::Gzip)?),
+        (
+            "truncated",
+            Layer::from_tar(&whole.blob[..60_000], Compression::Gzip)?,
+        ),
+        (
+            "garbled",
+            Layer::from_tar(&[0xa5; 10_000], Compression::Gzip)?,
+        ),
     ];
     for (name, layer) in cases {
         let image = Image::new(vec![layer], busybox_config());
@@ -106,7 +155,11 @@ fn a_layer_that_is_not_what_the_image_says_is_refused() -> Result<()> {
     // The blob's own digest is right; what is inside is something else.
     image.layers[1].diff_id = e2e::layer::digest(b"something else");
     node.registry()?.push("swapped", "latest", &image)?;
-    refused(node.cri()?.pull("127.0.0.1:5000/swapped:latest"), Code::DataLoss, &["swapped:latest"])?;
+    refused(
+        node.cri()?.pull("127.0.0.1:5000/swapped:latest"),
+        Code::DataLoss,
+        &["swapped:latest"],
+    )?;
     assert_no_image_left(&node)?;
     node.finish()
 }
@@ -116,18 +169,40 @@ fn a_layer_that_leaves_the_root_is_refused() -> Result<()> {
     let node = drupe()?;
     let escape = b"../../../../tmp/drupe-e2e-escaped";
     let cases = [
-        ("dotdot", LayerBuilder::default().raw(escape, EntryType::Regular, b"")?),
-        ("dotdot-link", LayerBuilder::default().file("a", 0o644, b"x")?.raw(b"b", EntryType::Link, b"../../../etc/passwd")?),
-        ("long-name", LayerBuilder::default().file(&"n".repeat(256), 0o644, b"x")?),
-        ("long-path", LayerBuilder::default().file(&"deep/".repeat(1000), 0o644, b"x")?),
+        (
+            "dotdot",
+            LayerBuilder::default().raw(escape, EntryType::Regular, b"")?,
+        ),
+        (
+            "dotdot-link",
+            LayerBuilder::default().file("a", 0o644, b"x")?.raw(
+                b"b",
+                EntryType::Link,
+                b"../../../etc/passwd",
+            )?,
+        ),
+        (
+            "long-name",
+            LayerBuilder::default().file(&"n".repeat(256), 0o644, b"x")?,
+        ),
+        (
+            "long-path",
+            LayerBuilder::default().file(&"deep/".repeat(1000), 0o644, b"x")?,
+        ),
     ];
     for (name, layer) in cases {
         let image = Image::new(vec![layer.build(Compression::Gzip)?], busybox_config());
         node.registry()?.push(name, "latest", &image)?;
         let answer = node.cri()?.pull(&format!("127.0.0.1:5000/{name}:latest"));
-        let status = answer.err().with_context(|| format!("{name} was accepted"))?;
+        let status = answer
+            .err()
+            .with_context(|| format!("{name} was accepted"))?;
         let code = status.code();
-        ensure!(matches!(code, Code::DataLoss | Code::InvalidArgument), "{name}: {code:?}: {}", status.message());
+        ensure!(
+            matches!(code, Code::DataLoss | Code::InvalidArgument),
+            "{name}: {code:?}: {}",
+            status.message()
+        );
         ensure!(status.message().contains(name), "{}", status.message());
     }
     ensure!(!std::path::Path::new("/tmp/drupe-e2e-escaped").exists());
@@ -143,12 +218,18 @@ fn a_decompression_bomb_is_refused_at_the_bound() -> Result<()> {
         .start()?;
     let zeros = vec![0_u8; 64 << 20];
     for compression in [Compression::Gzip, Compression::Zstd] {
-        let layer = LayerBuilder::default().file("bomb", 0o644, &zeros)?.build(compression)?;
+        let layer = LayerBuilder::default()
+            .file("bomb", 0o644, &zeros)?
+            .build(compression)?;
         ensure!(layer.blob.len() < 1 << 20, "the bomb is no bomb");
         let image = Image::new(vec![layer], busybox_config());
         node.registry()?.push("bomb", "latest", &image)?;
         let answer = node.cri()?.pull("127.0.0.1:5000/bomb:latest");
-        refused(answer, Code::ResourceExhausted, &["bomb:latest", "16777216"])?;
+        refused(
+            answer,
+            Code::ResourceExhausted,
+            &["bomb:latest", "16777216"],
+        )?;
     }
     assert_no_image_left(&node)?;
     node.finish()
@@ -158,14 +239,30 @@ fn a_decompression_bomb_is_refused_at_the_bound() -> Result<()> {
 fn a_full_disk_is_told_and_left_clean() -> Result<()> {
     let node = Node::builder().server(Server::Drupe).prepare()?;
     let small = node.root();
-    nix::mount::mount(Some("tmpfs"), &small, Some("tmpfs"), nix::mount::MsFlags::empty(), Some("size=8m"))
-        .context("mount a small file system")?;
+    nix::mount::mount(
+        Some("tmpfs"),
+        &small,
+        Some("tmpfs"),
+        nix::mount::MsFlags::empty(),
+        Some("size=8m"),
+    )
+    .context("mount a small file system")?;
     node.start_server()?;
     let mut image = image::busybox()?;
-    let noise: Vec<u8> = (0..20_000_000_u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
-    image.layers.push(LayerBuilder::default().file("noise", 0o644, &noise)?.build(Compression::Plain)?);
+    let noise: Vec<u8> = (0..20_000_000_u32)
+        .map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8)
+        .collect();
+    image.layers.push(
+        LayerBuilder::default()
+            .file("noise", 0o644, &noise)?
+            .build(Compression::Plain)?,
+    );
     node.registry()?.push("large", "latest", &image)?;
-    refused(node.cri()?.pull("127.0.0.1:5000/large:latest"), Code::ResourceExhausted, &["large:latest"])?;
+    refused(
+        node.cri()?.pull("127.0.0.1:5000/large:latest"),
+        Code::ResourceExhausted,
+        &["large:latest"],
+    )?;
     assert_no_image_left(&node)?;
     // What fits still works.
     node.pull_busybox()?;
@@ -182,7 +279,10 @@ fn an_invalid_configuration_ends_the_daemon_with_the_key_named() -> Result<()> {
         (json!({ "sockett": "/x" }), "sockett"),
         (json!({ "log_level": "loud" }), "log_level"),
         (json!({ "default_runtime": "none" }), "default_runtime"),
-        (json!({ "runtimes": { "microvm": { "machine": "abacus" } } }), "machine"),
+        (
+            json!({ "runtimes": { "microvm": { "machine": "abacus" } } }),
+            "machine",
+        ),
     ] {
         let node = Node::builder()
             .server(Server::Drupe)
@@ -195,7 +295,10 @@ fn an_invalid_configuration_ends_the_daemon_with_the_key_named() -> Result<()> {
         let (status, said) = node.run_server_to_its_end(Duration::from_secs(10))?;
         ensure!(!status.success(), "it started with {expected} wrong");
         ensure!(said.contains(expected), "{expected:?} is not in: {said}");
-        ensure!(said.trim().lines().count() <= 3, "more than a few lines: {said}");
+        ensure!(
+            said.trim().lines().count() <= 3,
+            "more than a few lines: {said}"
+        );
         node.assert_nothing_left()?;
         node.finish_without_server()?;
     }
@@ -208,9 +311,15 @@ fn a_missing_kernel_is_told_at_the_start_or_by_the_first_pod() -> Result<()> {
         .server(Server::Drupe)
         .config(|config| config["runtimes"]["microvm"]["kernel"] = json!("/no/such/kernel"))
         .start()?;
-    let answer = node.try_run_pod(node.pod_config("kernelless")).map(|pod| pod.id);
+    let answer = node
+        .try_run_pod(node.pod_config("kernelless"))
+        .map(|pod| pod.id);
     let status = answer.err().context("a pod came up without a kernel")?;
-    ensure!(status.message().contains("/no/such/kernel"), "{}", status.message());
+    ensure!(
+        status.message().contains("/no/such/kernel"),
+        "{}",
+        status.message()
+    );
     node.assert_no_pod_left()?;
     node.finish()
 }
@@ -225,7 +334,11 @@ fn a_second_daemon_on_the_same_state_is_refused() -> Result<()> {
         .arg(node.config_file())
         .output()?;
     // 124 is timeout's own: it would have served on.
-    ensure!(!output.status.success() && output.status.code() != Some(124), "two daemons share one state");
-    node.pull_busybox().context("the first daemon after the second was refused")?;
+    ensure!(
+        !output.status.success() && output.status.code() != Some(124),
+        "two daemons share one state"
+    );
+    node.pull_busybox()
+        .context("the first daemon after the second was refused")?;
     node.finish()
 }

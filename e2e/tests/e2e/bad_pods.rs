@@ -27,24 +27,47 @@ fn unknown_ids_are_not_found_and_nothing_to_stop_or_remove() -> Result<()> {
         let container_id = "cafe".repeat(16);
         let pod = &[pod_sandbox_id.as_str()];
         let container = &[container_id.as_str()];
-        let request = PodSandboxStatusRequest { pod_sandbox_id: pod_sandbox_id.clone(), verbose: false };
+        let request = PodSandboxStatusRequest {
+            pod_sandbox_id: pod_sandbox_id.clone(),
+            verbose: false,
+        };
         refused(cri.pod_sandbox_status(request), Code::NotFound, pod)?;
-        let request = PodSandboxStatsRequest { pod_sandbox_id: pod_sandbox_id.clone() };
+        let request = PodSandboxStatsRequest {
+            pod_sandbox_id: pod_sandbox_id.clone(),
+        };
         refused(cri.pod_sandbox_stats(request), Code::NotFound, pod)?;
-        let request = ContainerStatusRequest { container_id: container_id.clone(), verbose: false };
+        let request = ContainerStatusRequest {
+            container_id: container_id.clone(),
+            verbose: false,
+        };
         refused(cri.container_status(request), Code::NotFound, container)?;
-        let request = StartContainerRequest { container_id: container_id.clone() };
+        let request = StartContainerRequest {
+            container_id: container_id.clone(),
+        };
         refused(cri.start_container(request), Code::NotFound, container)?;
-        let request = ExecSyncRequest { container_id: container_id.clone(), cmd: vec!["true".to_owned()], timeout: 0 };
+        let request = ExecSyncRequest {
+            container_id: container_id.clone(),
+            cmd: vec!["true".to_owned()],
+            timeout: 0,
+        };
         refused(cri.exec_sync(request), Code::NotFound, container)?;
-        let request = ContainerStatsRequest { container_id: container_id.clone() };
+        let request = ContainerStatsRequest {
+            container_id: container_id.clone(),
+        };
         refused(cri.container_stats(request), Code::NotFound, container)?;
-        let request = ReopenContainerLogRequest { container_id: container_id.clone() };
+        let request = ReopenContainerLogRequest {
+            container_id: container_id.clone(),
+        };
         refused(cri.reopen_container_log(request), Code::NotFound, container)?;
 
-        cri.stop_pod_sandbox(StopPodSandboxRequest { pod_sandbox_id: pod_sandbox_id.clone() })?;
+        cri.stop_pod_sandbox(StopPodSandboxRequest {
+            pod_sandbox_id: pod_sandbox_id.clone(),
+        })?;
         cri.remove_pod_sandbox(RemovePodSandboxRequest { pod_sandbox_id })?;
-        cri.stop_container(StopContainerRequest { container_id: container_id.clone(), timeout: 0 })?;
+        cri.stop_container(StopContainerRequest {
+            container_id: container_id.clone(),
+            timeout: 0,
+        })?;
         cri.remove_container(RemoveContainerRequest { container_id })?;
         Ok(())
     })
@@ -55,26 +78,77 @@ fn a_request_without_what_it_needs_names_the_field() -> Result<()> {
     with_drupe(Node::start()?, |node| {
         let cri = node.cri()?;
         let run = |config: Option<PodSandboxConfig>, handler: &str| {
-            cri.run_pod_sandbox(RunPodSandboxRequest { config, runtime_handler: handler.to_owned() })
+            cri.run_pod_sandbox(RunPodSandboxRequest {
+                config,
+                runtime_handler: handler.to_owned(),
+            })
         };
         refused(run(None, ""), Code::InvalidArgument, &["config"])?;
         let good = node.pod_config("fields");
-        refused(run(Some(PodSandboxConfig { metadata: None, ..good.clone() }), ""), Code::InvalidArgument, &["metadata"])?;
+        refused(
+            run(
+                Some(PodSandboxConfig {
+                    metadata: None,
+                    ..good.clone()
+                }),
+                "",
+            ),
+            Code::InvalidArgument,
+            &["metadata"],
+        )?;
         let hostname = "h".repeat(100);
-        refused(run(Some(PodSandboxConfig { hostname, ..good.clone() }), ""), Code::InvalidArgument, &["hostname"])?;
+        refused(
+            run(
+                Some(PodSandboxConfig {
+                    hostname,
+                    ..good.clone()
+                }),
+                "",
+            ),
+            Code::InvalidArgument,
+            &["hostname"],
+        )?;
         let log_directory = "relative/path".to_owned();
-        refused(run(Some(PodSandboxConfig { log_directory, ..good.clone() }), ""), Code::InvalidArgument, &["log_directory", "relative/path"])?;
-        refused(run(Some(good.clone()), "no-such-handler"), Code::InvalidArgument, &["no-such-handler", "microvm"])?;
+        refused(
+            run(
+                Some(PodSandboxConfig {
+                    log_directory,
+                    ..good.clone()
+                }),
+                "",
+            ),
+            Code::InvalidArgument,
+            &["log_directory", "relative/path"],
+        )?;
+        refused(
+            run(Some(good.clone()), "no-such-handler"),
+            Code::InvalidArgument,
+            &["no-such-handler", "microvm"],
+        )?;
         let mut host_network = good.clone();
-        host_network.linux.get_or_insert_default().security_context = Some(LinuxSandboxSecurityContext {
-            namespace_options: Some(NamespaceOption { network: NamespaceMode::Node.into(), ..Default::default() }),
-            ..Default::default()
-        });
-        let answer = run(Some(host_network), "").err().context("a host network pod was accepted")?;
+        host_network.linux.get_or_insert_default().security_context =
+            Some(LinuxSandboxSecurityContext {
+                namespace_options: Some(NamespaceOption {
+                    network: NamespaceMode::Node.into(),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            });
+        let answer = run(Some(host_network), "")
+            .err()
+            .context("a host network pod was accepted")?;
         ensure!(answer.message().contains("network"), "{answer:?}");
         let mut ports = good;
-        ports.port_mappings = vec![PortMapping { host_port: 99_999, container_port: 80, ..Default::default() }];
-        refused(run(Some(ports), ""), Code::InvalidArgument, &["port", "99999"])?;
+        ports.port_mappings = vec![PortMapping {
+            host_port: 99_999,
+            container_port: 80,
+            ..Default::default()
+        }];
+        refused(
+            run(Some(ports), ""),
+            Code::InvalidArgument,
+            &["port", "99999"],
+        )?;
         node.assert_no_pod_left()
     })
 }
@@ -86,9 +160,15 @@ fn a_name_that_is_taken_is_refused() -> Result<()> {
             return Ok(());
         }
         let pod = node.run_pod("unique")?;
-        refused(node.try_run_pod(pod.config.clone()).map(|pod| pod.id), Code::AlreadyExists, &["unique", &pod.id])?;
+        refused(
+            node.try_run_pod(pod.config.clone()).map(|pod| pod.id),
+            Code::AlreadyExists,
+            &["unique", &pod.id],
+        )?;
         let container = pod.start_idle("c")?;
-        let second = pod.create(pod.container_config("c", e2e::pod::IDLE)).map(|c| c.id);
+        let second = pod
+            .create(pod.container_config("c", e2e::pod::IDLE))
+            .map(|c| c.id);
         refused(second, Code::AlreadyExists, &["c", &container.id])?;
         // The next attempt of the same pod is another pod.
         let mut next = pod.config.clone();
@@ -108,9 +188,13 @@ fn a_missing_log_directory_is_named() -> Result<()> {
         // Where it is noticed is the runtime's choice: with the pod or with
         // its first container.
         match node.try_run_pod(config) {
-            Err(status) => refused(Err::<(), _>(status), Code::InvalidArgument, &["not-there"]).map(drop),
+            Err(status) => {
+                refused(Err::<(), _>(status), Code::InvalidArgument, &["not-there"]).map(drop)
+            }
             Ok(pod) => {
-                let container = pod.create(pod.container_config("c", e2e::pod::IDLE)).and_then(|c| c.start());
+                let container = pod
+                    .create(pod.container_config("c", e2e::pod::IDLE))
+                    .and_then(|c| c.start());
                 refused(container, Code::InvalidArgument, &["not-there"]).map(drop)
             }
         }
@@ -126,9 +210,22 @@ fn a_missing_mount_source_is_named() -> Result<()> {
         let pod = node.run_pod("sourceless")?;
         let mut config = pod.container_config("c", e2e::pod::IDLE);
         let host_path = node.dir.join("no-source").display().to_string();
-        config.mounts = vec![Mount { container_path: "/data".to_owned(), host_path, ..Default::default() }];
-        refused(pod.create(config).map(|c| c.id), Code::InvalidArgument, &["no-source"])?;
-        ensure!(node.cri()?.list_containers(ListContainersRequest::default())?.containers.is_empty());
+        config.mounts = vec![Mount {
+            container_path: "/data".to_owned(),
+            host_path,
+            ..Default::default()
+        }];
+        refused(
+            pod.create(config).map(|c| c.id),
+            Code::InvalidArgument,
+            &["no-source"],
+        )?;
+        ensure!(
+            node.cri()?
+                .list_containers(ListContainersRequest::default())?
+                .containers
+                .is_empty()
+        );
         // The name is free again.
         pod.start_idle("c").map(drop)
     })
@@ -142,10 +239,23 @@ fn a_user_that_the_image_does_not_have_is_named() -> Result<()> {
         }
         let pod = node.run_pod("userless")?;
         let mut config = pod.container_config("c", e2e::pod::IDLE);
-        config.linux.get_or_insert_default().security_context.get_or_insert_default().run_as_username =
-            "mallory".to_owned();
-        refused(pod.create(config).map(|c| c.id), Code::InvalidArgument, &["mallory"])?;
-        ensure!(node.cri()?.list_containers(ListContainersRequest::default())?.containers.is_empty());
+        config
+            .linux
+            .get_or_insert_default()
+            .security_context
+            .get_or_insert_default()
+            .run_as_username = "mallory".to_owned();
+        refused(
+            pod.create(config).map(|c| c.id),
+            Code::InvalidArgument,
+            &["mallory"],
+        )?;
+        ensure!(
+            node.cri()?
+                .list_containers(ListContainersRequest::default())?
+                .containers
+                .is_empty()
+        );
         Ok(())
     })
 }
@@ -158,11 +268,22 @@ fn a_missing_executable_is_a_start_error() -> Result<()> {
         }
         let pod = node.run_pod("commandless")?;
         let container = pod.create(pod.container_config("c", &["/no/such/program", "x"]))?;
-        refused(container.start(), Code::InvalidArgument, &["/no/such/program"])?;
+        refused(
+            container.start(),
+            Code::InvalidArgument,
+            &["/no/such/program"],
+        )?;
         let status = container.status()?;
         assert_eq!(status.state(), ContainerState::ContainerExited);
-        assert_eq!((status.reason.as_str(), status.exit_code), ("StartError", 128));
-        ensure!(status.message.contains("/no/such/program"), "{}", status.message);
+        assert_eq!(
+            (status.reason.as_str(), status.exit_code),
+            ("StartError", 128)
+        );
+        ensure!(
+            status.message.contains("/no/such/program"),
+            "{}",
+            status.message
+        );
         // A missing executable in an exec is the command's failure.
         let idle = pod.start_idle("idle")?;
         let exec = idle.exec_sync(&["/no/such/program"], 10);
@@ -180,7 +301,8 @@ fn a_container_of_an_image_that_is_not_here_is_refused() -> Result<()> {
     with_node(|node| {
         let pod = node.run_pod("imageless")?;
         let mut config = pod.container_config("c", e2e::pod::IDLE);
-        config.image.get_or_insert_default().image = "127.0.0.1:5000/never-pulled:latest".to_owned();
+        config.image.get_or_insert_default().image =
+            "127.0.0.1:5000/never-pulled:latest".to_owned();
         let answer = pod.create(config).map(|c| c.id);
         if shares_the_hosts_kernel(node) {
             ensure!(answer.is_err());
@@ -198,20 +320,36 @@ fn calls_out_of_order_are_refused() -> Result<()> {
         }
         let pod = node.run_pod("order")?;
         let container = pod.create(pod.container_config("c", e2e::pod::IDLE))?;
-        refused(container.exec_sync(&["true"], 5), Code::FailedPrecondition, &[&container.id])?;
+        refused(
+            container.exec_sync(&["true"], 5),
+            Code::FailedPrecondition,
+            &[&container.id],
+        )?;
         container.start()?;
-        refused(container.start(), Code::FailedPrecondition, &[&container.id])?;
+        refused(
+            container.start(),
+            Code::FailedPrecondition,
+            &[&container.id],
+        )?;
         container.stop(5)?;
-        refused(container.exec_sync(&["true"], 5), Code::FailedPrecondition, &[&container.id])?;
+        refused(
+            container.exec_sync(&["true"], 5),
+            Code::FailedPrecondition,
+            &[&container.id],
+        )?;
         pod.stop()?;
-        let late = pod.create(pod.container_config("late", e2e::pod::IDLE)).map(|c| c.id);
+        let late = pod
+            .create(pod.container_config("late", e2e::pod::IDLE))
+            .map(|c| c.id);
         refused(late, Code::FailedPrecondition, &[&pod.id]).map(drop)
     })
 }
 
 #[test]
 fn a_failing_cni_plugin_is_quoted_and_nothing_is_left() -> Result<()> {
-    let node = Node::builder().cni(|conf| append_plugin(conf, "e2e-fails")).prepare()?;
+    let node = Node::builder()
+        .cni(|conf| append_plugin(conf, "e2e-fails"))
+        .prepare()?;
     node.write_plugin(
         "e2e-fails",
         r#"#!/bin/sh
@@ -223,10 +361,17 @@ esac
     )?;
     node.start_server()?;
     with_drupe(node, |node| {
-        let answer = node.try_run_pod(node.pod_config("unplugged")).map(|pod| pod.id);
+        let answer = node
+            .try_run_pod(node.pod_config("unplugged"))
+            .map(|pod| pod.id);
         let message = refused(answer, Code::Internal, &["e2e-fails", "no cherries today"])?;
         ensure!(message.contains("cni"), "the phase is not named: {message}");
-        ensure!(node.cri()?.list_pod_sandbox(ListPodSandboxRequest::default())?.items.is_empty());
+        ensure!(
+            node.cri()?
+                .list_pod_sandbox(ListPodSandboxRequest::default())?
+                .items
+                .is_empty()
+        );
         node.assert_no_pod_left()
     })
 }
@@ -242,9 +387,15 @@ fn a_cni_plugin_that_hangs_is_given_up() -> Result<()> {
     node.start_server()?;
     with_drupe(node, |node| {
         let begun = Instant::now();
-        let answer = node.try_run_pod(node.pod_config("hanging")).map(|pod| pod.id);
+        let answer = node
+            .try_run_pod(node.pod_config("hanging"))
+            .map(|pod| pod.id);
         refused(answer, Code::DeadlineExceeded, &["e2e-hangs", "2 s"])?;
-        ensure!(begun.elapsed() < Duration::from_secs(20), "it took {:?}", begun.elapsed());
+        ensure!(
+            begun.elapsed() < Duration::from_secs(20),
+            "it took {:?}",
+            begun.elapsed()
+        );
         node.assert_no_pod_left()
     })
 }
@@ -257,11 +408,20 @@ fn append_plugin(conflist: &mut serde_json::Value, name: &str) {
 
 #[test]
 fn a_pod_on_a_node_without_network_configuration_is_refused() -> Result<()> {
-    let node = Node::builder().cni(|conflist| *conflist = serde_json::Value::Null).start()?;
+    let node = Node::builder()
+        .cni(|conflist| *conflist = serde_json::Value::Null)
+        .start()?;
     with_drupe(node, |node| {
-        let answer = node.try_run_pod(node.pod_config("netless")).map(|pod| pod.id);
+        let answer = node
+            .try_run_pod(node.pod_config("netless"))
+            .map(|pod| pod.id);
         let status = answer.err().context("a pod came up without a network")?;
-        ensure!(status.message().contains(&node.cni_dir().display().to_string()), "{status:?}");
+        ensure!(
+            status
+                .message()
+                .contains(&node.cni_dir().display().to_string()),
+            "{status:?}"
+        );
         node.assert_no_pod_left()
     })
 }
@@ -269,16 +429,28 @@ fn a_pod_on_a_node_without_network_configuration_is_refused() -> Result<()> {
 #[test]
 fn a_guest_kernel_that_does_not_boot_is_told_with_its_last_words() -> Result<()> {
     let node = Node::builder()
-        .config(|config| config["runtimes"]["microvm"]["kernel_args"] = json!(["rdinit=/no/such/init"]))
+        .config(|config| {
+            config["runtimes"]["microvm"]["kernel_args"] = json!(["rdinit=/no/such/init"])
+        })
         .start()?;
     with_drupe(node, |node| {
         let begun = Instant::now();
-        let answer = node.try_run_pod(node.pod_config("panics")).map(|pod| pod.id);
+        let answer = node
+            .try_run_pod(node.pod_config("panics"))
+            .map(|pod| pod.id);
         let status = answer.err().context("a guest without an init came up")?;
         for part in ["phase boot", "Kernel panic"] {
-            ensure!(status.message().contains(part), "{part:?} is not in: {}", status.message());
+            ensure!(
+                status.message().contains(part),
+                "{part:?} is not in: {}",
+                status.message()
+            );
         }
-        ensure!(begun.elapsed() < Duration::from_secs(20), "it took {:?}", begun.elapsed());
+        ensure!(
+            begun.elapsed() < Duration::from_secs(20),
+            "it took {:?}",
+            begun.elapsed()
+        );
         node.assert_no_pod_left()
     })
 }
@@ -288,17 +460,23 @@ fn a_guest_kernel_that_is_no_kernel_is_named() -> Result<()> {
     let node = Node::builder().prepare()?;
     let broken = node.dir.join("broken-kernel");
     fs::write(&broken, "not a kernel")?;
-    let mut config: serde_json::Value = serde_json::from_slice(&fs::read(node.config_file())?).unwrap_or_default();
+    let mut config: serde_json::Value =
+        serde_json::from_slice(&fs::read(node.config_file())?).unwrap_or_default();
     if !shares_the_hosts_kernel(&node) {
         config["runtimes"]["microvm"]["kernel"] = json!(broken);
         node.write_config(&config.to_string())?;
     }
     node.start_server()?;
     with_drupe(node, |node| {
-        let answer = node.try_run_pod(node.pod_config("kernelless")).map(|pod| pod.id);
+        let answer = node
+            .try_run_pod(node.pod_config("kernelless"))
+            .map(|pod| pod.id);
         let status = answer.err().context("a pod came up without a kernel")?;
         let message = status.message();
-        ensure!(message.contains("vmm") || message.contains("boot"), "the phase is not named: {message}");
+        ensure!(
+            message.contains("vmm") || message.contains("boot"),
+            "the phase is not named: {message}"
+        );
         node.assert_no_pod_left()
     })
 }
@@ -306,7 +484,15 @@ fn a_guest_kernel_that_is_no_kernel_is_named() -> Result<()> {
 #[test]
 fn what_is_not_there_yet_is_unimplemented() -> Result<()> {
     with_drupe(Node::start()?, |node| {
-        let request = CheckpointContainerRequest { container_id: "x".to_owned(), ..Default::default() };
-        refused(node.cri()?.checkpoint_container(request), Code::Unimplemented, &[]).map(drop)
+        let request = CheckpointContainerRequest {
+            container_id: "x".to_owned(),
+            ..Default::default()
+        };
+        refused(
+            node.cri()?.checkpoint_container(request),
+            Code::Unimplemented,
+            &[],
+        )
+        .map(drop)
     })
 }

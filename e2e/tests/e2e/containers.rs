@@ -20,7 +20,11 @@ fn a_container_runs_its_images_command_unless_it_is_given_another() -> Result<()
         let name = "127.0.0.1:5000/entry:latest";
         node.cri()?.pull(name)?;
         let pod = node.run_pod("entry")?;
-        let words = |list: &[&str]| list.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
+        let words = |list: &[&str]| {
+            list.iter()
+                .map(|word| (*word).to_owned())
+                .collect::<Vec<_>>()
+        };
         for (container, command, args, expected) in [
             ("neither", vec![], vec![], "entry cmd\n"),
             ("args", vec![], vec!["args"], "entry args\n"),
@@ -46,13 +50,29 @@ fn environment_and_working_directory_come_from_image_and_request() -> Result<()>
         let mut config = pod.container_config("c", e2e::pod::IDLE);
         config.working_dir = "/made/for/it".to_owned();
         config.envs = vec![
-            KeyValue { key: "GIVEN".to_owned(), value: "a b=\"c\"\n$HOME".to_owned() },
-            KeyValue { key: "EMPTY".to_owned(), value: String::new() },
+            KeyValue {
+                key: "GIVEN".to_owned(),
+                value: "a b=\"c\"\n$HOME".to_owned(),
+            },
+            KeyValue {
+                key: "EMPTY".to_owned(),
+                value: String::new(),
+            },
         ];
         let container = pod.start_with(config)?;
         assert_eq!(container.exec(&["pwd"])?, "/made/for/it");
-        assert_eq!(container.exec(&["sh", "-c", "echo \"$FROM_IMAGE|$GIVEN|${EMPTY-unset}\""])?, "yes|a b=\"c\"\n$HOME|");
-        assert_eq!(container.exec(&["sh", "-c", "tr '\\0' '\\n' < /proc/1/environ | grep -c ^PATH="])?, "1");
+        assert_eq!(
+            container.exec(&["sh", "-c", "echo \"$FROM_IMAGE|$GIVEN|${EMPTY-unset}\""])?,
+            "yes|a b=\"c\"\n$HOME|"
+        );
+        assert_eq!(
+            container.exec(&[
+                "sh",
+                "-c",
+                "tr '\\0' '\\n' < /proc/1/environ | grep -c ^PATH="
+            ])?,
+            "1"
+        );
         Ok(())
     })
 }
@@ -64,16 +84,30 @@ fn a_container_runs_as_the_user_and_groups_it_names() -> Result<()> {
         let id = |name: &str, context: LinuxContainerSecurityContext| -> Result<String> {
             let mut config = pod.container_config(name, &["id"]);
             let linux = config.linux.get_or_insert_default();
-            let namespace_options = linux.security_context.take().unwrap_or_default().namespace_options;
-            linux.security_context = Some(LinuxContainerSecurityContext { namespace_options, ..context });
+            let namespace_options = linux
+                .security_context
+                .take()
+                .unwrap_or_default()
+                .namespace_options;
+            linux.security_context = Some(LinuxContainerSecurityContext {
+                namespace_options,
+                ..context
+            });
             let container = pod.start_with(config)?;
             container.wait_exit()?;
             Ok(container.output()?.trim().to_owned())
         };
         let number = |value| Some(Int64Value { value });
-        let by_name = LinuxContainerSecurityContext { run_as_username: "alice".to_owned(), ..Default::default() };
+        let by_name = LinuxContainerSecurityContext {
+            run_as_username: "alice".to_owned(),
+            ..Default::default()
+        };
         let printed = id("name", by_name)?;
-        ensure!(printed.starts_with("uid=1000(alice) gid=1000(alice) ") && printed.contains("50(staff)"), "{printed}");
+        ensure!(
+            printed.starts_with("uid=1000(alice) gid=1000(alice) ")
+                && printed.contains("50(staff)"),
+            "{printed}"
+        );
         let by_number = LinuxContainerSecurityContext {
             run_as_user: number(1234),
             run_as_group: number(2345),
@@ -82,7 +116,10 @@ fn a_container_runs_as_the_user_and_groups_it_names() -> Result<()> {
         };
         let printed = id("number", by_number)?;
         ensure!(printed.starts_with("uid=1234 gid=2345 "), "{printed}");
-        ensure!(printed.contains("29(audio)") && printed.contains("3456"), "{printed}");
+        ensure!(
+            printed.contains("29(audio)") && printed.contains("3456"),
+            "{printed}"
+        );
         Ok(())
     })
 }
@@ -101,7 +138,10 @@ fn the_images_user_is_used_when_none_is_named() -> Result<()> {
         let container = pod.start_with(config)?;
         assert_eq!(container.exec(&["id", "-u"])?, "1000");
         assert_eq!(container.exec(&["id", "-g"])?, "29");
-        assert_eq!(container.exec(&["cat", "/home/alice/greeting"])?, "hello from alice");
+        assert_eq!(
+            container.exec(&["cat", "/home/alice/greeting"])?,
+            "hello from alice"
+        );
         Ok(())
     })
 }
@@ -115,17 +155,35 @@ fn an_exit_code_and_its_reason_are_told() -> Result<()> {
             ("failed", "exit 3", 3, "Error"),
             ("killed", "kill -KILL $$", 137, "Error"),
         ] {
-            let before = i64::try_from(std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_nanos())?;
+            let before = i64::try_from(
+                std::time::SystemTime::now()
+                    .duration_since(std::time::UNIX_EPOCH)?
+                    .as_nanos(),
+            )?;
             // As a child of PID 1, which a signal from inside could not end.
-            let container = pod.start(name, &["sh", "-c", &format!("sh -c '{script}'; exit $?")])?;
+            let container =
+                pod.start(name, &["sh", "-c", &format!("sh -c '{script}'; exit $?")])?;
             let status = container.wait_exit()?;
-            assert_eq!((status.exit_code, status.reason.as_str()), (code, reason), "{name}");
+            assert_eq!(
+                (status.exit_code, status.reason.as_str()),
+                (code, reason),
+                "{name}"
+            );
             let slack = 1_000_000_000;
-            ensure!(status.created_at >= before - slack, "{name}: created before it was asked for");
-            ensure!(status.started_at >= status.created_at, "{name}: started before it was created");
+            ensure!(
+                status.created_at >= before - slack,
+                "{name}: created before it was asked for"
+            );
+            ensure!(
+                status.started_at >= status.created_at,
+                "{name}: started before it was created"
+            );
             // containerd notes the start once the call returns.
             let ordered = status.finished_at >= status.started_at;
-            ensure!(ordered || shares_the_hosts_kernel(node), "{name}: finished before it started");
+            ensure!(
+                ordered || shares_the_hosts_kernel(node),
+                "{name}: finished before it started"
+            );
         }
         Ok(())
     })
@@ -137,11 +195,16 @@ fn a_container_beyond_its_memory_limit_is_oom_killed() -> Result<()> {
         let pod = node.run_pod("hungry")?;
         // It keeps what it reads until a line ends.
         let mut config = pod.container_config("c", &["tail", "/dev/zero"]);
-        config.linux.get_or_insert_default().resources =
-            Some(LinuxContainerResources { memory_limit_in_bytes: 32 << 20, ..Default::default() });
+        config.linux.get_or_insert_default().resources = Some(LinuxContainerResources {
+            memory_limit_in_bytes: 32 << 20,
+            ..Default::default()
+        });
         let container = pod.start_with(config)?;
         let status = container.wait_exit()?;
-        assert_eq!((status.reason.as_str(), status.exit_code), ("OOMKilled", 137));
+        assert_eq!(
+            (status.reason.as_str(), status.exit_code),
+            ("OOMKilled", 137)
+        );
         // The pod and its other containers go on.
         pod.start_idle("next")?.exec(&["true"]).map(drop)
     })
@@ -163,8 +226,14 @@ fn cpu_and_memory_limits_are_in_force_inside() -> Result<()> {
             ..Default::default()
         });
         let container = pod.start_with(config)?;
-        assert_eq!(container.exec(&["cat", "/sys/fs/cgroup/cpu.max"])?, "50000 100000");
-        assert_eq!(container.exec(&["cat", "/sys/fs/cgroup/memory.max"])?, (64 << 20).to_string());
+        assert_eq!(
+            container.exec(&["cat", "/sys/fs/cgroup/cpu.max"])?,
+            "50000 100000"
+        );
+        assert_eq!(
+            container.exec(&["cat", "/sys/fs/cgroup/memory.max"])?,
+            (64 << 20).to_string()
+        );
         Ok(())
     })
 }
@@ -173,16 +242,34 @@ fn cpu_and_memory_limits_are_in_force_inside() -> Result<()> {
 fn stopping_asks_first_and_kills_only_who_does_not_listen() -> Result<()> {
     with_node(|node| {
         let pod = node.run_pod("stops")?;
-        let polite = pod.start("polite", &["sh", "-c", "trap 'exit 7' TERM; while :; do sleep 1000 & wait $!; done"])?;
+        let polite = pod.start(
+            "polite",
+            &[
+                "sh",
+                "-c",
+                "trap 'exit 7' TERM; while :; do sleep 1000 & wait $!; done",
+            ],
+        )?;
         let begun = Instant::now();
         polite.stop(20)?;
-        ensure!(begun.elapsed() < Duration::from_secs(10), "it took {:?}", begun.elapsed());
+        ensure!(
+            begun.elapsed() < Duration::from_secs(10),
+            "it took {:?}",
+            begun.elapsed()
+        );
         assert_eq!(polite.status()?.exit_code, 7);
 
-        let deaf = pod.start("deaf", &["sh", "-c", "trap '' TERM; while :; do sleep 1; done"])?;
+        let deaf = pod.start(
+            "deaf",
+            &["sh", "-c", "trap '' TERM; while :; do sleep 1; done"],
+        )?;
         let begun = Instant::now();
         deaf.stop(2)?;
-        ensure!(begun.elapsed() >= Duration::from_secs(2), "killed after {:?}, within its grace", begun.elapsed());
+        ensure!(
+            begun.elapsed() >= Duration::from_secs(2),
+            "killed after {:?}, within its grace",
+            begun.elapsed()
+        );
         assert_eq!(deaf.status()?.exit_code, 137);
         deaf.stop(2).context("a second stop")?;
         deaf.remove()?;
@@ -197,9 +284,16 @@ fn an_ended_container_is_followed_by_its_next_attempt() -> Result<()> {
         let first = pod.start("c", &["sh", "-c", "echo mark > /left; exit 1"])?;
         first.wait_exit()?;
         let mut config = pod.container_config("c", &["sh", "-c", "test ! -e /left"]);
-        config.metadata = Some(ContainerMetadata { name: "c".to_owned(), attempt: 1 });
+        config.metadata = Some(ContainerMetadata {
+            name: "c".to_owned(),
+            attempt: 1,
+        });
         let second = pod.start_with(config)?;
-        assert_eq!(second.wait_exit()?.exit_code, 0, "the second attempt sees what the first has written");
+        assert_eq!(
+            second.wait_exit()?.exit_code,
+            0,
+            "the second attempt sees what the first has written"
+        );
         Ok(())
     })
 }
@@ -234,10 +328,15 @@ fn containers_are_found_by_id_pod_state_and_label() -> Result<()> {
         assert_eq!(status.labels, config.labels);
         assert_eq!(status.metadata, config.metadata);
         assert_eq!(status.log_path, created.log.display().to_string());
-        ensure!(!status.image_ref.is_empty() && !status.image_id.is_empty() || shares_the_hosts_kernel(node));
+        ensure!(
+            !status.image_ref.is_empty() && !status.image_id.is_empty()
+                || shares_the_hosts_kernel(node)
+        );
 
         let find = |filter: ContainerFilter| -> Result<Vec<String>> {
-            let request = ListContainersRequest { filter: Some(filter) };
+            let request = ListContainersRequest {
+                filter: Some(filter),
+            };
             let mut names: Vec<_> = cri
                 .list_containers(request)?
                 .containers
@@ -248,17 +347,47 @@ fn containers_are_found_by_id_pod_state_and_label() -> Result<()> {
             Ok(names)
         };
         let by_state = |state: ContainerState| ContainerFilter {
-            state: Some(ContainerStateValue { state: state.into() }),
+            state: Some(ContainerStateValue {
+                state: state.into(),
+            }),
             ..Default::default()
         };
-        assert_eq!(find(ContainerFilter::default())?, ["created", "ended", "running"]);
-        assert_eq!(find(ContainerFilter { id: running.id.clone(), ..Default::default() })?, ["running"]);
-        assert_eq!(find(ContainerFilter { pod_sandbox_id: pod.id.clone(), ..Default::default() })?.len(), 3);
-        assert_eq!(find(by_state(ContainerState::ContainerRunning))?, ["running"]);
+        assert_eq!(
+            find(ContainerFilter::default())?,
+            ["created", "ended", "running"]
+        );
+        assert_eq!(
+            find(ContainerFilter {
+                id: running.id.clone(),
+                ..Default::default()
+            })?,
+            ["running"]
+        );
+        assert_eq!(
+            find(ContainerFilter {
+                pod_sandbox_id: pod.id.clone(),
+                ..Default::default()
+            })?
+            .len(),
+            3
+        );
+        assert_eq!(
+            find(by_state(ContainerState::ContainerRunning))?,
+            ["running"]
+        );
         assert_eq!(find(by_state(ContainerState::ContainerExited))?, ["ended"]);
-        assert_eq!(find(by_state(ContainerState::ContainerCreated))?, ["created"]);
+        assert_eq!(
+            find(by_state(ContainerState::ContainerCreated))?,
+            ["created"]
+        );
         let label_selector = HashMap::from([("container".to_owned(), "ended".to_owned())]);
-        assert_eq!(find(ContainerFilter { label_selector, ..Default::default() })?, ["ended"]);
+        assert_eq!(
+            find(ContainerFilter {
+                label_selector,
+                ..Default::default()
+            })?,
+            ["ended"]
+        );
         Ok(())
     })
 }
@@ -267,22 +396,39 @@ fn containers_are_found_by_id_pod_state_and_label() -> Result<()> {
 fn a_container_has_the_capabilities_it_was_left_with() -> Result<()> {
     with_node(|node| {
         let pod = node.run_pod("caps")?;
-        let effective = |name: &str, capability: Option<Capability>, privileged: bool| -> Result<u64> {
-            let mut config = pod.container_config(name, e2e::pod::IDLE);
-            let context = config.linux.get_or_insert_default().security_context.get_or_insert_default();
-            context.capabilities = capability;
-            context.privileged = privileged;
-            let container = pod.start_with(config)?;
-            let status = container.exec(&["grep", "CapEff", "/proc/1/status"])?;
-            Ok(u64::from_str_radix(status.trim_start_matches("CapEff:").trim(), 16)?)
-        };
+        let effective =
+            |name: &str, capability: Option<Capability>, privileged: bool| -> Result<u64> {
+                let mut config = pod.container_config(name, e2e::pod::IDLE);
+                let context = config
+                    .linux
+                    .get_or_insert_default()
+                    .security_context
+                    .get_or_insert_default();
+                context.capabilities = capability;
+                context.privileged = privileged;
+                let container = pod.start_with(config)?;
+                let status = container.exec(&["grep", "CapEff", "/proc/1/status"])?;
+                Ok(u64::from_str_radix(
+                    status.trim_start_matches("CapEff:").trim(),
+                    16,
+                )?)
+            };
         const NET_ADMIN: u64 = 1 << 12;
         const SYS_ADMIN: u64 = 1 << 21;
         const CHOWN: u64 = 1;
-        let add = Capability { add_capabilities: vec!["NET_ADMIN".to_owned()], ..Default::default() };
-        let drop = Capability { drop_capabilities: vec!["ALL".to_owned()], ..Default::default() };
+        let add = Capability {
+            add_capabilities: vec!["NET_ADMIN".to_owned()],
+            ..Default::default()
+        };
+        let drop = Capability {
+            drop_capabilities: vec!["ALL".to_owned()],
+            ..Default::default()
+        };
         let default = effective("default", None, false)?;
-        ensure!(default & CHOWN != 0 && default & (NET_ADMIN | SYS_ADMIN) == 0, "{default:x}");
+        ensure!(
+            default & CHOWN != 0 && default & (NET_ADMIN | SYS_ADMIN) == 0,
+            "{default:x}"
+        );
         ensure!(effective("added", Some(add), false)? & NET_ADMIN != 0);
         assert_eq!(effective("dropped", Some(drop), false)?, 0);
         if !shares_the_hosts_kernel(node) {

@@ -52,9 +52,17 @@ fn a_read_only_mount_refuses_writes() -> Result<()> {
         fs::write(shared.join("file"), "original")?;
         let pod = node.run_pod("readonly")?;
         let mut config = pod.container_config("c", e2e::pod::IDLE);
-        config.mounts = vec![mount(&shared, "/data", true), mount(&shared.join("file"), "/etc/one-file", true)];
+        config.mounts = vec![
+            mount(&shared, "/data", true),
+            mount(&shared.join("file"), "/etc/one-file", true),
+        ];
         let container = pod.start_with(config)?;
-        for script in ["echo x > /data/new", "echo x > /data/file", "rm /data/file", "echo x > /etc/one-file"] {
+        for script in [
+            "echo x > /data/new",
+            "echo x > /data/file",
+            "rm /data/file",
+            "echo x > /etc/one-file",
+        ] {
             let answer = container.exec_sync(&["sh", "-c", script], 20)?;
             ensure!(answer.exit_code != 0, "{script} succeeded");
             let said = String::from_utf8_lossy(&answer.stderr);
@@ -74,7 +82,10 @@ fn a_single_host_file_is_mounted_over_the_images() -> Result<()> {
         let mut config = pod.container_config("c", e2e::pod::IDLE);
         config.mounts = vec![mount(&file, "/etc/hosts", false)];
         let container = pod.start_with(config)?;
-        assert_eq!(container.exec(&["cat", "/etc/hosts"])?, "192.0.2.1 from-the-kubelet");
+        assert_eq!(
+            container.exec(&["cat", "/etc/hosts"])?,
+            "192.0.2.1 from-the-kubelet"
+        );
         Ok(())
     })
 }
@@ -93,7 +104,10 @@ fn two_containers_share_a_volume() -> Result<()> {
         };
         let (writer, reader) = (start("writer")?, start("reader")?);
         let write = "dd if=/dev/urandom of=/data/blob bs=64k count=160 2> /dev/null && sha256sum < /data/blob";
-        assert_eq!(writer.exec(&["sh", "-c", write])?, reader.exec(&["sh", "-c", "sha256sum < /data/blob"])?);
+        assert_eq!(
+            writer.exec(&["sh", "-c", write])?,
+            reader.exec(&["sh", "-c", "sha256sum < /data/blob"])?
+        );
         Ok(())
     })
 }
@@ -103,7 +117,11 @@ fn what_a_container_writes_is_its_own() -> Result<()> {
     with_node(|node| {
         let pod = node.run_pod("own")?;
         let first = pod.start_idle("first")?;
-        first.exec(&["sh", "-c", "echo changed > /etc/passwd; rm /etc/group; mkdir /etc/new"])?;
+        first.exec(&[
+            "sh",
+            "-c",
+            "echo changed > /etc/passwd; rm /etc/group; mkdir /etc/new",
+        ])?;
         let second = pod.start_idle("second")?;
         ensure!(second.exec(&["cat", "/etc/passwd"])?.starts_with("root:"));
         second.exec(&["sh", "-c", "test -e /etc/group && test ! -e /etc/new"])?;
@@ -116,10 +134,20 @@ fn a_read_only_root_stays_as_the_image_is() -> Result<()> {
     with_node(|node| {
         let pod = node.run_pod("fixed")?;
         let mut config = pod.container_config("c", e2e::pod::IDLE);
-        config.linux.get_or_insert_default().security_context.get_or_insert_default().readonly_rootfs = true;
+        config
+            .linux
+            .get_or_insert_default()
+            .security_context
+            .get_or_insert_default()
+            .readonly_rootfs = true;
         let container = pod.start_with(config)?;
         let answer = container.exec_sync(&["sh", "-c", "echo x > /new"], 20)?;
-        ensure!(answer.exit_code != 0, "a write to a read-only root succeeded");
-        container.exec(&["sh", "-c", "echo x > /dev/shm/new"]).map(drop)
+        ensure!(
+            answer.exit_code != 0,
+            "a write to a read-only root succeeded"
+        );
+        container
+            .exec(&["sh", "-c", "echo x > /dev/shm/new"])
+            .map(drop)
     })
 }

@@ -16,7 +16,9 @@ use crate::{shares_the_hosts_kernel, with_node};
 fn container_of(node: &Node, name: &str, image: &Image) -> Result<Container> {
     node.registry()?.push(name, "latest", image)?;
     let reference = format!("127.0.0.1:5000/{name}:latest");
-    node.cri()?.pull(&reference).with_context(|| format!("pull {reference}"))?;
+    node.cri()?
+        .pull(&reference)
+        .with_context(|| format!("pull {reference}"))?;
     let pod = node.run_pod(name)?;
     let mut config = pod.container_config("c", e2e::pod::IDLE);
     config.image.get_or_insert_default().image = reference;
@@ -32,10 +34,17 @@ fn layers_may_be_plain_gzip_or_zstd_in_oci_and_docker_images() -> Result<()> {
             ("zstd", Compression::Zstd, Format::Oci),
             ("docker", Compression::Gzip, Format::DockerSchema2),
         ] {
-            let layers = vec![image::busybox_layer(compression)?, image::accounts_layer(compression)?];
+            let layers = vec![
+                image::busybox_layer(compression)?,
+                image::accounts_layer(compression)?,
+            ];
             let image = Image::new(layers, busybox_config()).format(format);
             let container = container_of(node, name, &image)?;
-            assert_eq!(container.exec(&["cat", "/home/alice/greeting"])?, "hello from alice", "{name}");
+            assert_eq!(
+                container.exec(&["cat", "/home/alice/greeting"])?,
+                "hello from alice",
+                "{name}"
+            );
         }
         Ok(())
     })
@@ -71,12 +80,22 @@ fn upper_layers_hide_and_replace_what_is_below() -> Result<()> {
             .file("dir-to-file", 0o644, b"now a file")?
             .build(Compression::Zstd)?;
         let base = image::busybox_layer(Compression::Gzip)?;
-        let container = container_of(node, "whiteouts", &Image::new(vec![base, lower, upper], busybox_config()))?;
+        let container = container_of(
+            node,
+            "whiteouts",
+            &Image::new(vec![base, lower, upper], busybox_config()),
+        )?;
         assert_eq!(container.exec(&["ls", "-A", "/d"])?, "kept\nreplaced");
         assert_eq!(container.exec(&["cat", "/d/replaced"])?, "new");
-        assert_eq!(container.exec(&["stat", "-c", "%a", "/d/replaced", "/opaque"])?, "600\n700");
+        assert_eq!(
+            container.exec(&["stat", "-c", "%a", "/d/replaced", "/opaque"])?,
+            "600\n700"
+        );
         assert_eq!(container.exec(&["ls", "-A", "/opaque"])?, "above");
-        assert_eq!(container.exec(&["cat", "/file-to-dir/inside", "/dir-to-file"])?, "xnow a file");
+        assert_eq!(
+            container.exec(&["cat", "/file-to-dir/inside", "/dir-to-file"])?,
+            "xnow a file"
+        );
         container.exec(&["test", "!", "-e", "/gone"]).map(drop)
     })
 }
@@ -100,15 +119,34 @@ fn links_devices_attributes_and_odd_names_are_kept() -> Result<()> {
             .owned_file("owned", 0o640, 1_000_000, b"x")?
             .build(Compression::Gzip)?;
         let base = image::busybox_layer(Compression::Gzip)?;
-        let container = container_of(node, "odd", &Image::new(vec![base, layer], busybox_config()))?;
-        assert_eq!(container.exec(&["stat", "-c", "%a %h", "/first", "/second"])?, "4755 2\n4755 2");
+        let container = container_of(
+            node,
+            "odd",
+            &Image::new(vec![base, layer], busybox_config()),
+        )?;
+        assert_eq!(
+            container.exec(&["stat", "-c", "%a %h", "/first", "/second"])?,
+            "4755 2\n4755 2"
+        );
         assert_eq!(container.exec(&["cat", "/second", "/sym"])?, "linkedlinked");
         assert_eq!(container.exec(&["readlink", "/dangling"])?, "../../nowhere");
-        assert_eq!(container.exec(&["stat", "-c", "%F %t %T", "/null-device"])?, "character special file 1 3");
+        assert_eq!(
+            container.exec(&["stat", "-c", "%F %t %T", "/null-device"])?,
+            "character special file 1 3"
+        );
         assert_eq!(container.exec(&["stat", "-c", "%F", "/fifo"])?, "fifo");
-        assert_eq!(container.exec(&["cat", &format!("/{long}"), &format!("/{deep}file")])?, "longdeep");
-        assert_eq!(container.exec(&["cat", "/sp ace\n\"'\\\u{e9}\u{1f352}"])?, "odd");
-        assert_eq!(container.exec(&["stat", "-c", "%u:%g %a", "/owned"])?, "1000000:1000000 640");
+        assert_eq!(
+            container.exec(&["cat", &format!("/{long}"), &format!("/{deep}file")])?,
+            "longdeep"
+        );
+        assert_eq!(
+            container.exec(&["cat", "/sp ace\n\"'\\\u{e9}\u{1f352}"])?,
+            "odd"
+        );
+        assert_eq!(
+            container.exec(&["stat", "-c", "%u:%g %a", "/owned"])?,
+            "1000000:1000000 640"
+        );
         Ok(())
     })
 }
@@ -122,10 +160,16 @@ fn a_huge_file_arrives_whole() -> Result<()> {
             block[..8].copy_from_slice(&(n as u64).to_le_bytes());
         }
         let sum = e2e::layer::digest(&data).replace("sha256:", "");
-        let layer = LayerBuilder::default().file("huge", 0o644, &data)?.build(Compression::Zstd)?;
+        let layer = LayerBuilder::default()
+            .file("huge", 0o644, &data)?
+            .build(Compression::Zstd)?;
         drop(data);
         let base = image::busybox_layer(Compression::Gzip)?;
-        let container = container_of(node, "huge", &Image::new(vec![base, layer], busybox_config()))?;
+        let container = container_of(
+            node,
+            "huge",
+            &Image::new(vec![base, layer], busybox_config()),
+        )?;
         let printed = container.exec(&["sha256sum", "/huge"])?;
         ensure!(printed.starts_with(&sum), "{printed}");
         Ok(())
@@ -138,14 +182,29 @@ fn an_image_of_very_many_files_and_layers_works() -> Result<()> {
         let mut layers = vec![image::busybox_layer(Compression::Gzip)?];
         let mut many = LayerBuilder::default();
         for n in 0..20_000 {
-            many = many.file(&format!("many/{}/{n}", n % 7), 0o644, n.to_string().as_bytes())?;
+            many = many.file(
+                &format!("many/{}/{n}", n % 7),
+                0o644,
+                n.to_string().as_bytes(),
+            )?;
         }
         layers.push(many.build(Compression::Gzip)?);
         for n in 0..30 {
-            layers.push(LayerBuilder::default().file(&format!("layer-{n}"), 0o644, b"x")?.build(Compression::Gzip)?);
+            layers.push(
+                LayerBuilder::default()
+                    .file(&format!("layer-{n}"), 0o644, b"x")?
+                    .build(Compression::Gzip)?,
+            );
         }
         let container = container_of(node, "many", &Image::new(layers, busybox_config()))?;
-        assert_eq!(container.exec(&["sh", "-c", "find /many -type f | wc -l; ls -d /layer-* | wc -l"])?, "20000\n30");
+        assert_eq!(
+            container.exec(&[
+                "sh",
+                "-c",
+                "find /many -type f | wc -l; ls -d /layer-* | wc -l"
+            ])?,
+            "20000\n30"
+        );
         assert_eq!(container.exec(&["cat", "/many/6/19998"])?, "19998");
         Ok(())
     })
@@ -156,7 +215,9 @@ fn an_image_is_known_by_id_tag_and_digest() -> Result<()> {
     with_node(|node| {
         let cri = node.cri()?;
         let image = image::busybox()?;
-        let found = cri.find_image(BUSYBOX)?.context("the pulled image is not known")?;
+        let found = cri
+            .find_image(BUSYBOX)?
+            .context("the pulled image is not known")?;
         assert_eq!(found.id, image.id());
         assert_eq!(found.repo_tags, [BUSYBOX]);
         let by_digest = format!("127.0.0.1:5000/busybox@{}", image.manifest().digest());
@@ -166,10 +227,19 @@ fn an_image_is_known_by_id_tag_and_digest() -> Result<()> {
             ensure!(cri.find_image(name)?.is_some(), "{name} is not found");
         }
         ensure!(cri.find_image("127.0.0.1:5000/busybox:other")?.is_none());
-        let request = ImageStatusRequest { image: Some(e2e::cri::image_spec(BUSYBOX)), verbose: true };
+        let request = ImageStatusRequest {
+            image: Some(e2e::cri::image_spec(BUSYBOX)),
+            verbose: true,
+        };
         let info = cri.image_status(request)?.info;
-        ensure!(info.values().any(|value| value.contains("FROM_IMAGE=yes")), "{info:?}");
-        ensure!(node.crictl_ok(&["images"])?.contains("127.0.0.1:5000/busybox"));
+        ensure!(
+            info.values().any(|value| value.contains("FROM_IMAGE=yes")),
+            "{info:?}"
+        );
+        ensure!(
+            node.crictl_ok(&["images"])?
+                .contains("127.0.0.1:5000/busybox")
+        );
         Ok(())
     })
 }
@@ -184,15 +254,25 @@ fn removed_images_free_their_disk_space() -> Result<()> {
     let before = cri.image_bytes()?;
     node.pull_busybox()?;
     let with_image = cri.image_bytes()?;
-    ensure!(with_image > before + 500_000, "{before} bytes before, {with_image} with the image");
+    ensure!(
+        with_image > before + 500_000,
+        "{before} bytes before, {with_image} with the image"
+    );
     // A second image that shares a layer and adds one.
     let mut second = image::busybox()?;
-    second.layers.push(LayerBuilder::default().file("more", 0o644, &[7; 300_000])?.build(Compression::Plain)?);
+    second.layers.push(
+        LayerBuilder::default()
+            .file("more", 0o644, &[7; 300_000])?
+            .build(Compression::Plain)?,
+    );
     node.registry()?.push("second", "latest", &second)?;
     cri.pull("127.0.0.1:5000/second:latest")?;
 
     let grown = cri.image_bytes()? - with_image;
-    ensure!((300_000..600_000).contains(&grown), "a shared layer was stored twice: {grown} bytes more");
+    ensure!(
+        (300_000..600_000).contains(&grown),
+        "a shared layer was stored twice: {grown} bytes more"
+    );
     cri.remove(BUSYBOX)?;
     ensure!(cri.find_image(BUSYBOX)?.is_none());
     let pod = node.run_pod("after")?;
@@ -201,10 +281,18 @@ fn removed_images_free_their_disk_space() -> Result<()> {
     assert_eq!(pod.start_with(config)?.wait_exit()?.exit_code, 0);
     pod.remove()?;
     cri.remove("127.0.0.1:5000/second:latest")?;
-    cri.remove("127.0.0.1:5000/second:latest").context("a second removal")?;
-    ensure!(cri.list_images(ListImagesRequest::default())?.images.is_empty());
+    cri.remove("127.0.0.1:5000/second:latest")
+        .context("a second removal")?;
+    ensure!(
+        cri.list_images(ListImagesRequest::default())?
+            .images
+            .is_empty()
+    );
     let left = cri.image_bytes()?;
-    ensure!(left < before + 100_000, "{left} bytes are left of {with_image}; {before} before any pull");
+    ensure!(
+        left < before + 100_000,
+        "{left} bytes are left of {with_image}; {before} before any pull"
+    );
     node.finish()
 }
 
@@ -214,11 +302,17 @@ fn an_image_that_a_container_uses_keeps_working_when_it_is_removed() -> Result<(
         let container = node.run_pod("using")?.start_idle("c")?;
         // The kubelet does not do this; crictl users do.
         let removed = node.cri()?.remove(BUSYBOX);
-        assert_eq!(container.exec(&["cat", "/home/alice/greeting"])?, "hello from alice");
+        assert_eq!(
+            container.exec(&["cat", "/home/alice/greeting"])?,
+            "hello from alice"
+        );
         if removed.is_ok() {
             node.pull_busybox()?;
         }
-        node.run_pod("next")?.start_idle("c")?.exec(&["true"]).map(drop)
+        node.run_pod("next")?
+            .start_idle("c")?
+            .exec(&["true"])
+            .map(drop)
     })
 }
 
@@ -234,8 +328,14 @@ fn images_are_filtered_by_name() -> Result<()> {
         if shares_the_hosts_kernel(node) {
             return Ok(()); // containerd lists every image.
         }
-        let filter = ImageFilter { image: Some(e2e::cri::image_spec("127.0.0.1:5000/different:v1")) };
-        let found = cri.list_images(ListImagesRequest { filter: Some(filter) })?.images;
+        let filter = ImageFilter {
+            image: Some(e2e::cri::image_spec("127.0.0.1:5000/different:v1")),
+        };
+        let found = cri
+            .list_images(ListImagesRequest {
+                filter: Some(filter),
+            })?
+            .images;
         assert_eq!(found.len(), 1);
         assert_eq!(found[0].repo_tags, ["127.0.0.1:5000/different:v1"]);
         Ok(())
@@ -259,7 +359,10 @@ fn two_tags_of_one_image_are_one_image() -> Result<()> {
         registry.push("busybox", "v2", &newer)?;
         let new_id = cri.pull("127.0.0.1:5000/busybox:v2")?;
         ensure!(new_id != id, "the old image again");
-        assert_eq!(cri.find_image(&id)?.context("old image")?.repo_tags, [BUSYBOX]);
+        assert_eq!(
+            cri.find_image(&id)?.context("old image")?.repo_tags,
+            [BUSYBOX]
+        );
         Ok(())
     })
 }
@@ -268,8 +371,12 @@ fn two_tags_of_one_image_are_one_image() -> Result<()> {
 fn two_pulls_at_once_both_succeed() -> Result<()> {
     let node = Node::start()?;
     thread::scope(|scope| {
-        let pulls: Vec<_> = (0..4).map(|_| scope.spawn(|| node.pull_busybox())).collect();
-        pulls.into_iter().try_for_each(|pull| pull.join().expect("thread"))
+        let pulls: Vec<_> = (0..4)
+            .map(|_| scope.spawn(|| node.pull_busybox()))
+            .collect();
+        pulls
+            .into_iter()
+            .try_for_each(|pull| pull.join().expect("thread"))
     })?;
     node.finish()
 }

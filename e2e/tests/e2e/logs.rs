@@ -25,7 +25,10 @@ fn a_log_of_100_mb_is_byte_exact() -> Result<()> {
         ensure!(stdout.len() >= 100_000_000, "only {} bytes", stdout.len());
         let stderr = String::from_utf8(log::written(&records, Stream::Stderr))?;
         let sum = layer::digest(&stdout).replace("sha256:", "");
-        ensure!(stderr.starts_with(&sum), "the log's sum is {sum}, the container's {stderr}");
+        ensure!(
+            stderr.starts_with(&sum),
+            "the log's sum is {sum}, the container's {stderr}"
+        );
         Ok(())
     })
 }
@@ -37,9 +40,15 @@ fn a_last_line_without_an_end_is_kept_as_partial() -> Result<()> {
         let container = pod.start("c", &["printf", "whole\\npart"])?;
         container.wait_exit()?;
         let records = log::read(&container.log)?;
-        let lines: Vec<_> = records.iter().map(|r| (r.partial, r.content.as_slice())).collect();
+        let lines: Vec<_> = records
+            .iter()
+            .map(|r| (r.partial, r.content.as_slice()))
+            .collect();
         // Some runtimes end the last line; its bytes are what counts.
-        ensure!(lines.len() == 2 && lines[0] == (false, b"whole") && lines[1].1 == b"part", "{lines:?}");
+        ensure!(
+            lines.len() == 2 && lines[0] == (false, b"whole") && lines[1].1 == b"part",
+            "{lines:?}"
+        );
         Ok(())
     })
 }
@@ -49,8 +58,14 @@ fn binary_and_very_long_lines_are_kept() -> Result<()> {
     with_node(|node| {
         let pod = node.run_pod("binary")?;
         // containerd takes a carriage return for a part of the line's end.
-        let end = if shares_the_hosts_kernel(node) { "" } else { "\r" };
-        let script = format!("printf '\\000\\001\\377{end}\\n\\n \\n'; head -c 1000000 /dev/zero | tr '\\0' x; echo");
+        let end = if shares_the_hosts_kernel(node) {
+            ""
+        } else {
+            "\r"
+        };
+        let script = format!(
+            "printf '\\000\\001\\377{end}\\n\\n \\n'; head -c 1000000 /dev/zero | tr '\\0' x; echo"
+        );
         let container = pod.start("c", &["sh", "-c", &script])?;
         container.wait_exit()?;
         let records = log::read(&container.log)?;
@@ -58,9 +73,19 @@ fn binary_and_very_long_lines_are_kept() -> Result<()> {
         expected.extend(format!("{end}\n\n \n").bytes());
         expected.extend(std::iter::repeat_n(b'x', 1_000_000));
         expected.push(b'\n');
-        ensure!(log::written(&records, Stream::Stdout) == expected, "the bytes differ");
-        let longest = records.iter().map(|record| record.content.len()).max().context("no records")?;
-        ensure!(longest <= 32 * 1024, "a record of {longest} bytes is more than log readers take");
+        ensure!(
+            log::written(&records, Stream::Stdout) == expected,
+            "the bytes differ"
+        );
+        let longest = records
+            .iter()
+            .map(|record| record.content.len())
+            .max()
+            .context("no records")?;
+        ensure!(
+            longest <= 32 * 1024,
+            "a record of {longest} bytes is more than log readers take"
+        );
         Ok(())
     })
 }
@@ -82,7 +107,14 @@ fn both_streams_are_told_apart() -> Result<()> {
 fn a_log_can_be_rotated_while_it_is_written_without_losing_a_line() -> Result<()> {
     with_node(|node| {
         let pod = node.run_pod("rotated")?;
-        let container = pod.start("c", &["sh", "-c", "n=0; while [ $n -lt 20000 ]; do echo line $n; n=$((n+1)); done"])?;
+        let container = pod.start(
+            "c",
+            &[
+                "sh",
+                "-c",
+                "n=0; while [ $n -lt 20000 ]; do echo line $n; n=$((n+1)); done",
+            ],
+        )?;
         let old = container.log.with_extension("old");
         eventually("the log to grow", Duration::from_secs(20), || {
             let length = fs::metadata(&container.log).map_or(0, |metadata| metadata.len());
@@ -90,14 +122,28 @@ fn a_log_can_be_rotated_while_it_is_written_without_losing_a_line() -> Result<()
             Ok::<_, anyhow::Error>(())
         })?;
         fs::rename(&container.log, &old)?;
-        node.cri()?.reopen_container_log(ReopenContainerLogRequest { container_id: container.id.clone() })?;
-        ensure!(container.log.exists(), "no new log file after ReopenContainerLog");
+        node.cri()?
+            .reopen_container_log(ReopenContainerLogRequest {
+                container_id: container.id.clone(),
+            })?;
+        ensure!(
+            container.log.exists(),
+            "no new log file after ReopenContainerLog"
+        );
         container.wait_exit()?;
         let mut written = log::written(&log::read(&old)?, Stream::Stdout);
-        ensure!(written.len() < 200_000, "all was written before the rotation");
+        ensure!(
+            written.len() < 200_000,
+            "all was written before the rotation"
+        );
         written.extend(log::written(&log::read(&container.log)?, Stream::Stdout));
         let expected: String = (0..20_000).map(|n| format!("line {n}\n")).collect();
-        ensure!(written == expected.as_bytes(), "{} bytes instead of {}", written.len(), expected.len());
+        ensure!(
+            written == expected.as_bytes(),
+            "{} bytes instead of {}",
+            written.len(),
+            expected.len()
+        );
         Ok(())
     })
 }

@@ -21,8 +21,15 @@ use tonic::{Code, Status};
 /// Fails unless `result` is an error of `code` whose message is one line that
 /// contains all of `parts`.
 fn refused<T>(result: Result<T, Status>, code: Code, parts: &[&str]) -> Result<String> {
-    let Err(status) = result else { bail!("it succeeded; expected {code:?} naming {parts:?}") };
-    ensure!(status.code() == code, "{:?} instead of {code:?}: {}", status.code(), status.message());
+    let Err(status) = result else {
+        bail!("it succeeded; expected {code:?} naming {parts:?}")
+    };
+    ensure!(
+        status.code() == code,
+        "{:?} instead of {code:?}: {}",
+        status.code(),
+        status.message()
+    );
     let message = status.message().to_owned();
     for part in parts {
         ensure!(message.contains(part), "{part:?} is not in: {message}");

@@ -11,8 +11,11 @@ use k8s_cri::v1::*;
 
 use crate::{shares_the_hosts_kernel, with_node};
 
-const WEB_SERVER: &[&str] =
-    &["sh", "-c", "mkdir -p /www && echo hello from $(hostname) > /www/index.html && exec httpd -f -p 8080 -h /www"];
+const WEB_SERVER: &[&str] = &[
+    "sh",
+    "-c",
+    "mkdir -p /www && echo hello from $(hostname) > /www/index.html && exec httpd -f -p 8080 -h /www",
+];
 
 #[test]
 fn a_pod_runs_a_kernel_that_is_not_the_hosts() -> Result<()> {
@@ -21,7 +24,10 @@ fn a_pod_runs_a_kernel_that_is_not_the_hosts() -> Result<()> {
         let host = nix::sys::utsname::uname()?;
         let pod = container.exec(&["uname", "-r"])?;
         let same = pod == host.release().to_string_lossy();
-        ensure!(same == shares_the_hosts_kernel(node), "the pod's kernel is {pod}");
+        ensure!(
+            same == shares_the_hosts_kernel(node),
+            "the pod's kernel is {pod}"
+        );
         Ok(())
     })
 }
@@ -49,7 +55,11 @@ fn two_pods_talk_over_the_bridge_by_ipv4_and_ipv6() -> Result<()> {
         let addresses = server.addresses()?;
         assert_eq!(addresses.len(), 2, "{addresses:?}");
         for address in addresses {
-            let host = if address.contains(':') { format!("[{address}]") } else { address };
+            let host = if address.contains(':') {
+                format!("[{address}]")
+            } else {
+                address
+            };
             let url = format!("http://{host}:8080/");
             let page = eventually(&url, Duration::from_secs(10), || {
                 client.exec(&["wget", "-q", "-O", "-", &url])
@@ -66,15 +76,21 @@ fn a_pod_reaches_its_node_and_the_node_reaches_the_pod() -> Result<()> {
         let pod = node.run_pod("reach")?;
         let web = pod.start("web", WEB_SERVER)?;
         let address = format!("{}:8080", pod.addresses()?[0]);
-        let page = eventually("the pod to answer the node", Duration::from_secs(10), || {
-            node.netns.run(|| http::get(&address, "/"))
-        })?;
+        let page = eventually(
+            "the pod to answer the node",
+            Duration::from_secs(10),
+            || node.netns.run(|| http::get(&address, "/")),
+        )?;
         assert_eq!(page.body, b"hello from reach\n");
         // The default route's gateway is the node's end of the bridge.
         let gateway = SUBNET_V4.replace("0/24", "1");
         let routes = web.exec(&["ip", "route"])?;
-        ensure!(routes.contains(&format!("default via {gateway}")), "{routes}");
-        web.exec(&["ping", "-c", "1", "-W", "5", &gateway]).map(drop)
+        ensure!(
+            routes.contains(&format!("default via {gateway}")),
+            "{routes}"
+        );
+        web.exec(&["ping", "-c", "1", "-W", "5", &gateway])
+            .map(drop)
     })
 }
 
@@ -90,8 +106,13 @@ fn a_host_port_reaches_the_pod() -> Result<()> {
         }];
         let pod = node.run_pod_with(config)?;
         pod.start("web", WEB_SERVER)?;
-        for host in ["127.0.0.1:18080".to_owned(), format!("{}:18080", SUBNET_V4.replace("0/24", "1"))] {
-            let page = eventually(&host, Duration::from_secs(10), || node.netns.run(|| http::get(&host, "/")))?;
+        for host in [
+            "127.0.0.1:18080".to_owned(),
+            format!("{}:18080", SUBNET_V4.replace("0/24", "1")),
+        ] {
+            let page = eventually(&host, Duration::from_secs(10), || {
+                node.netns.run(|| http::get(&host, "/"))
+            })?;
             assert_eq!(page.body, b"hello from ported\n");
         }
         Ok(())
@@ -105,21 +126,34 @@ fn a_pod_has_the_host_name_and_dns_it_was_given() -> Result<()> {
         config.hostname = "wanted-name".to_owned();
         config.dns_config = Some(DnsConfig {
             servers: vec!["10.96.0.10".to_owned()],
-            searches: vec!["e2e.svc.cluster.local".to_owned(), "cluster.local".to_owned()],
+            searches: vec![
+                "e2e.svc.cluster.local".to_owned(),
+                "cluster.local".to_owned(),
+            ],
             options: vec!["ndots:5".to_owned()],
         });
         let pod = node.run_pod_with(config)?;
         let container = pod.start_idle("c")?;
         assert_eq!(container.exec(&["hostname"])?, "wanted-name");
         let resolv = container.exec(&["cat", "/etc/resolv.conf"])?;
-        for line in ["nameserver 10.96.0.10", "search e2e.svc.cluster.local cluster.local", "options ndots:5"] {
-            ensure!(resolv.lines().any(|l| l == line), "{line:?} is not in {resolv:?}");
+        for line in [
+            "nameserver 10.96.0.10",
+            "search e2e.svc.cluster.local cluster.local",
+            "options ndots:5",
+        ] {
+            ensure!(
+                resolv.lines().any(|l| l == line),
+                "{line:?} is not in {resolv:?}"
+            );
         }
         // containerd leaves these two to the kubelet.
         if !shares_the_hosts_kernel(node) {
             assert_eq!(container.exec(&["cat", "/etc/hostname"])?, "wanted-name");
             let hosts = container.exec(&["cat", "/etc/hosts"])?;
-            ensure!(hosts.contains("127.0.0.1") && hosts.contains("localhost"), "{hosts}");
+            ensure!(
+                hosts.contains("127.0.0.1") && hosts.contains("localhost"),
+                "{hosts}"
+            );
             ensure!(hosts.contains("wanted-name"), "{hosts}");
         }
         Ok(())
@@ -131,7 +165,8 @@ fn pods_are_found_by_id_state_and_label() -> Result<()> {
     with_node(|node| {
         let cri = node.cri()?;
         let mut config = node.pod_config("first");
-        config.annotations = HashMap::from([("note".to_owned(), "kept, with \"quotes\"".to_owned())]);
+        config.annotations =
+            HashMap::from([("note".to_owned(), "kept, with \"quotes\"".to_owned())]);
         let first = node.run_pod_with(config)?;
         let second = node.run_pod("second")?;
         second.stop()?;
@@ -141,24 +176,61 @@ fn pods_are_found_by_id_state_and_label() -> Result<()> {
         assert_eq!(status.labels, first.config.labels);
         assert_eq!(status.annotations, first.config.annotations);
         assert_eq!(status.state(), PodSandboxState::SandboxReady);
-        ensure!(status.created_at > 1_600_000_000_000_000_000, "created_at {}", status.created_at);
+        ensure!(
+            status.created_at > 1_600_000_000_000_000_000,
+            "created_at {}",
+            status.created_at
+        );
 
         let find = |filter: PodSandboxFilter| -> Result<Vec<String>> {
-            let request = ListPodSandboxRequest { filter: Some(filter) };
-            Ok(cri.list_pod_sandbox(request)?.items.into_iter().map(|pod| pod.id).collect())
+            let request = ListPodSandboxRequest {
+                filter: Some(filter),
+            };
+            Ok(cri
+                .list_pod_sandbox(request)?
+                .items
+                .into_iter()
+                .map(|pod| pod.id)
+                .collect())
         };
         let by_state = |state: PodSandboxState| PodSandboxFilter {
-            state: Some(PodSandboxStateValue { state: state.into() }),
+            state: Some(PodSandboxStateValue {
+                state: state.into(),
+            }),
             ..Default::default()
         };
         assert_eq!(find(PodSandboxFilter::default())?.len(), 2);
-        assert_eq!(find(PodSandboxFilter { id: first.id.clone(), ..Default::default() })?, [first.id.as_str()]);
-        assert_eq!(find(by_state(PodSandboxState::SandboxReady))?, [first.id.as_str()]);
-        assert_eq!(find(by_state(PodSandboxState::SandboxNotready))?, [second.id.as_str()]);
+        assert_eq!(
+            find(PodSandboxFilter {
+                id: first.id.clone(),
+                ..Default::default()
+            })?,
+            [first.id.as_str()]
+        );
+        assert_eq!(
+            find(by_state(PodSandboxState::SandboxReady))?,
+            [first.id.as_str()]
+        );
+        assert_eq!(
+            find(by_state(PodSandboxState::SandboxNotready))?,
+            [second.id.as_str()]
+        );
         let label_selector = HashMap::from([("app".to_owned(), "second".to_owned())]);
-        assert_eq!(find(PodSandboxFilter { label_selector, ..Default::default() })?, [second.id.as_str()]);
+        assert_eq!(
+            find(PodSandboxFilter {
+                label_selector,
+                ..Default::default()
+            })?,
+            [second.id.as_str()]
+        );
         let label_selector = HashMap::from([("app".to_owned(), "third".to_owned())]);
-        ensure!(find(PodSandboxFilter { label_selector, ..Default::default() })?.is_empty());
+        ensure!(
+            find(PodSandboxFilter {
+                label_selector,
+                ..Default::default()
+            })?
+            .is_empty()
+        );
         Ok(())
     })
 }
@@ -194,18 +266,28 @@ fn a_running_pod_can_be_removed_at_once() -> Result<()> {
 #[test]
 fn containers_see_each_others_processes_only_where_the_pod_asks_for_it() -> Result<()> {
     with_node(|node| {
-        for (mode, shared) in [(NamespaceMode::Container, false), (NamespaceMode::Pod, true)] {
-            let options = NamespaceOption { pid: mode.into(), ..Default::default() };
-            let mut config = node.pod_config(if shared { "shared" } else { "apart" });
-            config.linux.get_or_insert_default().security_context = Some(LinuxSandboxSecurityContext {
-                namespace_options: Some(options.clone()),
+        for (mode, shared) in [
+            (NamespaceMode::Container, false),
+            (NamespaceMode::Pod, true),
+        ] {
+            let options = NamespaceOption {
+                pid: mode.into(),
                 ..Default::default()
-            });
+            };
+            let mut config = node.pod_config(if shared { "shared" } else { "apart" });
+            config.linux.get_or_insert_default().security_context =
+                Some(LinuxSandboxSecurityContext {
+                    namespace_options: Some(options.clone()),
+                    ..Default::default()
+                });
             let pod = node.run_pod_with(config)?;
             let start = |name: &str, command: &[&str]| {
                 let mut config = pod.container_config(name, command);
                 let linux = config.linux.get_or_insert_default();
-                linux.security_context.get_or_insert_default().namespace_options = Some(options.clone());
+                linux
+                    .security_context
+                    .get_or_insert_default()
+                    .namespace_options = Some(options.clone());
                 pod.start_with(config)
             };
             start("a", &["sleep", "98765"])?;
@@ -223,30 +305,51 @@ fn sysctls_reach_the_pods_kernel() -> Result<()> {
     with_node(|node| {
         let mut config = node.pod_config("tuned");
         config.linux.get_or_insert_default().sysctls = HashMap::from([
-            ("net.ipv4.ip_local_port_range".to_owned(), "20000 30000".to_owned()),
+            (
+                "net.ipv4.ip_local_port_range".to_owned(),
+                "20000 30000".to_owned(),
+            ),
             ("kernel.shm_rmid_forced".to_owned(), "1".to_owned()),
         ]);
         let container = node.run_pod_with(config)?.start_idle("c")?;
-        assert_eq!(container.exec(&["cat", "/proc/sys/net/ipv4/ip_local_port_range"])?, "20000\t30000");
-        assert_eq!(container.exec(&["cat", "/proc/sys/kernel/shm_rmid_forced"])?, "1");
+        assert_eq!(
+            container.exec(&["cat", "/proc/sys/net/ipv4/ip_local_port_range"])?,
+            "20000\t30000"
+        );
+        assert_eq!(
+            container.exec(&["cat", "/proc/sys/kernel/shm_rmid_forced"])?,
+            "1"
+        );
         Ok(())
     })
 }
 
 #[test]
 fn the_network_turns_ready_when_its_configuration_appears() -> Result<()> {
-    let node = Node::builder().cni(|conflist| *conflist = serde_json::Value::Null).start()?;
+    let node = Node::builder()
+        .cni(|conflist| *conflist = serde_json::Value::Null)
+        .start()?;
     if shares_the_hosts_kernel(&node) {
         return node.finish(); // containerd does not notice a file that was moved in.
     }
     let cri = node.cri()?;
     let network_condition = || -> Result<RuntimeCondition> {
-        let status = cri.status(StatusRequest { verbose: false })?.status.context("status")?;
-        status.conditions.into_iter().find(|c| c.r#type == "NetworkReady").context("no NetworkReady condition")
+        let status = cri
+            .status(StatusRequest { verbose: false })?
+            .status
+            .context("status")?;
+        status
+            .conditions
+            .into_iter()
+            .find(|c| c.r#type == "NetworkReady")
+            .context("no NetworkReady condition")
     };
     let before = network_condition()?;
     ensure!(!before.status, "ready without any configuration");
-    ensure!(!before.reason.is_empty() && !before.message.is_empty(), "no reason given: {before:?}");
+    ensure!(
+        !before.reason.is_empty() && !before.message.is_empty(),
+        "no reason given: {before:?}"
+    );
 
     node.write_cni(&node.default_cni())?;
     eventually("NetworkReady", Duration::from_secs(10), || {
@@ -262,15 +365,27 @@ fn the_network_turns_ready_when_its_configuration_appears() -> Result<()> {
 fn pods_asked_for_at_once_all_come_up_with_addresses_of_their_own() -> Result<()> {
     with_node(|node| {
         let pods = thread::scope(|scope| {
-            let started: Vec<_> =
-                (0..4).map(|n| scope.spawn(move || node.run_pod(&format!("crowd-{n}")))).collect();
-            started.into_iter().map(|thread| thread.join().expect("thread")).collect::<Result<Vec<_>>>()
+            let started: Vec<_> = (0..4)
+                .map(|n| scope.spawn(move || node.run_pod(&format!("crowd-{n}"))))
+                .collect();
+            started
+                .into_iter()
+                .map(|thread| thread.join().expect("thread"))
+                .collect::<Result<Vec<_>>>()
         })?;
-        let mut addresses: Vec<_> = pods.iter().map(|pod| pod.addresses()).collect::<Result<Vec<_>>>()?.concat();
+        let mut addresses: Vec<_> = pods
+            .iter()
+            .map(|pod| pod.addresses())
+            .collect::<Result<Vec<_>>>()?
+            .concat();
         let count = addresses.len();
         addresses.sort();
         addresses.dedup();
-        assert_eq!(addresses.len(), count, "addresses are shared: {addresses:?}");
+        assert_eq!(
+            addresses.len(),
+            count,
+            "addresses are shared: {addresses:?}"
+        );
         for pod in &pods {
             pod.start_idle("c")?.exec(&["true"])?;
         }
@@ -293,7 +408,11 @@ fn a_kubelet_that_asks_twice_gets_one_pod() -> Result<()> {
                 ensure!(!node.pod_processes()?.is_empty(), "nothing runs yet");
                 Ok(())
             };
-            let begun = eventually("the first request to begin", Duration::from_secs(10), processes);
+            let begun = eventually(
+                "the first request to begin",
+                Duration::from_secs(10),
+                processes,
+            );
             let second = run();
             (other.join().expect("thread"), begun.map(|()| second))
         });
@@ -310,17 +429,28 @@ fn a_machine_is_as_large_as_the_pod_asks() -> Result<()> {
         }
         let memory_of = |name: &str, limit: i64| -> Result<u64> {
             let mut config = node.pod_config(name);
-            config.linux.get_or_insert_default().resources =
-                Some(LinuxContainerResources { memory_limit_in_bytes: limit, ..Default::default() });
+            config.linux.get_or_insert_default().resources = Some(LinuxContainerResources {
+                memory_limit_in_bytes: limit,
+                ..Default::default()
+            });
             let container = node.run_pod_with(config)?.start_idle("c")?;
             let info = container.exec(&["cat", "/proc/meminfo"])?;
-            let total = info.lines().find_map(|line| line.strip_prefix("MemTotal:")).context("MemTotal")?;
+            let total = info
+                .lines()
+                .find_map(|line| line.strip_prefix("MemTotal:"))
+                .context("MemTotal")?;
             Ok(total.trim().trim_end_matches(" kB").parse::<u64>()? / 1024)
         };
         let small = memory_of("small", 128 << 20)?;
         let large = memory_of("large", 1 << 30)?;
-        ensure!((128..400).contains(&small), "a pod limited to 128 MiB sees {small} MiB");
-        ensure!((1024..1400).contains(&large), "a pod limited to 1 GiB sees {large} MiB");
+        ensure!(
+            (128..400).contains(&small),
+            "a pod limited to 128 MiB sees {small} MiB"
+        );
+        ensure!(
+            (1024..1400).contains(&large),
+            "a pod limited to 1 GiB sees {large} MiB"
+        );
         Ok(())
     })
 }
@@ -338,7 +468,10 @@ fn inspecting_a_pod_shows_how_long_each_phase_of_its_start_took() -> Result<()> 
         ensure!(timeline.len() >= 3, "{timeline:?}");
         for phase in &timeline {
             ensure!(!phase.name.is_empty(), "{timeline:?}");
-            ensure!(phase.start + phase.duration <= took, "{phase:?} is longer than the whole start, {took:?}");
+            ensure!(
+                phase.start + phase.duration <= took,
+                "{phase:?} is longer than the whole start, {took:?}"
+            );
         }
         Ok(())
     })
@@ -349,12 +482,21 @@ fn a_bandwidth_limit_is_handed_to_the_plugin() -> Result<()> {
     with_node(|node| {
         let mut config = node.pod_config("narrow");
         config.annotations = HashMap::from([
-            ("kubernetes.io/ingress-bandwidth".to_owned(), "8M".to_owned()),
-            ("kubernetes.io/egress-bandwidth".to_owned(), "16M".to_owned()),
+            (
+                "kubernetes.io/ingress-bandwidth".to_owned(),
+                "8M".to_owned(),
+            ),
+            (
+                "kubernetes.io/egress-bandwidth".to_owned(),
+                "16M".to_owned(),
+            ),
         ]);
         node.run_pod_with(config)?;
         let queues = node.netns.output("tc", &["qdisc", "show"])?;
-        ensure!(queues.contains("rate 8Mbit") && queues.contains("rate 16Mbit"), "{queues}");
+        ensure!(
+            queues.contains("rate 8Mbit") && queues.contains("rate 16Mbit"),
+            "{queues}"
+        );
         Ok(())
     })
 }
@@ -362,7 +504,10 @@ fn a_bandwidth_limit_is_handed_to_the_plugin() -> Result<()> {
 #[test]
 fn a_pods_link_on_the_bridge_goes_with_the_pod() -> Result<()> {
     with_node(|node| {
-        let on_bridge = || node.netns.output("ip", &["-br", "link", "show", "master", BRIDGE]);
+        let on_bridge = || {
+            node.netns
+                .output("ip", &["-br", "link", "show", "master", BRIDGE])
+        };
         let pod = node.run_pod("linked")?;
         assert_eq!(on_bridge()?.lines().count(), 1);
         pod.stop()?;
@@ -377,16 +522,30 @@ fn crictl_shows_pods_containers_and_the_runtime() -> Result<()> {
         let pod = node.run_pod("shown")?;
         let container = pod.start_idle("c")?;
         for (args, expected) in [
-            (vec!["version"], if shares_the_hosts_kernel(node) { "containerd" } else { "drupe" }),
+            (
+                vec!["version"],
+                if shares_the_hosts_kernel(node) {
+                    "containerd"
+                } else {
+                    "drupe"
+                },
+            ),
             (vec!["info"], "RuntimeReady"),
             (vec!["pods"], "shown"),
             (vec!["ps"], "Running"),
             (vec!["inspectp", &pod.id], "SANDBOX_READY"),
             (vec!["inspect", &container.id], "CONTAINER_RUNNING"),
-            (vec!["exec", "--sync", &container.id, "echo", "hello"], "hello"),
+            (
+                vec!["exec", "--sync", &container.id, "echo", "hello"],
+                "hello",
+            ),
         ] {
             let output = node.crictl_ok(&args)?;
-            ensure!(output.contains(expected), "crictl {}: {expected:?} is not in {output}", args.join(" "));
+            ensure!(
+                output.contains(expected),
+                "crictl {}: {expected:?} is not in {output}",
+                args.join(" ")
+            );
         }
         Ok(())
     })

@@ -28,7 +28,10 @@ fn a_commands_output_is_byte_exact_up_to_megabytes() -> Result<()> {
         let answer = container.exec_sync(&["sh", "-c", script], 60)?;
         assert_eq!(answer.stdout.len(), 3_000_000);
         let sum = e2e::layer::digest(&answer.stdout).replace("sha256:", "");
-        ensure!(String::from_utf8_lossy(&answer.stderr).starts_with(&sum), "the bytes differ");
+        ensure!(
+            String::from_utf8_lossy(&answer.stderr).starts_with(&sum),
+            "the bytes differ"
+        );
         Ok(())
     })
 }
@@ -44,12 +47,19 @@ fn a_command_that_takes_too_long_is_killed_with_its_children() -> Result<()> {
         let answer = container.exec_sync(&["sh", "-c", "sleep 87654 & sleep 87654; true"], 1);
         refused(answer, Code::DeadlineExceeded, &[])?;
         let took = begun.elapsed();
-        ensure!(took >= Duration::from_secs(1) && took < Duration::from_secs(10), "answered after {took:?}");
-        eventually("the killed command to be gone", Duration::from_secs(10), || {
-            let processes = container.exec(&["ps", "-o", "args"])?;
-            ensure!(!processes.contains("87654"), "{processes}");
-            Ok::<_, anyhow::Error>(())
-        })
+        ensure!(
+            took >= Duration::from_secs(1) && took < Duration::from_secs(10),
+            "answered after {took:?}"
+        );
+        eventually(
+            "the killed command to be gone",
+            Duration::from_secs(10),
+            || {
+                let processes = container.exec(&["ps", "-o", "args"])?;
+                ensure!(!processes.contains("87654"), "{processes}");
+                Ok::<_, anyhow::Error>(())
+            },
+        )
     })
 }
 
@@ -58,9 +68,16 @@ fn a_command_that_leaves_a_background_process_still_answers() -> Result<()> {
     with_node(|node| {
         let container = node.run_pod("daemonic")?.start_idle("c")?;
         let begun = Instant::now();
-        let answer = container.exec_sync(&["sh", "-c", "sleep 76543 > /dev/null 2>&1 & echo started"], 20)?;
+        let answer = container.exec_sync(
+            &["sh", "-c", "sleep 76543 > /dev/null 2>&1 & echo started"],
+            20,
+        )?;
         assert_eq!(answer.stdout, b"started\n");
-        ensure!(begun.elapsed() < Duration::from_secs(10), "answered after {:?}", begun.elapsed());
+        ensure!(
+            begun.elapsed() < Duration::from_secs(10),
+            "answered after {:?}",
+            begun.elapsed()
+        );
         Ok(())
     })
 }
@@ -72,7 +89,11 @@ fn many_commands_run_at_once() -> Result<()> {
         std::thread::scope(|scope| {
             let container = &container;
             let runs: Vec<_> = (0..16)
-                .map(|n| scope.spawn(move || container.exec(&["sh", "-c", &format!("echo {n}; sleep 0.1")])))
+                .map(|n| {
+                    scope.spawn(move || {
+                        container.exec(&["sh", "-c", &format!("echo {n}; sleep 0.1")])
+                    })
+                })
                 .collect();
             for (n, run) in runs.into_iter().enumerate() {
                 assert_eq!(run.join().expect("thread")?, n.to_string());
@@ -85,7 +106,10 @@ fn many_commands_run_at_once() -> Result<()> {
 #[test]
 fn a_container_without_stdin_reads_nothing() -> Result<()> {
     with_node(|node| {
-        assert_eq!(node.run_pod("eof")?.run_to_end("c", "cat; echo end")?, "end\n");
+        assert_eq!(
+            node.run_pod("eof")?.run_to_end("c", "cat; echo end")?,
+            "end\n"
+        );
         Ok(())
     })
 }
@@ -99,7 +123,10 @@ fn a_container_gets_a_terminal_when_it_asks_for_one() -> Result<()> {
         let container = pod.start_with(config)?;
         assert_eq!(container.wait_exit()?.exit_code, 0);
         let output = container.output()?.replace('\r', "");
-        ensure!(output.starts_with("/dev/") && output.ends_with("yes\n"), "{output:?}");
+        ensure!(
+            output.starts_with("/dev/") && output.ends_with("yes\n"),
+            "{output:?}"
+        );
         Ok(())
     })
 }

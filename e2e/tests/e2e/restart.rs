@@ -12,18 +12,26 @@ use k8s_cri::v1::*;
 use crate::{shares_the_hosts_kernel, with_node};
 
 /// A container that writes a number ten times a second.
-const COUNTER: &[&str] = &["sh", "-c", "n=0; while :; do echo $n; n=$((n+1)); sleep 0.1; done"];
+const COUNTER: &[&str] = &[
+    "sh",
+    "-c",
+    "n=0; while :; do echo $n; n=$((n+1)); sleep 0.1; done",
+];
 
 fn lines(container: &e2e::Container) -> Result<usize> {
     Ok(container.stdout().map_or(0, |text| text.lines().count()))
 }
 
 fn await_lines(container: &e2e::Container, count: usize) -> Result<()> {
-    eventually(&format!("{count} lines of output"), Duration::from_secs(20), || {
-        let now = lines(container)?;
-        ensure!(now >= count, "{now} lines");
-        Ok::<_, anyhow::Error>(())
-    })
+    eventually(
+        &format!("{count} lines of output"),
+        Duration::from_secs(20),
+        || {
+            let now = lines(container)?;
+            ensure!(now >= count, "{now} lines");
+            Ok::<_, anyhow::Error>(())
+        },
+    )
 }
 
 #[test]
@@ -64,7 +72,10 @@ fn pods_run_on_while_the_daemon_is_dead_and_are_taken_up() -> Result<()> {
         ensure!(written == expected.as_bytes(), "a line was lost or doubled");
         // What was taken up can be used like what was made.
         pod.start_idle("after")?.exec(&["true"])?;
-        node.run_pod("another")?.start_idle("c")?.exec(&["true"]).map(drop)
+        node.run_pod("another")?
+            .start_idle("c")?
+            .exec(&["true"])
+            .map(drop)
     })
 }
 
@@ -94,8 +105,14 @@ fn a_container_that_ends_while_the_daemon_is_dead_is_reported() -> Result<()> {
         let pod = node.run_pod("meanwhile")?;
         let gate = node.dir.join("gate");
         fs::create_dir(&gate)?;
-        let mut config =
-            pod.container_config("c", &["sh", "-c", "while [ ! -e /gate/open ]; do sleep 0.05; done; echo bye; exit 9"]);
+        let mut config = pod.container_config(
+            "c",
+            &[
+                "sh",
+                "-c",
+                "while [ ! -e /gate/open ]; do sleep 0.05; done; echo bye; exit 9",
+            ],
+        );
         config.mounts = vec![Mount {
             container_path: "/gate".to_owned(),
             host_path: gate.display().to_string(),
@@ -104,10 +121,14 @@ fn a_container_that_ends_while_the_daemon_is_dead_is_reported() -> Result<()> {
         let container = pod.start_with(config)?;
         node.kill_server()?;
         fs::write(gate.join("open"), "")?;
-        eventually("the container's last words", Duration::from_secs(10), || {
-            ensure!(container.stdout()? == "bye\n", "nothing yet");
-            Ok::<_, anyhow::Error>(())
-        })?;
+        eventually(
+            "the container's last words",
+            Duration::from_secs(10),
+            || {
+                ensure!(container.stdout()? == "bye\n", "nothing yet");
+                Ok::<_, anyhow::Error>(())
+            },
+        )?;
         node.start_server()?;
         let status = container.wait_exit()?;
         assert_eq!((status.exit_code, status.reason.as_str()), (9, "Error"));
@@ -129,7 +150,10 @@ fn a_pod_whose_machine_died_with_the_daemon_is_not_ready_and_can_be_removed() ->
         assert_eq!(pod.status()?.state(), PodSandboxState::SandboxNotready);
         let status = container.status()?;
         assert_eq!(status.state(), ContainerState::ContainerExited);
-        ensure!(status.exit_code != 0, "a container that was killed ended with 0");
+        ensure!(
+            status.exit_code != 0,
+            "a container that was killed ended with 0"
+        );
         pod.stop()?;
         pod.remove()?;
         node.assert_no_pod_left()
@@ -146,8 +170,14 @@ fn a_machine_that_dies_is_noticed_at_once() -> Result<()> {
         let container = pod.start_idle("c")?;
         node.kill_pod_processes()?;
         eventually("the pod to be not ready", Duration::from_secs(5), || {
-            ensure!(pod.status()?.state() == PodSandboxState::SandboxNotready, "it is ready");
-            ensure!(container.status()?.state() == ContainerState::ContainerExited, "its container runs");
+            ensure!(
+                pod.status()?.state() == PodSandboxState::SandboxNotready,
+                "it is ready"
+            );
+            ensure!(
+                container.status()?.state() == ContainerState::ContainerExited,
+                "its container runs"
+            );
             Ok::<_, anyhow::Error>(())
         })?;
         pod.stop()?;
@@ -162,7 +192,10 @@ fn images_outlive_the_daemon() -> Result<()> {
     node.pull_busybox()?;
     node.kill_server()?;
     node.start_server()?;
-    ensure!(node.cri()?.find_image(e2e::node::BUSYBOX)?.is_some(), "the image is gone");
+    ensure!(
+        node.cri()?.find_image(e2e::node::BUSYBOX)?.is_some(),
+        "the image is gone"
+    );
     node.run_pod("later")?.start_idle("c")?.exec(&["true"])?;
     node.finish()
 }

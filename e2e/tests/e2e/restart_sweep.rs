@@ -35,17 +35,30 @@ fn kill_during<T: Send>(
 /// other is left, and the interrupted request can be made again.
 fn assert_whole_or_gone(node: &Node, config: &PodSandboxConfig) -> Result<()> {
     let cri = node.cri()?;
-    let pods = cri.list_pod_sandbox(ListPodSandboxRequest::default())?.items;
+    let pods = cri
+        .list_pod_sandbox(ListPodSandboxRequest::default())?
+        .items;
     ensure!(pods.len() <= 1, "{pods:?}");
-    if let Some(found) = pods.first().filter(|pod| pod.state() == PodSandboxState::SandboxReady) {
+    if let Some(found) = pods
+        .first()
+        .filter(|pod| pod.state() == PodSandboxState::SandboxReady)
+    {
         let pod = Pod::known(node, &found.id, config.clone())?;
-        ensure!(pod.addresses()?.len() == 2, "a ready pod without its addresses");
-        pod.start_idle("c")?.exec(&["true"]).context("exec in the pod that is ready")?;
+        ensure!(
+            pod.addresses()?.len() == 2,
+            "a ready pod without its addresses"
+        );
+        pod.start_idle("c")?
+            .exec(&["true"])
+            .context("exec in the pod that is ready")?;
     }
     node.remove_all_pods()?;
-    node.assert_no_pod_left().context("after everything was removed")?;
+    node.assert_no_pod_left()
+        .context("after everything was removed")?;
     // The kubelet's retry.
-    let again = node.run_pod_with(config.clone()).context("the same request again")?;
+    let again = node
+        .run_pod_with(config.clone())
+        .context("the same request again")?;
     again.start_idle("c")?.exec(&["true"])?;
     node.remove_all_pods()
 }
@@ -64,14 +77,19 @@ fn killed_at_any_moment_of_a_pods_start_it_is_whole_or_gone() -> Result<()> {
     for n in 0..=MOMENTS {
         let config = node.pod_config(&format!("moment-{n}"));
         fs::create_dir_all(&config.log_directory)?;
-        kill_during(&node, || node.try_run_pod(config.clone()).map(drop), || {
-            // A moment in time is what this is about; there is no event.
-            thread::sleep(whole * n / MOMENTS);
-            Ok(())
-        })?
+        kill_during(
+            &node,
+            || node.try_run_pod(config.clone()).map(drop),
+            || {
+                // A moment in time is what this is about; there is no event.
+                thread::sleep(whole * n / MOMENTS);
+                Ok(())
+            },
+        )?
         .ok();
         node.start_server()?;
-        assert_whole_or_gone(&node, &config).with_context(|| format!("killed {n}/{MOMENTS} through the start"))?;
+        assert_whole_or_gone(&node, &config)
+            .with_context(|| format!("killed {n}/{MOMENTS} through the start"))?;
     }
     node.finish()
 }
@@ -105,12 +123,16 @@ exec /usr/lib/cni/tuning
     let reached = node.plugin_dir().join("reached");
     let config = node.pod_config("networking");
     fs::create_dir_all(&config.log_directory)?;
-    kill_during(&node, || node.try_run_pod(config.clone()).map(drop), || {
-        eventually("the plugin to be called", Duration::from_secs(20), || {
-            ensure!(reached.exists(), "not yet");
-            Ok::<_, anyhow::Error>(())
-        })
-    })?
+    kill_during(
+        &node,
+        || node.try_run_pod(config.clone()).map(drop),
+        || {
+            eventually("the plugin to be called", Duration::from_secs(20), || {
+                ensure!(reached.exists(), "not yet");
+                Ok::<_, anyhow::Error>(())
+            })
+        },
+    )?
     .ok();
     fs::write(node.plugin_dir().join("go"), "")?;
     node.start_server()?;
@@ -127,13 +149,20 @@ fn killed_while_the_machine_boots_it_is_whole_or_gone() -> Result<()> {
     node.pull_busybox()?;
     let config = node.pod_config("booting");
     fs::create_dir_all(&config.log_directory)?;
-    kill_during(&node, || node.try_run_pod(config.clone()).map(drop), || {
-        eventually("the VMM to run", Duration::from_secs(20), || {
-            let processes = node.pod_processes()?;
-            ensure!(processes.values().any(|line| line.contains("drupe-vmm")), "{processes:?}");
-            Ok::<_, anyhow::Error>(())
-        })
-    })?
+    kill_during(
+        &node,
+        || node.try_run_pod(config.clone()).map(drop),
+        || {
+            eventually("the VMM to run", Duration::from_secs(20), || {
+                let processes = node.pod_processes()?;
+                ensure!(
+                    processes.values().any(|line| line.contains("drupe-vmm")),
+                    "{processes:?}"
+                );
+                Ok::<_, anyhow::Error>(())
+            })
+        },
+    )?
     .ok();
     node.start_server()?;
     assert_whole_or_gone(&node, &config)?;
@@ -153,11 +182,15 @@ fn killed_while_a_container_is_made_or_started_it_can_be_made_again() -> Result<
     let whole = begun.elapsed();
     for n in 0..=MOMENTS {
         let name = format!("c{n}");
-        kill_during(&node, || pod.start_idle(&name).map(drop), || {
-            // A moment in time is what this is about; there is no event.
-            thread::sleep(whole * n / MOMENTS);
-            Ok(())
-        })?
+        kill_during(
+            &node,
+            || pod.start_idle(&name).map(drop),
+            || {
+                // A moment in time is what this is about; there is no event.
+                thread::sleep(whole * n / MOMENTS);
+                Ok(())
+            },
+        )?
         .ok();
         node.start_server()?;
         let moment = || format!("killed {n}/{MOMENTS} through the start of a container");
@@ -166,12 +199,26 @@ fn killed_while_a_container_is_made_or_started_it_can_be_made_again() -> Result<
             ..Default::default()
         };
         let cri = node.cri()?;
-        let found = cri.list_containers(ListContainersRequest { filter: Some(filter) })?.containers;
+        let found = cri
+            .list_containers(ListContainersRequest {
+                filter: Some(filter),
+            })?
+            .containers;
         for container in found {
-            let request = ContainerStatusRequest { container_id: container.id.clone(), verbose: false };
+            let request = ContainerStatusRequest {
+                container_id: container.id.clone(),
+                verbose: false,
+            };
             cri.container_status(request).with_context(moment)?;
-            cri.stop_container(StopContainerRequest { container_id: container.id.clone(), timeout: 0 }).with_context(moment)?;
-            cri.remove_container(RemoveContainerRequest { container_id: container.id }).with_context(moment)?;
+            cri.stop_container(StopContainerRequest {
+                container_id: container.id.clone(),
+                timeout: 0,
+            })
+            .with_context(moment)?;
+            cri.remove_container(RemoveContainerRequest {
+                container_id: container.id,
+            })
+            .with_context(moment)?;
         }
         let again = pod.start_idle(&name).with_context(moment)?;
         again.exec(&["true"]).with_context(moment)?;
@@ -190,16 +237,21 @@ fn killed_while_a_pod_is_stopped_or_removed_it_goes_in_the_end() -> Result<()> {
     for n in 0..5_u32 {
         let pod = node.run_pod(&format!("leaving-{n}"))?;
         pod.start_idle("c")?;
-        kill_during(&node, || pod.remove(), || {
-            // A moment in time is what this is about; there is no event.
-            thread::sleep(Duration::from_millis(20) * n);
-            Ok(())
-        })?
+        kill_during(
+            &node,
+            || pod.remove(),
+            || {
+                // A moment in time is what this is about; there is no event.
+                thread::sleep(Duration::from_millis(20) * n);
+                Ok(())
+            },
+        )?
         .ok();
         node.start_server()?;
         pod.stop()?;
         pod.remove()?;
-        node.assert_no_pod_left().with_context(|| format!("killed {} ms after RemovePodSandbox", 20 * n))?;
+        node.assert_no_pod_left()
+            .with_context(|| format!("killed {} ms after RemovePodSandbox", 20 * n))?;
     }
     node.finish()
 }
@@ -214,17 +266,30 @@ fn killed_while_an_image_is_pulled_nothing_half_written_is_seen() -> Result<()> 
     proxy.add_rule("/blobs/", Action::StallAfter(100_000), 2);
     let name = format!("{}/busybox:latest", proxy.address);
     let cri = node.cri()?;
-    kill_during(&node, || cri.pull(&name), || {
-        eventually("a blob to be asked for", Duration::from_secs(20), || {
-            ensure!(proxy.requests().iter().any(|request| request.path.contains("/blobs/")), "not yet");
-            Ok::<_, anyhow::Error>(())
-        })
-    })?
+    kill_during(
+        &node,
+        || cri.pull(&name),
+        || {
+            eventually("a blob to be asked for", Duration::from_secs(20), || {
+                ensure!(
+                    proxy
+                        .requests()
+                        .iter()
+                        .any(|request| request.path.contains("/blobs/")),
+                    "not yet"
+                );
+                Ok::<_, anyhow::Error>(())
+            })
+        },
+    )?
     .err()
     .context("the pull ended before the daemon did")?;
     node.start_server()?;
     let cri = node.cri()?;
-    ensure!(cri.find_image(&name)?.is_none(), "an image that was never whole");
+    ensure!(
+        cri.find_image(&name)?.is_none(),
+        "an image that was never whole"
+    );
     cri.pull(&name)?;
     let pod = node.run_pod("pulled")?;
     let mut config = pod.container_config("c", e2e::pod::IDLE);

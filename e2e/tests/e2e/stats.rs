@@ -16,30 +16,56 @@ fn a_containers_work_shows_in_its_statistics() -> Result<()> {
         let busy = pod.start("busy", &["sh", "-c", script])?;
         let idle = pod.start_idle("idle")?;
         let (second, mebibyte) = (1_000_000_000, 1 << 20);
-        eventually("the busy container to have used 1 s of CPU", Duration::from_secs(30), || {
-            let stats = busy.stats()?;
-            let cpu = stats.cpu.as_ref().and_then(|cpu| cpu.usage_core_nano_seconds).context("no CPU usage")?.value;
-            ensure!(cpu > second, "{cpu} ns");
-            Ok::<_, anyhow::Error>(())
-        })?;
+        eventually(
+            "the busy container to have used 1 s of CPU",
+            Duration::from_secs(30),
+            || {
+                let stats = busy.stats()?;
+                let cpu = stats
+                    .cpu
+                    .as_ref()
+                    .and_then(|cpu| cpu.usage_core_nano_seconds)
+                    .context("no CPU usage")?
+                    .value;
+                ensure!(cpu > second, "{cpu} ns");
+                Ok::<_, anyhow::Error>(())
+            },
+        )?;
         let stats = busy.stats()?;
         let memory = stats.memory.context("no memory statistics")?;
         let working_set = memory.working_set_bytes.context("no working set")?.value;
-        ensure!(working_set > 15 * mebibyte, "working set of {working_set} bytes");
+        ensure!(
+            working_set > 15 * mebibyte,
+            "working set of {working_set} bytes"
+        );
         let attributes = stats.attributes.context("no attributes")?;
         assert_eq!(attributes.id, busy.id);
         assert_eq!(attributes.metadata.unwrap_or_default().name, "busy");
-        let idle_cpu = idle.stats()?.cpu.and_then(|cpu| cpu.usage_core_nano_seconds).context("no CPU usage")?.value;
+        let idle_cpu = idle
+            .stats()?
+            .cpu
+            .and_then(|cpu| cpu.usage_core_nano_seconds)
+            .context("no CPU usage")?
+            .value;
         ensure!(idle_cpu < second, "the idle container used {idle_cpu} ns");
         if !shares_the_hosts_kernel(node) {
             // containerd looks at disk usage every ten seconds only.
-            let disk = stats.writable_layer.and_then(|layer| layer.used_bytes).context("no disk usage")?.value;
+            let disk = stats
+                .writable_layer
+                .and_then(|layer| layer.used_bytes)
+                .context("no disk usage")?
+                .value;
             ensure!(disk > 7 * mebibyte, "{disk} bytes on disk");
         }
 
-        let list = node.cri()?.list_container_stats(ListContainerStatsRequest {
-            filter: Some(ContainerStatsFilter { pod_sandbox_id: pod.id.clone(), ..Default::default() }),
-        })?;
+        let list = node
+            .cri()?
+            .list_container_stats(ListContainerStatsRequest {
+                filter: Some(ContainerStatsFilter {
+                    pod_sandbox_id: pod.id.clone(),
+                    ..Default::default()
+                }),
+            })?;
         assert_eq!(list.stats.len(), 2);
         Ok(())
     })
@@ -50,16 +76,41 @@ fn a_pods_statistics_sum_up_the_pod() -> Result<()> {
     with_node(|node| {
         let pod = node.run_pod("summed")?;
         pod.start_idle("c")?;
-        let request = PodSandboxStatsRequest { pod_sandbox_id: pod.id.clone() };
-        let stats = node.cri()?.pod_sandbox_stats(request)?.stats.context("no stats")?;
+        let request = PodSandboxStatsRequest {
+            pod_sandbox_id: pod.id.clone(),
+        };
+        let stats = node
+            .cri()?
+            .pod_sandbox_stats(request)?
+            .stats
+            .context("no stats")?;
         assert_eq!(stats.attributes.context("attributes")?.id, pod.id);
         let linux = stats.linux.context("no linux statistics")?;
         assert_eq!(linux.containers.len(), 1);
-        ensure!(linux.cpu.and_then(|cpu| cpu.usage_core_nano_seconds).context("CPU")?.value > 0);
-        ensure!(linux.memory.and_then(|memory| memory.working_set_bytes).context("memory")?.value > 0);
-        let network = linux.network.and_then(|network| network.default_interface).context("network")?;
+        ensure!(
+            linux
+                .cpu
+                .and_then(|cpu| cpu.usage_core_nano_seconds)
+                .context("CPU")?
+                .value
+                > 0
+        );
+        ensure!(
+            linux
+                .memory
+                .and_then(|memory| memory.working_set_bytes)
+                .context("memory")?
+                .value
+                > 0
+        );
+        let network = linux
+            .network
+            .and_then(|network| network.default_interface)
+            .context("network")?;
         assert_eq!(network.name, "eth0");
-        let list = node.cri()?.list_pod_sandbox_stats(ListPodSandboxStatsRequest::default())?;
+        let list = node
+            .cri()?
+            .list_pod_sandbox_stats(ListPodSandboxStatsRequest::default())?;
         assert_eq!(list.stats.len(), 1);
         Ok(())
     })

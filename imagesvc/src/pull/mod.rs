@@ -43,6 +43,42 @@ struct Documents {
     diff_ids: Vec<Digest>,
 }
 
+impl Documents {
+    /// What of the documents only shows when they are held side by side.
+    fn check(
+        top: Digest,
+        manifest_bytes: Vec<u8>,
+        manifest: Manifest,
+        config_bytes: Vec<u8>,
+    ) -> Result<Self, ManifestError> {
+        let (config, diff_ids) = manifest::parse_config(&config_bytes)?;
+        manifest::check_platform(&config)?;
+        if diff_ids.len() != manifest.layers.len() {
+            return Err(ManifestError::Malformed {
+                what: "configuration",
+                reason: format!(
+                    "it describes {} layers and the manifest {}",
+                    diff_ids.len(),
+                    manifest.layers.len()
+                ),
+            });
+        }
+        let text = |what, bytes| {
+            String::from_utf8(bytes).map_err(|e| ManifestError::Malformed {
+                what,
+                reason: e.to_string(),
+            })
+        };
+        Ok(Self {
+            top,
+            manifest_text: text("manifest", manifest_bytes)?,
+            manifest,
+            config_text: text("configuration", config_bytes)?,
+            diff_ids,
+        })
+    }
+}
+
 impl Pull {
     /// The image's id.
     pub(crate) async fn run(self) -> Result<Digest, Error> {
@@ -167,42 +203,8 @@ impl Pull {
                 .await
                 .map_err(|e| self.registry_error(e))?,
         };
-        self.check(top, document.bytes, manifest, config_bytes)
+        Documents::check(top, document.bytes, manifest, config_bytes)
             .map_err(|e| self.manifest_error(e))
-    }
-
-    fn check(
-        &self,
-        top: Digest,
-        manifest_bytes: Vec<u8>,
-        manifest: Manifest,
-        config_bytes: Vec<u8>,
-    ) -> Result<Documents, ManifestError> {
-        let (config, diff_ids) = manifest::parse_config(&config_bytes)?;
-        manifest::check_platform(&config)?;
-        if diff_ids.len() != manifest.layers.len() {
-            return Err(ManifestError::Malformed {
-                what: "configuration",
-                reason: format!(
-                    "it describes {} layers and the manifest {}",
-                    diff_ids.len(),
-                    manifest.layers.len()
-                ),
-            });
-        }
-        let text = |what, bytes| {
-            String::from_utf8(bytes).map_err(|e| ManifestError::Malformed {
-                what,
-                reason: e.to_string(),
-            })
-        };
-        Ok(Documents {
-            top,
-            manifest_text: text("manifest", manifest_bytes)?,
-            manifest,
-            config_text: text("configuration", config_bytes)?,
-            diff_ids,
-        })
     }
 
     async fn begin(&self, documents: &Documents) -> Result<PullTicket, StoreError> {

@@ -3,13 +3,12 @@
 
 use std::time::Duration;
 
-use bytes::Bytes;
 use reqwest::{
     Client, Method, Response, StatusCode, Url,
-    header::{ACCEPT, AUTHORIZATION, CONTENT_RANGE, HeaderMap, HeaderValue, RANGE, RETRY_AFTER},
+    header::{ACCEPT, AUTHORIZATION, HeaderMap, HeaderValue, RANGE, RETRY_AFTER},
     redirect,
 };
-use tokio::sync::{Mutex, mpsc};
+use tokio::sync::Mutex;
 
 use super::{
     RegistryError, body, cause,
@@ -17,15 +16,12 @@ use super::{
     tls,
     token::{self, Challenge},
 };
-use crate::{
-    auth::{Credentials, Secret},
-    digest::Digest,
-};
+use crate::auth::{Credentials, Secret};
 
 /// Tries of a request that the registry is too busy or too broken for (429,
 /// 5xx, a connection that ends before the answer). The kubelet tries again
 /// after that, with its own back-off.
-const TRIES: u32 = 4;
+pub(super) const TRIES: u32 = 4;
 /// Doubled with each try.
 const FIRST_BACKOFF: Duration = Duration::from_millis(250);
 /// A registry that asks for more patience than this gets none.
@@ -42,7 +38,7 @@ pub(super) struct Host {
     token_client: Client,
     secret: Option<Secret>,
     repository: String,
-    no_progress: Duration,
+    pub(super) no_progress: Duration,
     /// What the registry accepted last, shared by the pull's requests.
     authorization: Mutex<Option<HeaderValue>>,
 }
@@ -57,14 +53,6 @@ pub(super) struct Ask<'a> {
     pub(super) accept: Option<&'a str>,
     /// First byte wanted.
     pub(super) offset: u64,
-}
-
-/// How the delivery of a blob ended without an error.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Delivery {
-    Whole,
-    /// The receiver has gone and knows why.
-    Refused,
 }
 
 /// A failed try, and whether another may succeed.
@@ -110,7 +98,7 @@ impl Host {
         })
     }
 
-    fn host(&self) -> String {
+    pub(super) fn host(&self) -> String {
         self.endpoint.host.clone()
     }
 
@@ -343,104 +331,9 @@ impl Host {
                 seconds: self.no_progress.as_secs(),
             })?
     }
-
-    /// Sends the blob's bytes from `offset`, which moves along, to `sink`.
-    /// After a cut it goes on where it was.
-    pub(super) async fn deliver(
-        &self,
-        digest: &Digest,
-        size: u64,
-        offset: &mut u64,
-        sink: &mpsc::Sender<Bytes>,
-    ) -> Result<Delivery, RegistryError> {
-        let mut tries = 1;
-        loop {
-            match self.deliver_once(digest, size, offset, sink).await {
-                Err(error @ RegistryError::Cut { .. }) if tries < TRIES => {
-                    tracing::debug!(%error, "going on after a cut");
-                    tokio::time::sleep(backoff(tries)).await;
-                    tries += 1;
-                }
-                other => return other,
-            }
-        }
-    }
-
-    async fn deliver_once(
-        &self,
-        digest: &Digest,
-        size: u64,
-        offset: &mut u64,
-        sink: &mpsc::Sender<Bytes>,
-    ) -> Result<Delivery, RegistryError> {
-        if *offset == size {
-            return Ok(Delivery::Whole);
-        }
-        let what = format!("blob {digest}");
-        let ask = Ask {
-            method: Method::GET,
-            path: &format!("blobs/{digest}"),
-            what: &what,
-            accept: None,
-            offset: *offset,
-        };
-        let mut response = self.send(&ask).await?;
-        let corrupt = |reason: String| RegistryError::Corrupt {
-            host: self.host(),
-            what: what.clone(),
-            reason,
-        };
-        let mut position = match response.status() {
-            StatusCode::PARTIAL_CONTENT => content_range_start(response.headers())
-                .ok_or_else(|| corrupt("a part without a readable Content-Range".into()))?,
-            // The registry knows no ranges: what is there already is skipped.
-            _ => 0,
-        };
-        if position > *offset {
-            return Err(corrupt(format!(
-                "it starts at byte {position}, not {offset}"
-            )));
-        }
-        while *offset < size {
-            let chunk = tokio::time::timeout(self.no_progress, response.chunk())
-                .await
-                .map_err(|_| RegistryError::NoProgress {
-                    host: self.host(),
-                    what: what.clone(),
-                    bytes: *offset,
-                    seconds: self.no_progress.as_secs(),
-                })?;
-            let cut = |reason| RegistryError::Cut {
-                host: self.host(),
-                what: what.clone(),
-                bytes: *offset,
-                reason,
-            };
-            let Some(mut chunk) = chunk.map_err(|e| cut(cause(&e)))? else {
-                return Err(cut("the answer ended early".into()));
-            };
-            let known = (*offset - position).min(chunk.len() as u64);
-            position += chunk.len() as u64;
-            // At most the chunk's length, which is a usize.
-            let chunk = chunk.split_off(usize::try_from(known).unwrap_or(usize::MAX));
-            if chunk.is_empty() {
-                continue;
-            }
-            if position > size {
-                return Err(corrupt(format!(
-                    "it is longer than the {size} bytes announced"
-                )));
-            }
-            *offset += chunk.len() as u64;
-            if sink.send(chunk).await.is_err() {
-                return Ok(Delivery::Refused);
-            }
-        }
-        Ok(Delivery::Whole)
-    }
 }
 
-fn backoff(tries: u32) -> Duration {
+pub(super) fn backoff(tries: u32) -> Duration {
     FIRST_BACKOFF * 2u32.saturating_pow(tries - 1)
 }
 
@@ -470,13 +363,6 @@ fn sensitive(text: String) -> Option<HeaderValue> {
 fn range(offset: u64) -> HeaderValue {
     HeaderValue::from_str(&format!("bytes={offset}-"))
         .unwrap_or(HeaderValue::from_static("bytes=0-"))
-}
-
-/// `bytes 10-99/100` is 10.
-fn content_range_start(headers: &HeaderMap) -> Option<u64> {
-    let value = headers.get(CONTENT_RANGE)?.to_str().ok()?;
-    let (start, _) = value.strip_prefix("bytes ")?.split_once('-')?;
-    start.trim().parse().ok()
 }
 
 /// The client drops credentials when a redirect leads to another host, port

@@ -8,6 +8,7 @@
 //! Not `oci-client`: that reads manifests without a bound, knows no identity
 //! tokens and no mirror with a path or certificates of its own.
 
+mod blob;
 mod body;
 mod endpoint;
 mod error;
@@ -21,8 +22,8 @@ use bytes::Bytes;
 use reqwest::{Method, header::CONTENT_TYPE};
 use tokio::sync::mpsc;
 
+pub(crate) use blob::Delivery;
 pub use error::RegistryError;
-pub(crate) use host::Delivery;
 use host::{Ask, Host};
 
 use crate::{

@@ -127,3 +127,49 @@ impl ServerCertVerifier for Verifier {
         self.chain.supported_verify_schemes()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{process::Command, time::Duration};
+
+    use super::*;
+
+    /// As Docker's documentation has one made.
+    fn self_signed() -> Vec<CertificateDer<'static>> {
+        let dir = tempfile::tempdir().unwrap();
+        let cert = dir.path().join("cert.pem");
+        let made = Command::new("openssl")
+            .args([
+                "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+            ])
+            .args(["-subj", "/CN=r", "-addext", "subjectAltName=DNS:r.example"])
+            .arg("-keyout")
+            .arg(dir.path().join("key.pem"))
+            .arg("-out")
+            .arg(&cert)
+            .output()
+            .unwrap();
+        assert!(made.status.success());
+        read_certificates(&cert).unwrap()
+    }
+
+    #[test]
+    fn a_given_self_signed_certificate_is_taken_for_its_name_and_its_time_only() {
+        let given = self_signed();
+        let provider = Arc::new(ring::default_provider());
+        let mut roots = RootCertStore::empty();
+        roots.add_parsable_certificates(given.iter().cloned());
+        let verifier = Verifier::new(roots, given.clone(), provider).unwrap();
+        let verify = |cert: &CertificateDer<'_>, name: &'static str, now| {
+            let name = ServerName::try_from(name).unwrap();
+            verifier.verify_server_cert(cert, &[], &name, &[], now)
+        };
+        let now = UnixTime::now();
+        let later = Duration::from_secs(now.as_secs() + 30 * 24 * 3600);
+        let later = UnixTime::since_unix_epoch(later);
+        assert!(verify(&given[0], "r.example", now).is_ok());
+        assert!(verify(&given[0], "other.example", now).is_err());
+        assert!(verify(&given[0], "r.example", later).is_err());
+        assert!(verify(&self_signed()[0], "r.example", now).is_err());
+    }
+}

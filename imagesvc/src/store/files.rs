@@ -143,10 +143,27 @@ impl Files {
         path: &Path,
         record: &impl Serialize,
     ) -> Result<(), StoreError> {
+        let file = self.written(path, record)?;
+        self.publish(file, path)
+    }
+
+    /// The same, but a power cut may undo it or leave an empty file.
+    pub(super) fn write_record_unsynced(
+        &self,
+        path: &Path,
+        record: &impl Serialize,
+    ) -> Result<(), StoreError> {
+        let file = self.written(path, record)?;
+        file.persist(path)
+            .map_err(|e| StoreError::io(path, e.error))?;
+        Ok(())
+    }
+
+    fn written(&self, path: &Path, record: &impl Serialize) -> Result<NamedTempFile, StoreError> {
         let mut file = self.temporary()?;
         let json = serde_json::to_vec(record).map_err(|e| StoreError::io(path, e.into()))?;
         file.write_all(&json).map_err(|e| StoreError::io(path, e))?;
-        self.publish(file, path)
+        Ok(file)
     }
 
     /// Deletes a record; one that is not there is no error.

@@ -17,7 +17,7 @@ pub(crate) mod record;
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fs::File,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
     time::{Duration, SystemTime},
 };
 
@@ -33,11 +33,15 @@ const PULL_KEEP: Duration = Duration::from_secs(24 * 3600);
 pub(crate) struct Store {
     files: Files,
     state: Mutex<State>,
+    /// The images of `state`, for readers that must not wait for the disk.
+    published: RwLock<Images>,
     /// Pulls whose owner is alive; taken after `state`, never before.
     live: Mutex<HashSet<u64>>,
     /// Held for the store's life.
     _lock: File,
 }
+
+type Images = Arc<BTreeMap<Digest, Arc<Stored>>>;
 
 #[derive(Default)]
 struct State {
@@ -86,16 +90,25 @@ impl Store {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn images(&self) -> Vec<Arc<Stored>> {
-        self.state().images.values().cloned().collect()
+    /// Never waits for the disk; nor do [`Self::find`] and [`Self::by_id`].
+    pub(crate) fn images(&self) -> Images {
+        let published = self.published.read();
+        Arc::clone(&published.unwrap_or_else(PoisonError::into_inner))
     }
 
     pub(crate) fn find(&self, query: &str) -> Option<Arc<Stored>> {
-        lookup::find(&self.state().images, query).map(|found| found.image)
+        lookup::find(&self.images(), query).map(|found| found.image)
     }
 
     pub(crate) fn by_id(&self, id: &Digest) -> Option<Arc<Stored>> {
-        self.state().images.get(id).cloned()
+        self.images().get(id).cloned()
+    }
+
+    /// Shows readers what was changed.
+    fn publish(&self, state: &State) {
+        let images = Arc::new(state.images.clone());
+        let published = self.published.write();
+        *published.unwrap_or_else(PoisonError::into_inner) = images;
     }
 
     /// Claims the layers of a pull. Claims of earlier tries at the same
@@ -193,6 +206,7 @@ impl Store {
             }
             *other = Arc::new(stored);
         }
+        self.publish(state);
         self.end_pull(state, ticket.id)
     }
 
@@ -233,6 +247,7 @@ impl Store {
                 let image = self.write_image(record)?;
                 state.images.insert(image.record.id.clone(), image);
             }
+            self.publish(&state);
         }
         self.collect_locked(&mut state)
     }
@@ -262,7 +277,10 @@ impl Store {
                 .collect(),
         };
         if state.leases.get(owner) != Some(&lease) {
-            self.files.write_record(&self.lease_path(owner), &lease)?;
+            // Not synced: a lease need not outlive a power cut, since nothing
+            // that runs does, and a container's start waits for it.
+            self.files
+                .write_record_unsynced(&self.lease_path(owner), &lease)?;
             state.leases.insert(owner.to_owned(), lease);
         }
         Ok(Some(Leased { image, layers }))

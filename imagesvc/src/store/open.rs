@@ -5,7 +5,7 @@ use std::{
     collections::{HashMap, HashSet},
     fs::{self, File, TryLockError},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, RwLock},
 };
 
 use serde::de::DeserializeOwned;
@@ -51,6 +51,7 @@ impl Store {
         }
         let store = Arc::new(Self {
             files,
+            published: RwLock::new(Arc::new(state.images.clone())),
             state: Mutex::new(state),
             live: Mutex::new(HashSet::new()),
             _lock: lock,

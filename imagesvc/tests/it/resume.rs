@@ -18,7 +18,7 @@ use crate::support::{
     open,
 };
 
-const SIZE: usize = 3 << 20;
+const SIZE: usize = 1 << 20;
 /// Where the connection is cut.
 const HALF: usize = SIZE / 2;
 
@@ -179,7 +179,7 @@ async fn a_caller_that_gives_up_leaves_the_other_its_pull() {
     let server = {
         let (image, go) = (image.clone(), Arc::clone(&go));
         Server::start(move |request| {
-            // The first try is cut, so that the pull is in its middle.
+            // Silent in the middle, so that the pull is under way for a while.
             let reply = registry_reply(&image, request);
             if is_layer(&image, request) && !go.load(Ordering::SeqCst) {
                 return reply.after(HALF, Fault::Stall);

@@ -6,15 +6,16 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use oci_spec::runtime::LinuxResources;
 use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use tokio::time::{Instant, timeout_at};
+
+use crate::sys;
 
 pub const ROOT: &str = "/sys/fs/cgroup";
 pub const POD: &str = "/sys/fs/cgroup/pod";
@@ -168,7 +169,7 @@ impl Cgroup {
         }
         self.send_kill()?;
         // The kernel signals a change of the file with POLLPRI.
-        let events = AsyncFd::register_with_interest(events, Interest::PRIORITY).map_err(failed)?;
+        let events = sys::async_fd(events.into(), Interest::PRIORITY).map_err(failed)?;
         let deadline = Instant::now() + KILL_TIMEOUT;
         while populated(events.get_ref()).map_err(failed)? {
             match timeout_at(deadline, events.ready(Interest::PRIORITY)).await {
@@ -228,10 +229,9 @@ impl Cgroup {
     }
 }
 
-fn populated(events: &File) -> io::Result<bool> {
-    use std::os::unix::fs::FileExt;
+fn populated(events: impl AsFd) -> io::Result<bool> {
     let mut buffer = [0; 128];
-    let length = events.read_at(&mut buffer, 0)?;
+    let length = nix::sys::uio::pread(events, &mut buffer, 0)?;
     let text = String::from_utf8_lossy(&buffer[..length]);
     Ok(field(&text, "populated") != 0)
 }

@@ -89,7 +89,7 @@ async fn serve() -> Result<(), AgentError> {
     network::loopback_up().await.map_err(AgentError::Loopback)?;
     let address = VsockAddr::new(VMADDR_CID_ANY, AGENT_PORT);
     let listener = VsockListener::bind(address).map_err(AgentError::Listen)?;
-    // Held until the end: the host takes its closing for the guest's death.
+    // Held until the end, for a host that wants to see it.
     let _ready = announce().await.map_err(AgentError::Ready)?;
 
     let shutdown = Arc::new(watch::Sender::new(false));
@@ -106,21 +106,25 @@ async fn serve() -> Result<(), AgentError> {
         },
     );
     tokio::select! {
-        served = serving => served?,
+        served = serving => { eprintln!("SERVED"); served? },
         () = async move {
             let _ = farewell.wait_for(|over| *over).await;
             // A client that keeps its connection open shall not keep the
             // guest.
-            let _ = timeout(FAREWELL, std::future::pending::<()>()).await;
+            eprintln!("OVER"); let _ = timeout(FAREWELL, std::future::pending::<()>()).await; eprintln!("FAREWELL");
         } => {}
     }
     Ok(())
 }
 
-/// Connects to the host and says who is there.
+/// Connects to the host, which is the message, and says who is there.
 async fn announce() -> io::Result<VsockStream> {
     let mut host = VsockStream::connect(VsockAddr::new(HOST_CID, READY_PORT)).await?;
     let line = concat!("drupe-agent ", env!("CARGO_PKG_VERSION"), "\n");
-    host.write_all(line.as_bytes()).await?;
-    Ok(host)
+    match host.write_all(line.as_bytes()).await {
+        // A host that has seen the connection needs no more of it.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(host),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(host),
+        result => result.map(|()| host),
+    }
 }

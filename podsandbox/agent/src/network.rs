@@ -1,11 +1,12 @@
 //! The guest's loopback and its one NIC, by rtnetlink(7).
 
 use std::net::IpAddr;
+use std::path::Path;
 
 use agent_api::Interface as Request;
 use futures_util::TryStreamExt;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags};
-use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
 use rtnetlink::packet_route::route::{RouteMessage, RouteScope};
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder, new_connection};
 
@@ -250,10 +251,18 @@ fn pick<'a>(links: &'a [LinkMessage], mac: &[u8]) -> Option<&'a LinkMessage> {
         return Some(link);
     }
     let mut nics = links.iter().filter(|link| {
-        !link.header.flags.contains(LinkFlags::Loopback)
-            && address(link).is_some_and(|address| address.len() == mac.len())
+        address(link).is_some_and(|address| address.len() == mac.len()) && is_device(link)
     });
     nics.next().filter(|_| nics.next().is_none())
+}
+
+/// Whether hardware is behind the link, unlike `lo` and what the kernel makes
+/// on its own, such as `dummy0`.
+fn is_device(link: &LinkMessage) -> bool {
+    link.attributes.iter().any(|attribute| match attribute {
+        LinkAttribute::IfName(name) => Path::new("/sys/class/net").join(name).join("device").exists(),
+        _ => false,
+    })
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 //! killer.
 
 use std::collections::HashMap;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -9,6 +10,8 @@ use nix::errno::Errno;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+
+use crate::sys;
 
 /// Called with the container's id after its `memory.events` changed.
 pub type Changed = Box<dyn Fn(&str) + Send + Sync>;
@@ -20,7 +23,9 @@ pub struct OomWatch {
 }
 
 struct Inner {
-    inotify: AsyncFd<Inotify>,
+    inotify: Inotify,
+    /// The same inotify instance, registered with the runtime.
+    readiness: AsyncFd<OwnedFd>,
     watched: Mutex<HashMap<WatchDescriptor, String>>,
 }
 
@@ -28,8 +33,9 @@ impl OomWatch {
     /// Starts to watch, for as long as the runtime lives.
     pub fn start(changed: Changed) -> std::io::Result<Self> {
         let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
-        let inotify = AsyncFd::register_with_interest(inotify, Interest::READABLE)?;
-        let inner = Arc::new(Inner { inotify, watched: Mutex::default() });
+        let fd = inotify.as_fd().try_clone_to_owned()?;
+        let readiness = sys::async_fd(fd, Interest::READABLE)?;
+        let inner = Arc::new(Inner { inotify, readiness, watched: Mutex::default() });
         let watch = Self { inner };
         tokio::spawn(watch.clone().run(changed));
         Ok(watch)
@@ -40,7 +46,7 @@ impl OomWatch {
     pub fn add(&self, id: &str, cgroup: &Path) -> std::io::Result<()> {
         let path = cgroup.join("memory.events");
         let mut watched = self.inner.watched.lock().unwrap_or_else(PoisonError::into_inner);
-        match self.inner.inotify.get_ref().add_watch(&path, AddWatchFlags::IN_MODIFY) {
+        match self.inner.inotify.add_watch(&path, AddWatchFlags::IN_MODIFY) {
             Ok(descriptor) => {
                 watched.insert(descriptor, id.to_owned());
                 Ok(())
@@ -52,14 +58,14 @@ impl OomWatch {
 
     async fn run(self, changed: Changed) {
         loop {
-            let mut ready = match self.inner.inotify.readable().await {
+            let mut ready = match self.inner.readiness.readable().await {
                 Ok(ready) => ready,
                 Err(error) => {
                     eprintln!("drupe-agent: cannot watch for OOM kills: {error}");
                     return;
                 }
             };
-            let events = match self.inner.inotify.get_ref().read_events() {
+            let events = match self.inner.inotify.read_events() {
                 Ok(events) => events,
                 Err(Errno::EAGAIN) => {
                     ready.clear_ready();

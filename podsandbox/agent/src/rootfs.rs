@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use agent_api::{RootDisk, image_serial};
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, OFlag, open};
+use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 
 use crate::disk::{Disk, DiskError, Partitions, Range};
@@ -172,11 +172,4 @@ fn kernel_words(fs: &OwnedFd) -> String {
         }
     }
     words.join("; ")
-}
-
-/// A clone of the directory at `path` as a detached mount.
-pub fn clone_directory(path: &Path) -> sys::Result<OwnedFd> {
-    use std::os::unix::ffi::OsStrExt;
-    let path = CString::new(path.as_os_str().as_bytes()).map_err(|_| Errno::EINVAL)?;
-    sys::clone_mount(AT_FDCWD, &path, false)
 }

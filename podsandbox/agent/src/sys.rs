@@ -1,13 +1,15 @@
 //! System calls that neither `libc` nor `nix` wraps: the file descriptor based
 //! mount API, `openat2`, `clone3` and a few more.
 //!
-//! Everything here is called between `clone3` and `execve` as well, so nothing
-//! allocates, locks or touches the environment.
+//! Everything here but [`async_fd`] is called between `clone3` and `execve` as
+//! well, so nothing allocates, locks or touches the environment.
 
 use std::ffi::{CStr, c_int, c_long, c_uint, c_void};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 pub type Result<T> = std::result::Result<T, Errno>;
 
@@ -24,6 +26,13 @@ impl MountAttr {
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }
+}
+
+/// Registers `fd`, which must not block, with the runtime.
+pub fn async_fd(fd: OwnedFd, interest: Interest) -> std::io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an OwnedFd is open and the same descriptor for as long as it
+    // lives, and the AsyncFd owns it.
+    unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(Into::into)
 }
 
 fn owned(result: c_long) -> Result<OwnedFd> {

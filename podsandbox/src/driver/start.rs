@@ -49,7 +49,12 @@ impl Timeline {
         }
         result.map_err(|error| match error {
             Error::Start { .. } => error,
-            source => Error::Start { id: String::new(), step: phase, source: Box::new(source) },
+            source => Error::Start {
+                id: String::new(),
+                step: phase,
+                source: Box::new(source),
+                console: String::new(),
+            },
         })
     }
 }
@@ -82,7 +87,11 @@ impl Driver {
         };
         let Err(error) = outcome else { return Ok(()) };
         let error = match error {
-            Error::Start { step, source, .. } => Error::Start { id: self.record.id.clone(), step, source },
+            Error::Start { step, source, .. } => {
+                // What was asked of a guest that gave up is told by its console.
+                let console = if step == Step::Configure { self.console_tail() } else { String::new() };
+                Error::Start { id: self.record.id.clone(), step, source, console }
+            }
             other => other,
         };
         let stopped = stopping.is_cancelled();

@@ -22,13 +22,15 @@ const NAME: &str = "drupe-guest";
 
 /// What the kernel is always told. `noreboot` and `panic=-1`: the guest ends
 /// instead of starting over. A pod has no use for other consoles.
-const ARGS: [&str; 6] = [
+const ARGS: [&str; 7] = [
     "con0=fd:0,fd:1",
     "con=null",
     "noreboot",
     "panic=-1",
     "quiet",
     "rdinit=/init",
+    // The driver is there for whoever asks; no pod shall find one unasked.
+    "dummy.numdummies=0",
 ];
 
 #[derive(Debug)]

@@ -104,7 +104,7 @@ pub fn launch(
     let channel = |error| LaunchError::Channel(error);
     nix::fcntl::fcntl(&ours, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))
         .map_err(|errno| channel(errno.into()))?;
-    let ours = AsyncFd::register_with_interest(ours, Interest::READABLE).map_err(channel)?;
+    let ours = sys::async_fd(ours, Interest::READABLE).map_err(channel)?;
     let labels = Labels::of(&plan);
     let name = plan.program.argv.strings().first();
     let name = name.map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();

@@ -19,6 +19,8 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 use tokio_vsock::{VsockAddr, VsockStream};
 
+use crate::sys;
+
 /// vsock address and port of the host that take output (the VMM's `LOG_PORT`).
 const HOST_CID: u32 = 2;
 const LOG_PORT: u32 = 2;
@@ -108,7 +110,7 @@ pub struct Source {
 impl Source {
     /// `fd` must not block.
     pub fn new(fd: OwnedFd, ended: watch::Receiver<bool>) -> io::Result<Self> {
-        Ok(Self { fd: AsyncFd::register_with_interest(fd, Interest::READABLE)?, ended, orphaned: false })
+        Ok(Self { fd: sys::async_fd(fd, Interest::READABLE)?, ended, orphaned: false })
     }
 
     pub fn has_ended(&self) -> bool {

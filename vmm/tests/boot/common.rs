@@ -317,7 +317,7 @@ fn make_initramfs(path: &Path, script: &str) {
     let status = Command::new("cc")
         .args(["-static", "-O1", "-o"])
         .arg(at("bin/vsock"))
-        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/vsock.c"))
+        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/boot/vsock.c"))
         .status()
         .unwrap();
     assert!(status.success(), "cannot compile the guest's vsock tool");
@@ -331,6 +331,8 @@ fn make_initramfs(path: &Path, script: &str) {
          export PATH=/bin\n\
          disk() {{ for d in /sys/block/vd*; do\n\
            [ \"$(cat $d/serial)\" = \"$1\" ] && echo /dev/${{d##*/}}; done; }}\n\
+         turn() {{ t=$(disk $1); while [ $(cat /sys/block/${{t##*/}}/size) = 0 ]; do\n\
+           usleep 10000; done; }}\n\
          echo GUEST-UP\n\
          {script}\n\
          poweroff -f\n"

@@ -1,0 +1,10 @@
+//! Real guests in the jail, seen from their consoles and from the daemon's
+//! side.
+
+// Not all of a test's code is in functions that clippy takes for tests.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+mod devices;
+mod lifecycle;
+mod measure;
