@@ -9,9 +9,12 @@ TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 TIMED := deploy/timed.sh
 
 # Tests that run at once. A pod is a virtual machine; two keep two cores busy.
-E2E_THREADS ?= 2
+TEST_THREADS ?= 2
 
-.PHONY: help setup build demo test unit e2e bench lint clean
+# Tests of the VMM and of the agent boot this kernel.
+export DRUPE_TEST_KERNEL := $(CURDIR)/out/guest/kernel-uml
+
+.PHONY: help setup build demo test e2e bench lint clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,20 +26,20 @@ setup: ## Install the Debian packages, build the guest kernel and the test tools
 	@e2e/fetch-packages.sh out/debs
 
 build: ## Build the daemon, the VMM, the agent and the guest's initramfs into out/
-	@$(TIMED) "drupe and drupe-vmm" $(CARGO) build --release --workspace --exclude drupe-agent
+	@$(TIMED) "drupe and drupe-vmm" $(CARGO) build --release --workspace
 	@install -D -t out/bin $(TARGET_DIR)/release/drupe $(TARGET_DIR)/release/drupe-vmm
 	@$(TIMED) "agent and initramfs" deploy/initramfs/build.sh out/guest/initramfs
 
 demo: setup build ## Run one pod on its own kernel and show it; IMAGE=... takes any image this machine reaches
 	@$(TARGET_DIR)/release/demo $(IMAGE)
 
-test: unit e2e ## Unit tests, then the end-to-end tests
+# Always the whole workspace: another selection of packages would mean another
+# selection of features, and the dependencies compiled anew.
+test: setup build ## Unit tests, then the end-to-end tests
+	@$(TIMED) "all tests" $(CARGO) test --release --workspace -- --test-threads=$(TEST_THREADS)
 
-unit: setup
-	@$(TIMED) "unit tests" $(CARGO) test --release --workspace --exclude e2e
-
-e2e: setup build
-	@$(TIMED) "end-to-end tests" $(CARGO) test --release --package e2e -- --test-threads=$(E2E_THREADS)
+e2e: setup build ## Only the end-to-end tests
+	@$(TIMED) "end-to-end tests" $(CARGO) test --release --workspace --test e2e -- --test-threads=$(TEST_THREADS)
 
 bench: ## Measure pods; PEER=containerd measures Debian's containerd and runc beside it
 bench: SETUP_EXTRA = $(if $(PEER),$(PEER) runc)

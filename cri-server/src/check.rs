@@ -12,9 +12,15 @@ use crate::config::Config;
 enum Verdict {
     Good(String),
     /// Pods run without it.
-    Note { found: String, remedy: String },
+    Note {
+        found: String,
+        remedy: String,
+    },
     /// No pod can run.
-    Bad { found: String, remedy: String },
+    Bad {
+        found: String,
+        remedy: String,
+    },
 }
 
 use Verdict::{Bad, Good, Note};
@@ -24,10 +30,19 @@ pub fn report(config: &Config) -> bool {
     let mut rows: Vec<(String, Verdict)> = vec![
         ("privileges".to_owned(), privileges()),
         ("kvm machine".to_owned(), kvm()),
-        ("vmm".to_owned(), program(&config.vmm, "install drupe's own files or set `vmm`")),
+        (
+            "vmm".to_owned(),
+            program(&config.vmm, "install drupe's own files or set `vmm`"),
+        ),
         ("mkfs.ext4".to_owned(), mkfs()),
-        ("tap device".to_owned(), device("/dev/net/tun", "load the tun module: modprobe tun")),
-        ("erofs".to_owned(), Good("not needed on the node: the guest's kernel has it".to_owned())),
+        (
+            "tap device".to_owned(),
+            device("/dev/net/tun", "load the tun module: modprobe tun"),
+        ),
+        (
+            "erofs".to_owned(),
+            Good("not needed on the node: the guest's kernel has it".to_owned()),
+        ),
     ];
     for (name, runtime) in &config.runtimes {
         let machine = match runtime.machine {
@@ -36,13 +51,29 @@ pub fn report(config: &Config) -> bool {
                 remedy: format!("set runtimes.{name}.machine to auto or uml"),
             },
             MachineChoice::Uml => Good(format!("uml, mode {:?}", runtime.uml_mode).to_lowercase()),
-            MachineChoice::Auto => {
-                Good(format!("auto takes uml: this version has no kvm machine; mode {:?}", runtime.uml_mode).to_lowercase())
-            }
+            MachineChoice::Auto => Good(
+                format!(
+                    "auto takes uml: this version has no kvm machine; mode {:?}",
+                    runtime.uml_mode
+                )
+                .to_lowercase(),
+            ),
         };
         rows.push((format!("handler {name}"), machine));
-        rows.push((format!("handler {name}: kernel"), program(&runtime.kernel, "build it with `make build` or set `kernel`")));
-        rows.push((format!("handler {name}: initramfs"), readable(&runtime.initramfs, "build it with `make build` or set `initramfs`")));
+        rows.push((
+            format!("handler {name}: kernel"),
+            program(
+                &runtime.kernel,
+                "build it with `make build` or set `kernel`",
+            ),
+        ));
+        rows.push((
+            format!("handler {name}: initramfs"),
+            readable(
+                &runtime.initramfs,
+                "build it with `make build` or set `initramfs`",
+            ),
+        ));
     }
     rows.push(("CNI plugins".to_owned(), plugins(config)));
     rows.push(("CNI configuration".to_owned(), cni(config)));
@@ -63,7 +94,14 @@ pub fn report(config: &Config) -> bool {
             println!("      {:width$}  → {remedy}", "");
         }
     }
-    println!("{}", if usable { "Pods can run on this node." } else { "Pods cannot run on this node yet." });
+    println!(
+        "{}",
+        if usable {
+            "Pods can run on this node."
+        } else {
+            "Pods cannot run on this node yet."
+        }
+    );
     usable
 }
 
@@ -81,8 +119,13 @@ fn privileges() -> Verdict {
 /// Tells about the hardware; the kvm machine itself is a later matter.
 fn kvm() -> Verdict {
     let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let flags = cpu.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
-    let extension = ["vmx", "svm"].into_iter().find(|flag| flags.split_whitespace().any(|f| f == *flag));
+    let flags = cpu
+        .lines()
+        .find(|line| line.starts_with("flags"))
+        .unwrap_or_default();
+    let extension = ["vmx", "svm"]
+        .into_iter()
+        .find(|flag| flags.split_whitespace().any(|f| f == *flag));
     let device = fs::File::options().read(true).write(true).open("/dev/kvm");
     match (extension, device) {
         (Some(flag), Ok(_)) => Good(format!("the CPU has {flag} and /dev/kvm opens")),
@@ -106,28 +149,46 @@ fn program(path: &Path, remedy: &str) -> Verdict {
         Ok(metadata) if metadata.is_file() && metadata.permissions().mode() & 0o111 != 0 => {
             Good(path.display().to_string())
         }
-        Ok(_) => Bad { found: format!("{} is not executable", path.display()), remedy: remedy.to_owned() },
-        Err(error) => Bad { found: format!("{}: {error}", path.display()), remedy: remedy.to_owned() },
+        Ok(_) => Bad {
+            found: format!("{} is not executable", path.display()),
+            remedy: remedy.to_owned(),
+        },
+        Err(error) => Bad {
+            found: format!("{}: {error}", path.display()),
+            remedy: remedy.to_owned(),
+        },
     }
 }
 
 fn readable(path: &Path, remedy: &str) -> Verdict {
     match fs::File::open(path) {
         Ok(_) => Good(path.display().to_string()),
-        Err(error) => Bad { found: format!("{}: {error}", path.display()), remedy: remedy.to_owned() },
+        Err(error) => Bad {
+            found: format!("{}: {error}", path.display()),
+            remedy: remedy.to_owned(),
+        },
     }
 }
 
 fn device(path: &str, remedy: &str) -> Verdict {
     match fs::File::options().read(true).write(true).open(path) {
         Ok(_) => Good(path.to_owned()),
-        Err(error) => Bad { found: format!("{path}: {error}"), remedy: remedy.to_owned() },
+        Err(error) => Bad {
+            found: format!("{path}: {error}"),
+            remedy: remedy.to_owned(),
+        },
     }
 }
 
 fn mkfs() -> Verdict {
     match Command::new("mkfs.ext4").arg("-V").output() {
-        Ok(output) => Good(String::from_utf8_lossy(&output.stderr).lines().next().unwrap_or_default().to_owned()),
+        Ok(output) => Good(
+            String::from_utf8_lossy(&output.stderr)
+                .lines()
+                .next()
+                .unwrap_or_default()
+                .to_owned(),
+        ),
         Err(error) => Bad {
             found: format!("mkfs.ext4 does not run: {error}"),
             remedy: "install the package e2fsprogs".to_owned(),
@@ -138,13 +199,17 @@ fn mkfs() -> Verdict {
 fn plugins(config: &Config) -> Verdict {
     let dirs = &config.network.bin_dirs;
     let has = |name: &str| dirs.iter().any(|dir| dir.join(name).is_file());
-    let missing: Vec<&str> = ["bridge", "host-local", "loopback", "portmap"].into_iter().filter(|name| !has(name)).collect();
+    let missing: Vec<&str> = ["bridge", "host-local", "loopback", "portmap"]
+        .into_iter()
+        .filter(|name| !has(name))
+        .collect();
     if missing.is_empty() {
         Good(format!("found in {dirs:?}"))
     } else {
         Note {
             found: format!("{} not found in {dirs:?}", missing.join(", ")),
-            remedy: "install your network's plugins or the package containernetworking-plugins".to_owned(),
+            remedy: "install your network's plugins or the package containernetworking-plugins"
+                .to_owned(),
         }
     }
 }
@@ -154,7 +219,8 @@ fn cni(config: &Config) -> Verdict {
         Ok(name) => Good(format!("network {name:?} in {:?}", config.network.conf_dir)),
         Err(reason) => Note {
             found: reason,
-            remedy: "install a network plugin, or write a .conflist there; drupe notices".to_owned(),
+            remedy: "install a network plugin, or write a .conflist there; drupe notices"
+                .to_owned(),
         },
     }
 }

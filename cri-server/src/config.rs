@@ -87,17 +87,26 @@ impl Default for Config {
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     #[error("cannot read the configuration file {path:?}: {source}")]
-    Read { path: PathBuf, source: std::io::Error },
+    Read {
+        path: PathBuf,
+        source: std::io::Error,
+    },
     #[error("configuration file {path:?}: {message}")]
     Parse { path: PathBuf, message: String },
     #[error("configuration file {path:?}: {field}: {why}")]
-    Value { path: PathBuf, field: String, why: String },
+    Value {
+        path: PathBuf,
+        field: String,
+        why: String,
+    },
 }
 
 impl Config {
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
         let config: Self = if text.trim().is_empty() {
             Self::default()
         } else {
@@ -106,16 +115,29 @@ impl Config {
                 message: with_nearest_key(&error.to_string()),
             })?
         };
-        config.validate().map_err(|(field, why)| ConfigError::Value { path: path.to_owned(), field, why })?;
+        config
+            .validate()
+            .map_err(|(field, why)| ConfigError::Value {
+                path: path.to_owned(),
+                field,
+                why,
+            })?;
         Ok(config)
     }
 
     fn validate(&self) -> Result<(), (String, String)> {
         let fail = |field: &str, why: String| Err((field.to_owned(), why));
         if !self.runtimes.contains_key(&self.default_runtime) {
-            return fail("default_runtime", format!("{:?} is not among runtimes", self.default_runtime));
+            return fail(
+                "default_runtime",
+                format!("{:?} is not among runtimes", self.default_runtime),
+            );
         }
-        for (field, path) in [("socket", &self.socket), ("root", &self.root), ("run_dir", &self.run_dir)] {
+        for (field, path) in [
+            ("socket", &self.socket),
+            ("root", &self.root),
+            ("run_dir", &self.run_dir),
+        ] {
             if !path.is_absolute() {
                 return fail(field, format!("{path:?} is not an absolute path"));
             }
@@ -123,13 +145,25 @@ impl Config {
         for (name, runtime) in &self.runtimes {
             let field = |key: &str| format!("runtimes.{name}.{key}");
             if runtime.default_memory_mib < 64 {
-                return fail(&field("default_memory_mib"), "is below 64, too little for a guest kernel".to_owned());
+                return fail(
+                    &field("default_memory_mib"),
+                    "is below 64, too little for a guest kernel".to_owned(),
+                );
             }
             if !(1..=64).contains(&runtime.disk_slots) {
-                return fail(&field("disk_slots"), format!("{} is not in 1 to 64", runtime.disk_slots));
+                return fail(
+                    &field("disk_slots"),
+                    format!("{} is not in 1 to 64", runtime.disk_slots),
+                );
             }
-            if runtime.scratch_gib == 0 || runtime.boot_timeout_seconds == 0 || runtime.default_vcpus == 0 {
-                return fail(&field("scratch_gib, boot_timeout_seconds, default_vcpus"), "must be positive".to_owned());
+            if runtime.scratch_gib == 0
+                || runtime.boot_timeout_seconds == 0
+                || runtime.default_vcpus == 0
+            {
+                return fail(
+                    &field("scratch_gib, boot_timeout_seconds, default_vcpus"),
+                    "must be positive".to_owned(),
+                );
             }
         }
         Ok(())
@@ -140,7 +174,8 @@ impl Config {
 /// meant.
 fn with_nearest_key(message: &str) -> String {
     let quoted: Vec<&str> = message.split('`').skip(1).step_by(2).collect();
-    let (Some((unknown, known)), true) = (quoted.split_first(), message.contains("unknown field")) else {
+    let (Some((unknown, known)), true) = (quoted.split_first(), message.contains("unknown field"))
+    else {
         return message.to_owned();
     };
     let nearest = known.iter().min_by_key(|key| distance(unknown, key));
@@ -185,7 +220,9 @@ mod tests {
     fn an_unknown_key_names_the_one_that_was_meant() {
         let error = load("sockett: /x\n").unwrap_err().to_string();
         assert!(error.contains("did you mean `socket`?"), "{error}");
-        let error = load("runtimes: {microvm: {kernal: /x}}\n").unwrap_err().to_string();
+        let error = load("runtimes: {microvm: {kernal: /x}}\n")
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("did you mean `kernel`?"), "{error}");
     }
 
@@ -193,7 +230,9 @@ mod tests {
     fn a_value_that_cannot_work_is_refused_by_its_key() {
         let error = load("default_runtime: kata\n").unwrap_err().to_string();
         assert!(error.contains("default_runtime"), "{error}");
-        let error = load("runtimes: {microvm: {disk_slots: 0}}\n").unwrap_err().to_string();
+        let error = load("runtimes: {microvm: {disk_slots: 0}}\n")
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("runtimes.microvm.disk_slots"), "{error}");
     }
 }

@@ -36,9 +36,16 @@ fn show(image: &Image) -> v1::Image {
         repo_tags: image.repo_tags.clone(),
         repo_digests: image.repo_digests.clone(),
         size: image.size,
-        username: if uid.is_some() { String::new() } else { image.username.clone() },
+        username: if uid.is_some() {
+            String::new()
+        } else {
+            image.username.clone()
+        },
         uid,
-        spec: Some(v1::ImageSpec { image: image.id.clone(), ..v1::ImageSpec::default() }),
+        spec: Some(v1::ImageSpec {
+            image: image.id.clone(),
+            ..v1::ImageSpec::default()
+        }),
         pinned: image.pinned,
     }
 }
@@ -61,10 +68,16 @@ impl Cri for Images {
         &self,
         request: Request<v1::ListImagesRequest>,
     ) -> Result<Response<v1::ListImagesResponse>, Status> {
-        let filter = request.into_inner().filter.and_then(|f| f.image).map(|i| i.image);
+        let filter = request
+            .into_inner()
+            .filter
+            .and_then(|f| f.image)
+            .map(|i| i.image);
         let filter = filter.filter(|image| !image.is_empty());
         let images = self.images.list(filter.as_deref());
-        Ok(Response::new(v1::ListImagesResponse { images: images.iter().map(show).collect() }))
+        Ok(Response::new(v1::ListImagesResponse {
+            images: images.iter().map(show).collect(),
+        }))
     }
 
     async fn image_status(
@@ -85,7 +98,11 @@ impl Cri for Images {
             }))
         };
         Ok(Response::new(v1::ImageStatusResponse {
-            info: image.as_ref().filter(|_| request.verbose).map(details).unwrap_or_default(),
+            info: image
+                .as_ref()
+                .filter(|_| request.verbose)
+                .map(details)
+                .unwrap_or_default(),
             image: image.as_ref().map(show),
         }))
     }
@@ -96,8 +113,14 @@ impl Cri for Images {
     ) -> Result<Response<v1::PullImageResponse>, Status> {
         let request = request.into_inner();
         let name = name(request.image)?;
-        let pulled = self.images.pull(&name, request.auth.and_then(auth)).await.map_err(error::image)?;
-        Ok(Response::new(v1::PullImageResponse { image_ref: pulled.id }))
+        let pulled = self
+            .images
+            .pull(&name, request.auth.and_then(auth))
+            .await
+            .map_err(error::image)?;
+        Ok(Response::new(v1::PullImageResponse {
+            image_ref: pulled.id,
+        }))
     }
 
     async fn remove_image(
@@ -113,17 +136,24 @@ impl Cri for Images {
         &self,
         _: Request<v1::ImageFsInfoRequest>,
     ) -> Result<Response<v1::ImageFsInfoResponse>, Status> {
-        let usage = |mountpoint: &Path, timestamp, (bytes, files): (u64, u64)| v1::FilesystemUsage {
-            timestamp,
-            fs_id: Some(v1::FilesystemIdentifier { mountpoint: mountpoint.to_string_lossy().into_owned() }),
-            used_bytes: Some(v1::UInt64Value { value: bytes }),
-            inodes_used: Some(v1::UInt64Value { value: files }),
-        };
+        let usage =
+            |mountpoint: &Path, timestamp, (bytes, files): (u64, u64)| v1::FilesystemUsage {
+                timestamp,
+                fs_id: Some(v1::FilesystemIdentifier {
+                    mountpoint: mountpoint.to_string_lossy().into_owned(),
+                }),
+                used_bytes: Some(v1::UInt64Value { value: bytes }),
+                inodes_used: Some(v1::UInt64Value { value: files }),
+            };
         let images = self.images.fs_info().await.map_err(error::image)?;
         let scratch = self.pods.scratch_usage().await.map_err(error::pod)?;
         let now = images.timestamp_unix_nanos;
         let containers = usage(&self.pods.scratch_dir(), now, scratch);
-        let images = usage(&images.mountpoint, now, (images.used_bytes, images.inodes_used));
+        let images = usage(
+            &images.mountpoint,
+            now,
+            (images.used_bytes, images.inodes_used),
+        );
         Ok(Response::new(v1::ImageFsInfoResponse {
             image_filesystems: vec![images],
             container_filesystems: vec![containers],

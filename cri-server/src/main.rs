@@ -52,7 +52,11 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Command::Check { config } => with_config(config, |config| {
-            if check::report(&config) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+            if check::report(&config) {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            }
         }),
         Command::Serve { config } => with_config(config, |config| {
             start_log(&config);
@@ -84,7 +88,10 @@ fn with_config(path: Option<PathBuf>, then: impl FnOnce(Config) -> ExitCode) -> 
 }
 
 fn start_log(config: &Config) {
-    let filter = format!("{level},h2=warn,hyper=warn,tower=warn", level = config.log_level.as_str());
+    let filter = format!(
+        "{level},h2=warn,hyper=warn,tower=warn",
+        level = config.log_level.as_str()
+    );
     tracing_subscriber::fmt()
         .with_env_filter(tracing_subscriber::EnvFilter::new(filter))
         .with_writer(std::io::stderr)

@@ -28,15 +28,23 @@ const MAX_ANSWER_BYTES: usize = 40 << 20;
 const DRAIN: Duration = Duration::from_secs(10);
 
 pub fn run(config: Config) -> Result<()> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
     runtime.block_on(serve(config))
 }
 
 async fn serve(config: Config) -> Result<()> {
-    for dir in [&config.root, &config.run_dir, &config.run_dir.join("pods"), &config.root.join("scratch")] {
+    // Pods' volumes, disks and consoles are below these: root's alone.
+    for dir in [
+        &config.root,
+        &config.run_dir,
+        &config.run_dir.join("pods"),
+        &config.root.join("scratch"),
+    ] {
         fs::DirBuilder::new()
             .recursive(true)
-            .mode(0o711)
+            .mode(0o700)
             .create(dir)
             .with_context(|| format!("cannot create {dir:?}"))?;
     }
@@ -54,7 +62,9 @@ async fn serve(config: Config) -> Result<()> {
     })
     .await
     .context("network")?;
-    let pods = PodManager::open(pod_config(&config), images.clone(), network).await.context("pods")?;
+    let pods = PodManager::open(pod_config(&config), images.clone(), network)
+        .await
+        .context("pods")?;
 
     let listener = listen(&config.socket).await?;
     tracing::info!(
@@ -70,15 +80,15 @@ async fn serve(config: Config) -> Result<()> {
         .max_decoding_message_size(MAX_REQUEST_BYTES)
         .max_encoding_message_size(MAX_ANSWER_BYTES);
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let server = Server::builder().add_service(runtime).add_service(images).serve_with_incoming_shutdown(
-        UnixListenerStream::new(listener),
-        async move {
+    let server = Server::builder()
+        .add_service(runtime)
+        .add_service(images)
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move {
             // The sender is dropped when a signal came.
             if stopped.await.is_err() {
                 tracing::debug!("no new requests are taken");
             }
-        },
-    );
+        });
     let mut server = std::pin::pin!(server);
     tokio::select! {
         result = &mut server => return result.context("the CRI server ended"),
@@ -88,7 +98,10 @@ async fn serve(config: Config) -> Result<()> {
     tracing::info!("stopping; pods keep running");
     drop(stop);
     if tokio::time::timeout(DRAIN, server).await.is_err() {
-        tracing::warn!("requests still under way after {} s were cut off", DRAIN.as_secs());
+        tracing::warn!(
+            "requests still under way after {} s were cut off",
+            DRAIN.as_secs()
+        );
     }
     remove_socket(&config.socket)
 }
@@ -115,7 +128,8 @@ async fn listen(path: &Path) -> Result<UnixListener> {
         bail!("another daemon serves on {path:?}; stop it or set `socket` to another path");
     }
     remove_socket(path)?;
-    let listener = UnixListener::bind(path).with_context(|| format!("cannot listen on {path:?}"))?;
+    let listener =
+        UnixListener::bind(path).with_context(|| format!("cannot listen on {path:?}"))?;
     // CRI is root on the node.
     fs::set_permissions(path, fs::Permissions::from_mode(0o660))
         .with_context(|| format!("cannot set the mode of {path:?}"))?;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use agent_api::agent_client::AgentClient as Grpc;
-use agent_api::{MAX_MESSAGE_BYTES, Event, ExecSyncEvent, ExecSyncRequest};
+use agent_api::{Event, ExecSyncEvent, ExecSyncRequest, MAX_MESSAGE_BYTES};
 use hyper_util::rt::TokioIo;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint, Uri};
@@ -31,7 +31,8 @@ impl AgentClient {
         let connect = tower::service_fn(move |_: Uri| {
             let vsock = vsock.clone();
             async move {
-                let stream = vmm_client::dial_vsock(&vsock, vmm_client::protocol::AGENT_PORT).await?;
+                let stream =
+                    vmm_client::dial_vsock(&vsock, vmm_client::protocol::AGENT_PORT).await?;
                 Ok::<_, vmm_client::DialError>(TokioIo::new(stream))
             }
         });
@@ -42,52 +43,95 @@ impl AgentClient {
     }
 
     pub async fn configure(&self, request: agent_api::ConfigureSandboxRequest) -> Result<()> {
-        self.call("ConfigureSandbox", CALL_TIMEOUT, self.grpc.clone().configure_sandbox(request)).await?;
+        self.call(
+            "ConfigureSandbox",
+            CALL_TIMEOUT,
+            self.grpc.clone().configure_sandbox(request),
+        )
+        .await?;
         Ok(())
     }
 
     pub async fn create(&self, request: agent_api::CreateContainerRequest) -> Result<()> {
-        self.call("CreateContainer", CALL_TIMEOUT, self.grpc.clone().create_container(request)).await?;
+        self.call(
+            "CreateContainer",
+            CALL_TIMEOUT,
+            self.grpc.clone().create_container(request),
+        )
+        .await?;
         Ok(())
     }
 
     /// Returns when it started, in nanoseconds since the epoch.
     pub async fn start(&self, id: &str) -> Result<i64> {
         let request = agent_api::StartContainerRequest { id: id.to_owned() };
-        let reply = self.call("StartContainer", CALL_TIMEOUT, self.grpc.clone().start_container(request)).await?;
+        let reply = self
+            .call(
+                "StartContainer",
+                CALL_TIMEOUT,
+                self.grpc.clone().start_container(request),
+            )
+            .await?;
         Ok(reply.started_at_unix_nanos)
     }
 
     pub async fn signal(&self, id: &str, signal: u32, all: bool) -> Result<()> {
-        let request = agent_api::SignalContainerRequest { id: id.to_owned(), signal, all };
-        self.call("SignalContainer", CALL_TIMEOUT, self.grpc.clone().signal_container(request)).await?;
+        let request = agent_api::SignalContainerRequest {
+            id: id.to_owned(),
+            signal,
+            all,
+        };
+        self.call(
+            "SignalContainer",
+            CALL_TIMEOUT,
+            self.grpc.clone().signal_container(request),
+        )
+        .await?;
         Ok(())
     }
 
     pub async fn remove(&self, id: &str) -> Result<()> {
         let request = agent_api::RemoveContainerRequest { id: id.to_owned() };
-        self.call("RemoveContainer", CALL_TIMEOUT, self.grpc.clone().remove_container(request)).await?;
+        self.call(
+            "RemoveContainer",
+            CALL_TIMEOUT,
+            self.grpc.clone().remove_container(request),
+        )
+        .await?;
         Ok(())
     }
 
     pub async fn list(&self) -> Result<Vec<agent_api::ContainerState>> {
         let request = agent_api::ListContainersRequest {};
-        let reply = self.call("ListContainers", CALL_TIMEOUT, self.grpc.clone().list_containers(request)).await?;
+        let reply = self
+            .call(
+                "ListContainers",
+                CALL_TIMEOUT,
+                self.grpc.clone().list_containers(request),
+            )
+            .await?;
         Ok(reply.containers)
     }
 
     pub async fn stats(&self, container_ids: Vec<String>) -> Result<agent_api::StatsResponse> {
         let request = agent_api::StatsRequest { container_ids };
-        self.call("Stats", CALL_TIMEOUT, self.grpc.clone().stats(request)).await
+        self.call("Stats", CALL_TIMEOUT, self.grpc.clone().stats(request))
+            .await
     }
 
     pub async fn exec_sync(&self, request: ExecSyncRequest) -> Result<Streaming<ExecSyncEvent>> {
-        self.call("ExecSync", CALL_TIMEOUT, self.grpc.clone().exec_sync(request)).await
+        self.call(
+            "ExecSync",
+            CALL_TIMEOUT,
+            self.grpc.clone().exec_sync(request),
+        )
+        .await
     }
 
     pub async fn events(&self) -> Result<Streaming<Event>> {
         let request = agent_api::EventsRequest {};
-        self.call("Events", CALL_TIMEOUT, self.grpc.clone().events(request)).await
+        self.call("Events", CALL_TIMEOUT, self.grpc.clone().events(request))
+            .await
     }
 
     /// Not ended by the wish to stop: it is part of stopping.
@@ -95,7 +139,9 @@ impl AgentClient {
         let mut grpc = self.grpc.clone();
         let call = grpc.shutdown(Request::new(agent_api::ShutdownRequest {}));
         let reply = tokio::time::timeout(SHUTDOWN_TIMEOUT, call).await;
-        reply.map_err(|_| timeout("Shutdown", SHUTDOWN_TIMEOUT))?.map_err(|s| refused("Shutdown", &s))?;
+        reply
+            .map_err(|_| timeout("Shutdown", SHUTDOWN_TIMEOUT))?
+            .map_err(|s| refused("Shutdown", &s))?;
         Ok(())
     }
 
@@ -117,18 +163,32 @@ impl AgentClient {
 }
 
 fn timeout(call: &'static str, limit: Duration) -> Error {
-    Error::AgentTimeout { call, seconds: limit.as_secs() }
+    Error::AgentTimeout {
+        call,
+        seconds: limit.as_secs(),
+    }
 }
 
 /// The guest's words are hostile: they are cut before they reach a log or a
 /// client.
 pub(crate) fn refused(call: &'static str, status: &Status) -> Error {
-    const MAX_MESSAGE: usize = 1024;
-    let message: String = status
-        .message()
-        .chars()
-        .take(MAX_MESSAGE)
+    let message = plain(status.message());
+    // A status that was made on this side has the transport's error as source.
+    if std::error::Error::source(status).is_some() {
+        return Error::AgentLink { call, message };
+    }
+    Error::Agent {
+        call,
+        code: status.code(),
+        message,
+    }
+}
+
+/// A text of the guest's, short and without control characters.
+pub(crate) fn plain(text: &str) -> String {
+    const MAX_CHARS: usize = 1024;
+    text.chars()
+        .take(MAX_CHARS)
         .map(|c| if c.is_control() { ' ' } else { c })
-        .collect();
-    Error::Agent { call, code: status.code(), message }
+        .collect()
 }

@@ -75,12 +75,17 @@ pub struct Config {
 impl Config {
     /// The configuration that serves `handler`; empty means the default.
     pub fn runtime(&self, handler: &str) -> crate::Result<(&str, &RuntimeConfig)> {
-        let name = if handler.is_empty() { &self.default_runtime } else { handler };
-        self.runtimes.get_key_value(name).map(|(k, v)| (k.as_str(), v)).ok_or_else(|| {
-            crate::Error::UnknownHandler {
+        let name = if handler.is_empty() {
+            &self.default_runtime
+        } else {
+            handler
+        };
+        self.runtimes
+            .get_key_value(name)
+            .map(|(k, v)| (k.as_str(), v))
+            .ok_or_else(|| crate::Error::UnknownHandler {
                 name: name.to_owned(),
                 known: self.runtimes.keys().cloned().collect::<Vec<_>>().join(", "),
-            }
-        })
+            })
     }
 }

@@ -17,7 +17,9 @@ pub enum ErrorKind {
 }
 
 /// A step of a pod's start, as named in errors, metrics and the timeline.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum Step {
     Netns,
@@ -54,13 +56,21 @@ pub enum Error {
     #[error("pod sandbox name {name:?} is taken by {id}")]
     PodNameTaken { name: String, id: String },
     #[error("container name {name:?} in pod sandbox {pod} is taken by {id}")]
-    ContainerNameTaken { name: String, pod: String, id: String },
+    ContainerNameTaken {
+        name: String,
+        pod: String,
+        id: String,
+    },
     #[error("runtime handler {name:?} is not configured; configured: {known}")]
     UnknownHandler { name: String, known: String },
     #[error("pod sandbox {id} is not ready: {state}")]
     PodNotReady { id: String, state: String },
     #[error("container {id} is {state}, {needed}")]
-    ContainerState { id: String, state: &'static str, needed: &'static str },
+    ContainerState {
+        id: String,
+        state: &'static str,
+        needed: &'static str,
+    },
     #[error("{field}: {why}")]
     Invalid { field: String, why: String },
     #[error("pod sandbox {id} failed in phase {step}: {}{console}", sentence(source.as_ref()))]
@@ -74,13 +84,29 @@ pub enum Error {
     #[error("pod sandbox {id} has no free disk slot: it already holds {slots} containers")]
     NoDiskSlot { id: String, slots: u32 },
     #[error("mount source {path:?}")]
-    MountSource { path: PathBuf, #[source] source: io::Error },
+    MountSource {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
     #[error("log file {path:?}")]
-    LogFile { path: PathBuf, #[source] source: io::Error },
+    LogFile {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
     #[error("{what} {path:?}")]
-    File { what: &'static str, path: PathBuf, #[source] source: io::Error },
+    File {
+        what: &'static str,
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
     #[error("{program} failed: {stderr}")]
-    Tool { program: &'static str, stderr: String },
+    Tool {
+        program: &'static str,
+        stderr: String,
+    },
     #[error("the guest did not report ready within {seconds} s{console}")]
     BootTimeout { seconds: u64, console: String },
     #[error("the virtual machine ended: {0}")]
@@ -88,7 +114,15 @@ pub enum Error {
     #[error("the pod is being stopped")]
     Stopping,
     #[error("the agent refused {call}: {message}")]
-    Agent { call: &'static str, code: tonic::Code, message: String },
+    Agent {
+        call: &'static str,
+        code: tonic::Code,
+        message: String,
+    },
+    #[error("the connection to the agent broke during {call}: {message}")]
+    AgentLink { call: &'static str, message: String },
+    #[error("mounting the volumes of container {id} took longer than {seconds} s")]
+    MountTimeout { id: String, seconds: u64 },
     #[error("the agent did not answer {call} within {seconds} s")]
     AgentTimeout { call: &'static str, seconds: u64 },
     #[error("container {id} did not end within {seconds} s of SIGKILL")]
@@ -120,9 +154,10 @@ impl Error {
         match self {
             Self::PodNotFound(_) | Self::ContainerNotFound(_) => ErrorKind::NotFound,
             Self::PodNameTaken { .. } | Self::ContainerNameTaken { .. } => ErrorKind::AlreadyExists,
-            Self::UnknownHandler { .. } | Self::Ambiguous { .. } | Self::Invalid { .. } | Self::Oci(_) => {
-                ErrorKind::InvalidArgument
-            }
+            Self::UnknownHandler { .. }
+            | Self::Ambiguous { .. }
+            | Self::Invalid { .. }
+            | Self::Oci(_) => ErrorKind::InvalidArgument,
             Self::PodNotReady { .. } | Self::ContainerState { .. } => ErrorKind::FailedPrecondition,
             Self::Start { source, .. } => source.kind(),
             Self::NoDiskSlot { .. } => ErrorKind::ResourceExhausted,
@@ -140,10 +175,15 @@ impl Error {
             {
                 ErrorKind::ResourceExhausted
             }
-            Self::BootTimeout { .. } | Self::AgentTimeout { .. } | Self::Unkillable { .. } => {
-                ErrorKind::DeadlineExceeded
-            }
+            Self::AgentLink { .. } => ErrorKind::Unavailable,
+            Self::BootTimeout { .. }
+            | Self::MountTimeout { .. }
+            | Self::AgentTimeout { .. }
+            | Self::Unkillable { .. } => ErrorKind::DeadlineExceeded,
             Self::Stopping => ErrorKind::FailedPrecondition,
+            Self::Cni(netns::cni::CniError::Invalid { .. }) => ErrorKind::InvalidArgument,
+            Self::Cni(netns::cni::CniError::TimedOut { .. }) => ErrorKind::DeadlineExceeded,
+            Self::Store(error) if error.is_full() => ErrorKind::ResourceExhausted,
             Self::Agent { code, .. } => match code {
                 tonic::Code::InvalidArgument => ErrorKind::InvalidArgument,
                 tonic::Code::NotFound => ErrorKind::NotFound,

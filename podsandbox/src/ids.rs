@@ -16,7 +16,10 @@ pub fn resolve<'a>(
     ids: impl Iterator<Item = &'a str>,
 ) -> Result<Option<&'a str>> {
     if wanted.is_empty() {
-        return Err(Error::Invalid { field: format!("{kind} id"), why: "is empty".to_owned() });
+        return Err(Error::Invalid {
+            field: format!("{kind} id"),
+            why: "is empty".to_owned(),
+        });
     }
     let candidates: Vec<&str> = ids.filter(|id| id.starts_with(wanted)).collect();
     if let Some(exact) = candidates.iter().find(|id| **id == wanted) {
@@ -25,7 +28,10 @@ pub fn resolve<'a>(
     match candidates.as_slice() {
         [] => Ok(None),
         [one] => Ok(Some(one)),
-        _ => Err(Error::Ambiguous { kind, id: wanted.to_owned() }),
+        _ => Err(Error::Ambiguous {
+            kind,
+            id: wanted.to_owned(),
+        }),
     }
 }
 

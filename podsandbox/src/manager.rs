@@ -53,8 +53,16 @@ impl PodManager {
     pub async fn open(config: Config, images: ImageService, network: Network) -> Result<Self> {
         let store = Store::open(&config.root.join("state.redb"))?;
         let found = store.load()?;
-        let context = Arc::new(Context { config, store, images, network });
-        let manager = Self { context, pods: Arc::default() };
+        let context = Arc::new(Context {
+            config,
+            store,
+            images,
+            network,
+        });
+        let manager = Self {
+            context,
+            pods: Arc::default(),
+        };
         manager.recover(found).await?;
         Ok(manager)
     }
@@ -64,7 +72,10 @@ impl PodManager {
         let mut known = BTreeSet::new();
         for container in found.containers {
             known.insert(container.id.clone());
-            of_pod.entry(container.pod_id.clone()).or_default().insert(container.id.clone(), container);
+            of_pod
+                .entry(container.pod_id.clone())
+                .or_default()
+                .insert(container.id.clone(), container);
         }
         for pod in found.pods {
             let containers = of_pod.remove(&pod.id).unwrap_or_default();
@@ -87,13 +98,18 @@ impl PodManager {
                 tracing::debug!("a pod was undone");
             }
         }
-        self.pods().retain(|_, handle| !handle.snapshot.borrow().gone);
+        self.forget_gone();
         let live: Vec<String> = self.pods().keys().cloned().collect();
         if let Err(error) = self.context.network.gc(live.into_iter()).await {
             // A plugin that fails now must not keep pods from being served.
             tracing::warn!(error = %error.sentence(), "cannot collect attachments of pods that are gone");
         }
         Ok(())
+    }
+
+    fn forget_gone(&self) {
+        self.pods()
+            .retain(|_, handle| !handle.snapshot.borrow().gone);
     }
 
     fn pods(&self) -> MutexGuard<'_, HashMap<String, Handle>> {
@@ -117,8 +133,11 @@ impl PodManager {
         match outcome {
             Some(Ok(())) => Ok(id),
             Some(Err(error)) => {
-                self.pods().remove(&id);
-                Err(Error::Shared { kind: error.kind(), message: error.sentence() })
+                self.forget_gone();
+                Err(Error::Shared {
+                    kind: error.kind(),
+                    message: error.sentence(),
+                })
             }
             None => Err(Error::PodNotFound(id)),
         }
@@ -128,11 +147,17 @@ impl PodManager {
     /// one lock: of two requests for a name one begins and the other joins.
     fn join_or_begin(&self, spec: PodSpec, since: Instant) -> Result<(String, Handle)> {
         let (handler, runtime) = self.context.config.runtime(&spec.handler)?;
-        let host_cpus = std::thread::available_parallelism()
-            .map_or(1, |n| u32::try_from(n.get()).unwrap_or(1));
-        let size =
-            sizing::size(runtime, &spec.resources, &spec.overhead, host_cpus, max_vcpus(runtime));
+        let host_cpus =
+            std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(1));
+        let size = sizing::size(
+            runtime,
+            &spec.resources,
+            &spec.overhead,
+            host_cpus,
+            max_vcpus(runtime),
+        );
         let mut pods = self.pods();
+        pods.retain(|_, handle| !handle.snapshot.borrow().gone);
         let taken = pods.iter().find(|(_, handle)| {
             let snapshot = handle.snapshot.borrow();
             !snapshot.gone && snapshot.pod.spec.name == spec.name
@@ -142,7 +167,10 @@ impl PodManager {
             if under_way && handle.snapshot.borrow().pod.spec == spec {
                 return Ok((id.clone(), handle.clone()));
             }
-            return Err(Error::PodNameTaken { name: full_name(&spec.name), id: id.clone() });
+            return Err(Error::PodNameTaken {
+                name: full_name(&spec.name),
+                id: id.clone(),
+            });
         }
         let id = ids::new_id();
         let record = PodRecord {
@@ -153,7 +181,10 @@ impl PodManager {
             uid: free_uid(self.context.config.uid_base, &pods)?,
             vcpus: size.vcpus,
             memory_mib: size.memory_mib,
-            cgroup: spec.cgroup_parent.clone().or_else(|| Some(DEFAULT_CGROUP.into())),
+            cgroup: spec
+                .cgroup_parent
+                .clone()
+                .or_else(|| Some(DEFAULT_CGROUP.into())),
             network: None,
             vmm_pid: None,
             failure: None,
@@ -167,9 +198,12 @@ impl PodManager {
 
     /// StopPodSandbox; a pod that does not exist is stopped.
     pub async fn stop(&self, id: &str) -> Result<()> {
-        let Some(handle) = self.find(id)? else { return Ok(()) };
-        handle.stopping.cancel();
-        match handle.ask(|reply| Command::Stop { reply }).await {
+        let Some(handle) = self.find(id)? else {
+            return Ok(());
+        };
+        match detached(async move { handle.cancel_and_ask(|reply| Command::Stop { reply }).await })
+            .await
+        {
             // A start that the stop ended was undone.
             Err(Error::PodNotFound(_)) => Ok(()),
             other => other,
@@ -178,12 +212,18 @@ impl PodManager {
 
     /// RemovePodSandbox; a pod that does not exist is removed.
     pub async fn remove(&self, id: &str) -> Result<()> {
-        let Some(handle) = self.find(id)? else { return Ok(()) };
-        handle.stopping.cancel();
-        let pod_id = handle.snapshot.borrow().pod.id.clone();
-        match handle.ask(|reply| Command::Remove { reply }).await {
+        let Some(handle) = self.find(id)? else {
+            return Ok(());
+        };
+        match detached(async move {
+            handle
+                .cancel_and_ask(|reply| Command::Remove { reply })
+                .await
+        })
+        .await
+        {
             Ok(()) | Err(Error::PodNotFound(_)) => {
-                self.pods().remove(&pod_id);
+                self.forget_gone();
                 Ok(())
             }
             other => other,
@@ -194,17 +234,26 @@ impl PodManager {
     #[must_use]
     pub fn list(&self) -> Vec<PodSnapshot> {
         let pods = self.pods();
-        let mut list: Vec<PodSnapshot> =
-            pods.values().map(|handle| handle.snapshot.borrow().clone()).filter(PodSnapshot::is_listed).collect();
+        let mut list: Vec<PodSnapshot> = pods
+            .values()
+            .map(|handle| handle.snapshot.borrow().clone())
+            .filter(PodSnapshot::is_listed)
+            .collect();
         list.sort_by_key(|snapshot| std::cmp::Reverse(snapshot.pod.created_at_nanos));
         list
     }
 
     /// The pod of this id or unambiguous prefix.
     pub fn pod(&self, id: &str) -> Result<PodSnapshot> {
-        let handle = self.find(id)?.ok_or_else(|| Error::PodNotFound(id.to_owned()))?;
+        let handle = self
+            .find(id)?
+            .ok_or_else(|| Error::PodNotFound(id.to_owned()))?;
         let snapshot = handle.snapshot.borrow().clone();
-        if snapshot.is_listed() { Ok(snapshot) } else { Err(Error::PodNotFound(id.to_owned())) }
+        if snapshot.is_listed() {
+            Ok(snapshot)
+        } else {
+            Err(Error::PodNotFound(id.to_owned()))
+        }
     }
 
     fn find(&self, id: &str) -> Result<Option<Handle>> {
@@ -215,19 +264,27 @@ impl PodManager {
 
     /// The container of this id or unambiguous prefix, with its pod.
     pub fn container(&self, id: &str) -> Result<(PodSnapshot, Arc<ContainerRecord>)> {
-        let (_, snapshot, container) =
-            self.find_container(id)?.ok_or_else(|| Error::ContainerNotFound(id.to_owned()))?;
+        let (_, snapshot, container) = self
+            .find_container(id)?
+            .ok_or_else(|| Error::ContainerNotFound(id.to_owned()))?;
         Ok((snapshot, container))
     }
 
-    fn find_container(&self, id: &str) -> Result<Option<(Handle, PodSnapshot, Arc<ContainerRecord>)>> {
+    fn find_container(
+        &self,
+        id: &str,
+    ) -> Result<Option<(Handle, PodSnapshot, Arc<ContainerRecord>)>> {
         let snapshots: Vec<(Handle, PodSnapshot)> = self
             .pods()
             .values()
             .map(|handle| (handle.clone(), handle.snapshot.borrow().clone()))
             .collect();
-        let all = snapshots.iter().flat_map(|(_, s)| s.containers.keys().map(String::as_str));
-        let Some(full) = ids::resolve("container", id, all)? else { return Ok(None) };
+        let all = snapshots
+            .iter()
+            .flat_map(|(_, s)| s.containers.keys().map(String::as_str));
+        let Some(full) = ids::resolve("container", id, all)? else {
+            return Ok(None);
+        };
         Ok(snapshots.iter().find_map(|(handle, snapshot)| {
             let container = snapshot.containers.get(full)?;
             Some((handle.clone(), snapshot.clone(), Arc::clone(container)))
@@ -235,48 +292,82 @@ impl PodManager {
     }
 
     fn existing(&self, id: &str) -> Result<(Handle, Arc<ContainerRecord>)> {
-        let (handle, _, container) =
-            self.find_container(id)?.ok_or_else(|| Error::ContainerNotFound(id.to_owned()))?;
+        let (handle, _, container) = self
+            .find_container(id)?
+            .ok_or_else(|| Error::ContainerNotFound(id.to_owned()))?;
         Ok((handle, container))
     }
 
     pub async fn create_container(&self, pod: &str, spec: ContainerSpec) -> Result<String> {
-        let handle = self.find(pod)?.ok_or_else(|| Error::PodNotFound(pod.to_owned()))?;
-        handle.ask(|reply| Command::Create { spec: Box::new(spec), reply }).await
+        let handle = self
+            .find(pod)?
+            .ok_or_else(|| Error::PodNotFound(pod.to_owned()))?;
+        handle
+            .ask(|reply| Command::Create {
+                spec: Box::new(spec),
+                reply,
+            })
+            .await
     }
 
     pub async fn start_container(&self, id: &str) -> Result<()> {
         let (handle, container) = self.existing(id)?;
-        handle.ask(|reply| Command::Start { id: container.id.clone(), reply }).await
+        handle
+            .ask(|reply| Command::Start {
+                id: container.id.clone(),
+                reply,
+            })
+            .await
     }
 
     /// Asks the container to end, then ends it. Stopped or unknown to a pod
     /// that is gone: no error.
     pub async fn stop_container(&self, id: &str, grace: Duration) -> Result<()> {
-        let Some((handle, _, container)) = self.find_container(id)? else { return Ok(()) };
-        if container.phase == ContainerPhase::Exited {
+        let Some((handle, _, container)) = self.find_container(id)? else {
+            return Ok(());
+        };
+        if container.exit.is_some() {
             return Ok(());
         }
         let signal = |signal| {
             let (handle, id) = (handle.clone(), container.id.clone());
-            async move { handle.ask(|reply| Command::Signal { id, signal, reply }).await }
+            async move {
+                handle
+                    .ask(|reply| Command::Signal { id, signal, reply })
+                    .await
+            }
         };
-        if !grace.is_zero() {
+        // A process that waits for its exec as PID 1 does not hear SIGTERM.
+        if !grace.is_zero() && container.phase == ContainerPhase::Running {
             signal(signals::parse(&container.stop_signal).unwrap_or(SIGTERM)).await?;
-            if tokio::time::timeout(grace, over(&handle, &container.id)).await.is_ok() {
+            if tokio::time::timeout(grace, over(&handle, &container.id))
+                .await
+                .is_ok()
+            {
                 return Ok(());
             }
         }
         signal(SIGKILL).await?;
-        tokio::time::timeout(KILL_WAIT, over(&handle, &container.id)).await.map_err(|_| {
-            Error::Unkillable { id: container.id.clone(), seconds: KILL_WAIT.as_secs() }
-        })
+        tokio::time::timeout(KILL_WAIT, over(&handle, &container.id))
+            .await
+            .map_err(|_| Error::Unkillable {
+                id: container.id.clone(),
+                seconds: KILL_WAIT.as_secs(),
+            })
     }
 
     /// RemoveContainer, of a running one too; an unknown one is no error.
     pub async fn remove_container(&self, id: &str) -> Result<()> {
-        let Some((handle, _, container)) = self.find_container(id)? else { return Ok(()) };
-        match handle.ask(|reply| Command::RemoveContainer { id: container.id.clone(), reply }).await {
+        let Some((handle, _, container)) = self.find_container(id)? else {
+            return Ok(());
+        };
+        match handle
+            .ask(|reply| Command::RemoveContainer {
+                id: container.id.clone(),
+                reply,
+            })
+            .await
+        {
             Err(Error::PodNotFound(_)) => Ok(()),
             other => other,
         }
@@ -284,13 +375,26 @@ impl PodManager {
 
     pub async fn reopen_log(&self, id: &str) -> Result<()> {
         let (handle, container) = self.existing(id)?;
-        handle.ask(|reply| Command::ReopenLog { id: container.id.clone(), reply }).await
+        handle
+            .ask(|reply| Command::ReopenLog {
+                id: container.id.clone(),
+                reply,
+            })
+            .await
     }
 
-    pub async fn exec_sync(&self, id: &str, argv: Vec<String>, timeout: Option<Duration>) -> Result<ExecOutput> {
+    pub async fn exec_sync(
+        &self,
+        id: &str,
+        argv: Vec<String>,
+        timeout: Option<Duration>,
+    ) -> Result<ExecOutput> {
         let (snapshot, container) = self.container(id)?;
         if container.phase != ContainerPhase::Running {
-            return Err(crate::driver::state_error(&container, "exec needs a running container"));
+            return Err(crate::driver::state_error(
+                &container,
+                "exec needs a running container",
+            ));
         }
         let agent = snapshot.agent.ok_or_else(|| Error::PodNotReady {
             id: snapshot.pod.id.clone(),
@@ -305,10 +409,12 @@ impl PodManager {
         match timeout {
             None => work.await,
             // The agent keeps the time; this is for one that hangs.
-            Some(limit) => tokio::time::timeout(limit + EXEC_GRACE, work).await.unwrap_or(Ok(ExecOutput {
-                timed_out: true,
-                ..ExecOutput::default()
-            })),
+            Some(limit) => tokio::time::timeout(limit + EXEC_GRACE, work)
+                .await
+                .unwrap_or(Ok(ExecOutput {
+                    timed_out: true,
+                    ..ExecOutput::default()
+                })),
         }
     }
 
@@ -344,7 +450,10 @@ impl PodManager {
     }
 }
 
-async fn collect(agent: &crate::AgentClient, request: agent_api::ExecSyncRequest) -> Result<ExecOutput> {
+async fn collect(
+    agent: &crate::AgentClient,
+    request: agent_api::ExecSyncRequest,
+) -> Result<ExecOutput> {
     let mut stream = agent.exec_sync(request).await?;
     let mut output = ExecOutput::default();
     // What is beyond the limit is dropped, as the field's runtimes do.
@@ -352,8 +461,10 @@ async fn collect(agent: &crate::AgentClient, request: agent_api::ExecSyncRequest
         let room = EXEC_OUTPUT_LIMIT.saturating_sub(to.len());
         to.extend_from_slice(&bytes[..bytes.len().min(room)]);
     };
-    while let Some(event) =
-        stream.message().await.map_err(|status| crate::agent::refused("ExecSync", &status))?
+    while let Some(event) = stream
+        .message()
+        .await
+        .map_err(|status| crate::agent::refused("ExecSync", &status))?
     {
         match event.event {
             Some(ExecEvent::Stdout(bytes)) => take(&mut output.stdout, bytes),
@@ -366,7 +477,14 @@ async fn collect(agent: &crate::AgentClient, request: agent_api::ExecSyncRequest
             None => {}
         }
     }
-    Err(Error::VmEnded("the exec's stream broke before its exit code".to_owned()))
+    Err(Error::VmEnded(
+        "the exec's stream broke before its exit code".to_owned(),
+    ))
+}
+
+/// Work that goes on when its caller goes away.
+async fn detached(work: impl Future<Output = Result<()>> + Send + 'static) -> Result<()> {
+    tokio::spawn(work).await.map_err(|_| Error::Stopping)?
 }
 
 /// Waits until the container has exited or is gone.
@@ -374,7 +492,10 @@ async fn over(handle: &Handle, id: &str) {
     let mut snapshot = handle.snapshot.clone();
     let done = |snapshot: &PodSnapshot| {
         snapshot.gone
-            || snapshot.containers.get(id).is_none_or(|container| container.exit.is_some())
+            || snapshot
+                .containers
+                .get(id)
+                .is_none_or(|container| container.exit.is_some())
     };
     if snapshot.wait_for(done).await.is_err() {
         tracing::debug!(container = id, "the pod's driver ended");
@@ -382,13 +503,21 @@ async fn over(handle: &Handle, id: &str) {
 }
 
 fn full_name(name: &PodName) -> String {
-    format!("{}/{} (uid {}, attempt {})", name.namespace, name.name, name.uid, name.attempt)
+    format!(
+        "{}/{} (uid {}, attempt {})",
+        name.namespace, name.name, name.uid, name.attempt
+    )
 }
 
 fn free_uid(base: u32, pods: &HashMap<String, Handle>) -> Result<u32> {
-    let taken: BTreeSet<u32> = pods.values().map(|handle| handle.snapshot.borrow().pod.uid).collect();
-    (base..base.saturating_add(UIDS)).find(|uid| !taken.contains(uid)).ok_or_else(|| Error::Shared {
-        kind: crate::ErrorKind::ResourceExhausted,
-        message: format!("all {UIDS} uids for pods are in use"),
-    })
+    let taken: BTreeSet<u32> = pods
+        .values()
+        .map(|handle| handle.snapshot.borrow().pod.uid)
+        .collect();
+    (base..base.saturating_add(UIDS))
+        .find(|uid| !taken.contains(uid))
+        .ok_or_else(|| Error::Shared {
+            kind: crate::ErrorKind::ResourceExhausted,
+            message: format!("all {UIDS} uids for pods are in use"),
+        })
 }

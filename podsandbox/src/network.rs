@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use netns::InterfaceConfig;
 use netns::cni::{
-    AddResult, Attachment, Bandwidth, Cni, CniOptions, CniWatcher, NetworkState, PodDns, PodNetwork,
-    PortMapping, ResultDns, load_network,
+    AddResult, Attachment, Bandwidth, Cni, CniOptions, CniWatcher, NetworkState, PodDns,
+    PodNetwork, PortMapping, ResultDns, load_network,
 };
 
 use crate::paths::PodPaths;
@@ -54,7 +54,9 @@ impl Network {
 
     /// One look, without watching: the network's name, or why there is none.
     pub fn probe(conf_dir: &Path, bin_dirs: &[PathBuf]) -> std::result::Result<String, String> {
-        load_network(conf_dir, bin_dirs).map(|network| network.name).map_err(|why| why.to_string())
+        load_network(conf_dir, bin_dirs)
+            .map(|network| network.name)
+            .map_err(|why| why.to_string())
     }
 
     pub(crate) fn state(&self) -> std::result::Result<(), String> {
@@ -62,6 +64,10 @@ impl Network {
             NetworkState::Ready(_) => Ok(()),
             NetworkState::NotReady(reason) => Err(reason),
         }
+    }
+
+    pub(crate) fn ready(&self) -> Result<()> {
+        self.state().map_err(Error::NoNetwork)
     }
 
     pub(crate) async fn add(&self, pod: &PodNetwork) -> Result<AddResult> {
@@ -77,8 +83,12 @@ impl Network {
 
     /// Detaches what belongs to none of `pods`.
     pub(crate) async fn gc(&self, pods: impl Iterator<Item = String>) -> Result<()> {
-        let valid: BTreeSet<Attachment> =
-            pods.map(|sandbox_id| Attachment { sandbox_id, interface: INTERFACE.to_owned() }).collect();
+        let valid: BTreeSet<Attachment> = pods
+            .map(|sandbox_id| Attachment {
+                sandbox_id,
+                interface: INTERFACE.to_owned(),
+            })
+            .collect();
         let network = match self.watcher.current() {
             NetworkState::Ready(network) => Some(network),
             NetworkState::NotReady(_) => None,
@@ -145,9 +155,15 @@ pub fn guest_dns(asked: Option<&Dns>, cni: &ResultDns) -> Result<agent_api::Dns>
     }
     let path = Path::new(RESOLV_CONF);
     match fs::read_to_string(path) {
-        Ok(text) => Ok(parse_resolv_conf(&text[..text.len().min(MAX_RESOLV_CONF)])),
+        Ok(text) => Ok(parse_resolv_conf(
+            &text[..text.floor_char_boundary(MAX_RESOLV_CONF)],
+        )),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(agent_api::Dns::default()),
-        Err(source) => Err(Error::File { what: "resolver configuration", path: path.to_owned(), source }),
+        Err(source) => Err(Error::File {
+            what: "resolver configuration",
+            path: path.to_owned(),
+            source,
+        }),
     }
 }
 
@@ -173,7 +189,11 @@ pub fn guest_interface(interface: &InterfaceConfig) -> agent_api::Interface {
         name: INTERFACE.to_owned(),
         mac: interface.mac.to_vec(),
         mtu: interface.mtu,
-        addresses: interface.addresses.iter().map(ToString::to_string).collect(),
+        addresses: interface
+            .addresses
+            .iter()
+            .map(ToString::to_string)
+            .collect(),
         routes: interface
             .routes
             .iter()

@@ -92,15 +92,22 @@ pub fn runtime_spec(
         config.entrypoint().as_deref().unwrap_or_default(),
         config.cmd().as_deref().unwrap_or_default(),
     )?;
-    let cwd = [spec.working_dir.as_str(), config.working_dir().as_deref().unwrap_or_default()]
-        .into_iter()
-        .find(|dir| !dir.is_empty())
-        .unwrap_or("/");
+    let cwd = [
+        spec.working_dir.as_str(),
+        config.working_dir().as_deref().unwrap_or_default(),
+    ]
+    .into_iter()
+    .find(|dir| !dir.is_empty())
+    .unwrap_or("/");
     let held = capabilities(spec)?;
     let process = ProcessBuilder::default()
         .terminal(spec.tty)
         .args(args)
-        .env(environment(spec, config.env().as_deref().unwrap_or_default(), hostname))
+        .env(environment(
+            spec,
+            config.env().as_deref().unwrap_or_default(),
+            hostname,
+        ))
         .cwd(cwd)
         .no_new_privileges(spec.security.no_new_privileges)
         .oom_score_adj(spec.resources.oom_score_adj)
@@ -129,7 +136,12 @@ pub fn runtime_spec(
     Ok(SpecBuilder::default()
         .version("1.2.0")
         .hostname(hostname)
-        .root(RootBuilder::default().path("rootfs").readonly(spec.security.read_only_root).build()?)
+        .root(
+            RootBuilder::default()
+                .path("rootfs")
+                .readonly(spec.security.read_only_root)
+                .build()?,
+        )
         .process(process)
         .mounts(mounts(spec, guest_volumes)?)
         .linux(linux)
@@ -137,12 +149,19 @@ pub fn runtime_spec(
 }
 
 fn text(paths: &[PathBuf]) -> Vec<String> {
-    paths.iter().map(|path| path.to_string_lossy().into_owned()).collect()
+    paths
+        .iter()
+        .map(|path| path.to_string_lossy().into_owned())
+        .collect()
 }
 
 /// CRI's `command` replaces the image's entrypoint and, with it, its cmd;
 /// `args` replaces only the cmd.
-fn command_line(spec: &ContainerSpec, entrypoint: &[String], cmd: &[String]) -> Result<Vec<String>> {
+fn command_line(
+    spec: &ContainerSpec,
+    entrypoint: &[String],
+    cmd: &[String],
+) -> Result<Vec<String>> {
     let (head, tail) = match (spec.command.is_empty(), spec.args.is_empty()) {
         (true, true) => (entrypoint, cmd),
         (true, false) => (entrypoint, spec.args.as_slice()),
@@ -152,7 +171,10 @@ fn command_line(spec: &ContainerSpec, entrypoint: &[String], cmd: &[String]) -> 
     if line.is_empty() {
         return Err(Error::Invalid {
             field: "config.command".to_owned(),
-            why: format!("is empty and image {:?} has neither entrypoint nor cmd", spec.user_image),
+            why: format!(
+                "is empty and image {:?} has neither entrypoint nor cmd",
+                spec.user_image
+            ),
         });
     }
     Ok(line)
@@ -196,10 +218,18 @@ fn capabilities(spec: &ContainerSpec) -> Result<HashSet<Capability>> {
     if security.drop_capabilities.iter().any(|name| is_all(&name)) {
         set.clear();
     }
-    for name in security.add_capabilities.iter().filter(|name| !is_all(name)) {
+    for name in security
+        .add_capabilities
+        .iter()
+        .filter(|name| !is_all(name))
+    {
         set.insert(known_capability(name, "add")?);
     }
-    for name in security.drop_capabilities.iter().filter(|name| !is_all(name)) {
+    for name in security
+        .drop_capabilities
+        .iter()
+        .filter(|name| !is_all(name))
+    {
         set.remove(&known_capability(name, "drop")?);
     }
     Ok(set)
@@ -219,9 +249,11 @@ fn capability_sets(held: &HashSet<Capability>) -> Result<oci_spec::runtime::Linu
 fn known_capability(name: &str, list: &str) -> Result<Capability> {
     let upper = name.to_ascii_uppercase();
     let short = upper.strip_prefix("CAP_").unwrap_or(&upper);
-    serde_json::from_value(serde_json::Value::String(format!("CAP_{short}"))).map_err(|_| Error::Invalid {
-        field: format!("linux.security_context.capabilities.{list}_capabilities"),
-        why: format!("{name:?} is no capability of Linux"),
+    serde_json::from_value(serde_json::Value::String(format!("CAP_{short}"))).map_err(|_| {
+        Error::Invalid {
+            field: format!("linux.security_context.capabilities.{list}_capabilities"),
+            why: format!("{name:?} is no capability of Linux"),
+        }
     })
 }
 
@@ -231,11 +263,43 @@ fn mounts(spec: &ContainerSpec, guest_volumes: &Path) -> Result<Vec<Mount>> {
     let sys_mode = if spec.security.privileged { "rw" } else { "ro" };
     let mut mounts = vec![
         kernel_mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"])?,
-        kernel_mount("/dev", "tmpfs", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"])?,
-        kernel_mount("/dev/pts", "devpts", "devpts", &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"])?,
-        kernel_mount("/dev/mqueue", "mqueue", "mqueue", &["nosuid", "noexec", "nodev"])?,
-        kernel_mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", sys_mode])?,
-        kernel_mount("/sys/fs/cgroup", "cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", sys_mode])?,
+        kernel_mount(
+            "/dev",
+            "tmpfs",
+            "tmpfs",
+            &["nosuid", "strictatime", "mode=755", "size=65536k"],
+        )?,
+        kernel_mount(
+            "/dev/pts",
+            "devpts",
+            "devpts",
+            &[
+                "nosuid",
+                "noexec",
+                "newinstance",
+                "ptmxmode=0666",
+                "mode=0620",
+                "gid=5",
+            ],
+        )?,
+        kernel_mount(
+            "/dev/mqueue",
+            "mqueue",
+            "mqueue",
+            &["nosuid", "noexec", "nodev"],
+        )?,
+        kernel_mount(
+            "/sys",
+            "sysfs",
+            "sysfs",
+            &["nosuid", "noexec", "nodev", sys_mode],
+        )?,
+        kernel_mount(
+            "/sys/fs/cgroup",
+            "cgroup",
+            "cgroup",
+            &["nosuid", "noexec", "nodev", "relatime", sys_mode],
+        )?,
     ];
     let mut volumes: Vec<(usize, &crate::spec::Mount)> = spec.mounts.iter().enumerate().collect();
     volumes.sort_by_key(|(_, volume)| volume.container_path.components().count());
@@ -252,7 +316,11 @@ fn mounts(spec: &ContainerSpec, guest_volumes: &Path) -> Result<Vec<Mount>> {
                 .destination(&volume.container_path)
                 .source(guest_volumes.join(index.to_string()))
                 .typ("bind")
-                .options(vec!["rbind".to_owned(), propagation.to_owned(), mode.to_owned()])
+                .options(vec![
+                    "rbind".to_owned(),
+                    propagation.to_owned(),
+                    mode.to_owned(),
+                ])
                 .build()?,
         );
     }
@@ -295,9 +363,17 @@ pub fn linux_resources(resources: &Resources) -> Result<LinuxResources> {
     if let Some(limit) = resources.memory_limit_bytes {
         memory = memory.limit(i64::try_from(limit).unwrap_or(i64::MAX));
     }
-    let mut builder = LinuxResourcesBuilder::default().cpu(cpu.build()?).memory(memory.build()?);
+    let mut builder = LinuxResourcesBuilder::default()
+        .cpu(cpu.build()?)
+        .memory(memory.build()?);
     if !resources.unified.is_empty() {
-        builder = builder.unified(resources.unified.clone().into_iter().collect::<HashMap<_, _>>());
+        builder = builder.unified(
+            resources
+                .unified
+                .clone()
+                .into_iter()
+                .collect::<HashMap<_, _>>(),
+        );
     }
     Ok(builder.build()?)
 }

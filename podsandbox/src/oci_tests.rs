@@ -3,7 +3,10 @@ use crate::spec::{ContainerName, Security, User};
 
 fn container() -> ContainerSpec {
     ContainerSpec {
-        name: ContainerName { name: "c".into(), attempt: 0 },
+        name: ContainerName {
+            name: "c".into(),
+            attempt: 0,
+        },
         user_image: "busybox".into(),
         image: "sha256:x".into(),
         command: Vec::new(),
@@ -31,20 +34,31 @@ fn words(words: &[&str]) -> Vec<String> {
 fn command_and_args_replace_entrypoint_and_cmd_as_kubernetes_documents() {
     let (entrypoint, cmd) = (words(&["/entry"]), words(&["a", "b"]));
     let line = |command: &[&str], args: &[&str]| {
-        let spec = ContainerSpec { command: words(command), args: words(args), ..container() };
+        let spec = ContainerSpec {
+            command: words(command),
+            args: words(args),
+            ..container()
+        };
         command_line(&spec, &entrypoint, &cmd).unwrap()
     };
     assert_eq!(line(&[], &[]), ["/entry", "a", "b"]);
     assert_eq!(line(&[], &["x"]), ["/entry", "x"]);
     assert_eq!(line(&["/cmd"], &[]), ["/cmd"]);
     assert_eq!(line(&["/cmd"], &["x"]), ["/cmd", "x"]);
-    assert!(matches!(command_line(&container(), &[], &[]), Err(Error::Invalid { .. })));
+    assert!(matches!(
+        command_line(&container(), &[], &[]),
+        Err(Error::Invalid { .. })
+    ));
 }
 
 #[test]
 fn the_pods_variables_win_over_the_images() {
     let spec = ContainerSpec {
-        env: vec![("A".into(), "pod".into()), ("A".into(), "last".into()), ("PATH".into(), "/p".into())],
+        env: vec![
+            ("A".into(), "pod".into()),
+            ("A".into(), "last".into()),
+            ("PATH".into(), "/p".into()),
+        ],
         ..container()
     };
     let env = environment(&spec, &words(&["A=image", "B=image"]), "web");
@@ -59,14 +73,31 @@ fn capabilities_are_added_and_dropped_by_name_or_all() {
             drop_capabilities: words(drop),
             ..Security::default()
         };
-        capabilities(&ContainerSpec { security, ..container() }).unwrap()
+        capabilities(&ContainerSpec {
+            security,
+            ..container()
+        })
+        .unwrap()
     };
-    assert_eq!(held(&["net_admin"], &["ALL"]), HashSet::from([Capability::NetAdmin]));
+    assert_eq!(
+        held(&["net_admin"], &["ALL"]),
+        HashSet::from([Capability::NetAdmin])
+    );
     assert!(held(&["ALL"], &["CAP_SYS_ADMIN"]).len() == 40);
     assert!(!held(&[], &["NET_RAW"]).contains(&Capability::NetRaw));
-    let security = Security { add_capabilities: words(&["FLY"]), ..Security::default() };
-    let error = capabilities(&ContainerSpec { security, ..container() }).unwrap_err();
-    assert!(error.to_string().contains("\"FLY\" is no capability"), "{error}");
+    let security = Security {
+        add_capabilities: words(&["FLY"]),
+        ..Security::default()
+    };
+    let error = capabilities(&ContainerSpec {
+        security,
+        ..container()
+    })
+    .unwrap_err();
+    assert!(
+        error.to_string().contains("\"FLY\" is no capability"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -77,10 +108,27 @@ fn a_volume_replaces_what_is_mounted_at_its_place_and_parents_come_first() {
         read_only: false,
         propagation: Propagation::Private,
     };
-    let spec = ContainerSpec { mounts: vec![volume("/a/b"), volume("/a"), volume("/dev/mqueue")], ..container() };
+    let spec = ContainerSpec {
+        mounts: vec![volume("/a/b"), volume("/a"), volume("/dev/mqueue")],
+        ..container()
+    };
     let mounts = mounts(&spec, Path::new("/v")).unwrap();
-    let at = |path: &str| mounts.iter().position(|m| m.destination() == Path::new(path)).unwrap();
+    let at = |path: &str| {
+        mounts
+            .iter()
+            .position(|m| m.destination() == Path::new(path))
+            .unwrap()
+    };
     assert!(at("/a") < at("/a/b"));
-    assert_eq!(mounts.iter().filter(|m| m.destination() == Path::new("/dev/mqueue")).count(), 1);
-    assert_eq!(mounts[at("/a/b")].source().as_deref(), Some(Path::new("/v/0")));
+    assert_eq!(
+        mounts
+            .iter()
+            .filter(|m| m.destination() == Path::new("/dev/mqueue"))
+            .count(),
+        1
+    );
+    assert_eq!(
+        mounts[at("/a/b")].source().as_deref(),
+        Some(Path::new("/v/0"))
+    );
 }

@@ -20,6 +20,8 @@ pub struct PodPaths {
     pub jail: PathBuf,
     /// What the guest sees through virtio-fs.
     pub shared: PathBuf,
+    /// Where a volume is put together before it is moved below `shared`.
+    pub stage: PathBuf,
     pub scratch: PathBuf,
     pub netns_name: String,
     pub netns: PathBuf,
@@ -38,6 +40,7 @@ impl PodPaths {
             vmm_log: dir.join("vmm.log"),
             jail: dir.join("jail"),
             shared: dir.join("shared"),
+            stage: dir.join("stage"),
             scratch: config.root.join("scratch").join(format!("{short}.ext4")),
             netns: config.netns_dir.join(&netns_name),
             netns_name,
@@ -48,7 +51,8 @@ impl PodPaths {
     /// The directory that holds one container's volumes.
     #[must_use]
     pub fn volumes(&self, container: &str) -> PathBuf {
-        self.shared.join(&container[..container.len().min(DIR_ID_DIGITS)])
+        self.shared
+            .join(&container[..container.len().min(DIR_ID_DIGITS)])
     }
 
     /// The same directory as the guest sees it.

@@ -19,7 +19,9 @@ impl Process {
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).ok()?;
         // Looked at after the descriptor is held, so it is of that process.
         let cmdline = fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero())).ok()?;
-        let is_ours = cmdline.split(|&byte| byte == 0).any(|word| word == id.as_bytes());
+        let is_ours = cmdline
+            .split(|&byte| byte == 0)
+            .any(|word| word == id.as_bytes());
         is_ours.then_some(Self { pidfd })
     }
 
@@ -35,7 +37,10 @@ impl Process {
         let wait = move || {
             let timeout = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
             // A process descriptor is readable once the process has ended.
-            poll(&mut [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)], timeout)
+            poll(
+                &mut [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)],
+                timeout,
+            )
         };
         matches!(tokio::task::spawn_blocking(wait).await, Ok(Ok(1)))
     }
@@ -47,7 +52,10 @@ mod tests {
 
     #[tokio::test]
     async fn only_the_pods_own_process_is_taken() {
-        let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let mut child = std::process::Command::new("sleep")
+            .arg("1000")
+            .spawn()
+            .unwrap();
         assert!(Process::open(child.id(), "another-pod").is_none());
         let process = Process::open(child.id(), "1000").unwrap();
         process.kill();

@@ -1,8 +1,7 @@
 //! What is on disk about a pod and its containers.
 //!
 //! A record is written before the step it announces is taken. A daemon that
-//! finds a pod between [`PodPhase::Reserved`] and [`PodPhase::Booted`] undoes
-//! it; every resource's name follows from the id, so the id is enough.
+//! finds a pod [`PodPhase::Reserved`] or [`PodPhase::Starting`] undoes it; every resource's name follows from the id, so the id is enough.
 
 use std::path::PathBuf;
 
@@ -17,10 +16,8 @@ pub enum PodPhase {
     /// The name, id and uid are taken; nothing else may exist yet, anything
     /// may from here on.
     Reserved,
-    /// CNI ADD is about to run.
-    Networked,
-    /// The VMM is about to be spawned.
-    Booted,
+    /// CNI ADD is about to run and the VMM to be spawned, side by side.
+    Starting,
     /// The pod serves.
     Ready,
     /// StopPodSandbox has begun; what is left is being freed.
@@ -86,8 +83,11 @@ pub struct ContainerRecord {
     pub image_id: String,
     /// The image by digest, as the kubelet shows it; else the id.
     pub image_ref: String,
+    /// The image as people name it.
+    pub image_name: String,
     pub phase: ContainerPhase,
-    pub slot: u32,
+    /// The disk slot its image is attached to, until it has ended.
+    pub slot: Option<u32>,
     pub stop_signal: String,
     pub log_file: Option<PathBuf>,
     pub created_at_nanos: i64,

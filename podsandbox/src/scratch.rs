@@ -3,29 +3,37 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 
 use nix::unistd::{Whence, lseek};
 
 use crate::{Error, Result};
 
 fn failed(path: &Path, source: io::Error) -> Error {
-    Error::File { what: "scratch disk", path: path.to_owned(), source }
+    Error::File {
+        what: "scratch disk",
+        path: path.to_owned(),
+        source,
+    }
 }
 
-/// Returns the formatted template for disks of `gib`, made on first use. Two
-/// makers do the same work and the last rename wins.
+/// One template is made at a time, also when many first pods come at once.
+static MAKING: Mutex<()> = Mutex::new(());
+
+/// Returns the formatted template for disks of `gib`, made on first use.
 pub fn template(dir: &Path, gib: u32) -> Result<PathBuf> {
+    let _alone = MAKING.lock().unwrap_or_else(PoisonError::into_inner);
     let path = dir.join(format!("template-{gib}.ext4"));
     if path.exists() {
         return Ok(path);
     }
-    fs::create_dir_all(dir).map_err(|e| failed(dir, e))?;
-    let partial = dir.join(format!("template-{gib}.{}.partial", std::process::id()));
+    let partial = dir.join(format!("template-{gib}.partial"));
     let file = File::create(&partial).map_err(|e| failed(&partial, e))?;
-    file.set_len(u64::from(gib) << 30).map_err(|e| failed(&partial, e))?;
+    file.set_len(u64::from(gib) << 30)
+        .map_err(|e| failed(&partial, e))?;
     // No journal: the disk does not outlive a crash of its pod. No resize
     // inode and lazy tables: fewer blocks to copy for every pod.
     let output = Command::new("mkfs.ext4")
@@ -38,8 +46,12 @@ pub fn template(dir: &Path, gib: u32) -> Result<PathBuf> {
     if !output.status.success() {
         fs::remove_file(&partial).map_err(|e| failed(&partial, e))?;
         let stderr = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-        return Err(Error::Tool { program: "mkfs.ext4", stderr });
+        return Err(Error::Tool {
+            program: "mkfs.ext4",
+            stderr,
+        });
     }
+    file.sync_all().map_err(|e| failed(&partial, e))?;
     fs::rename(&partial, &path).map_err(|e| failed(&path, e))?;
     Ok(path)
 }
@@ -55,7 +67,13 @@ pub fn create(template: &Path, path: &Path) -> Result<File> {
 
 fn copy_sparse(template: &Path, path: &Path) -> io::Result<File> {
     let from = File::open(template)?;
-    let to = File::options().read(true).write(true).create(true).truncate(true).open(path)?;
+    let to = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)?;
     let length = from.metadata()?.len();
     to.set_len(length)?;
     let mut buffer = vec![0; 256 * 1024];
@@ -64,7 +82,9 @@ fn copy_sparse(template: &Path, path: &Path) -> io::Result<File> {
         let end = seek(&from, start, Whence::SeekHole)?.unwrap_or(length);
         offset = start;
         while offset < end {
-            let wanted = usize::try_from(end - offset).unwrap_or(buffer.len()).min(buffer.len());
+            let wanted = usize::try_from(end - offset)
+                .unwrap_or(buffer.len())
+                .min(buffer.len());
             let read = from.read_at(&mut buffer[..wanted], offset)?;
             if read == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
@@ -124,10 +144,22 @@ mod tests {
         let template = template(dir.path(), 10).unwrap();
         let disk = dir.path().join("disk");
         create(&template, &disk).unwrap();
-        let check = Command::new("fsck.ext4").arg("-fn").arg(&disk).output().unwrap();
-        assert!(check.status.success(), "{}", String::from_utf8_lossy(&check.stdout));
+        let check = Command::new("fsck.ext4")
+            .arg("-fn")
+            .arg(&disk)
+            .output()
+            .unwrap();
+        assert!(
+            check.status.success(),
+            "{}",
+            String::from_utf8_lossy(&check.stdout)
+        );
         let metadata = fs::metadata(&disk).unwrap();
         assert_eq!(metadata.len(), 10 << 30);
-        assert!(metadata.blocks() * 512 < 4 << 20, "{} blocks", metadata.blocks());
+        assert!(
+            metadata.blocks() * 512 < 4 << 20,
+            "{} blocks",
+            metadata.blocks()
+        );
     }
 }

@@ -18,24 +18,71 @@ const REFUSED: [(Option<Capability>, &[&str]); 9] = [
     (
         None,
         &[
-            "add_key", "keyctl", "request_key", "io_uring_enter", "io_uring_register",
-            "io_uring_setup", "userfaultfd", "uselib", "ustat", "sysfs", "vserver", "nfsservctl",
-            "get_kernel_syms", "query_module", "create_module", "vm86", "vm86old",
+            "add_key",
+            "keyctl",
+            "request_key",
+            "io_uring_enter",
+            "io_uring_register",
+            "io_uring_setup",
+            "userfaultfd",
+            "uselib",
+            "ustat",
+            "sysfs",
+            "vserver",
+            "nfsservctl",
+            "get_kernel_syms",
+            "query_module",
+            "create_module",
+            "vm86",
+            "vm86old",
         ],
     ),
     (
         Some(Capability::SysAdmin),
         &[
-            "mount", "umount", "umount2", "mount_setattr", "move_mount", "open_tree", "fsconfig",
-            "fsmount", "fsopen", "fspick", "pivot_root", "setns", "unshare", "sethostname",
-            "setdomainname", "quotactl", "quotactl_fd", "swapon", "swapoff", "lookup_dcookie",
+            "mount",
+            "umount",
+            "umount2",
+            "mount_setattr",
+            "move_mount",
+            "open_tree",
+            "fsconfig",
+            "fsmount",
+            "fsopen",
+            "fspick",
+            "pivot_root",
+            "setns",
+            "unshare",
+            "sethostname",
+            "setdomainname",
+            "quotactl",
+            "quotactl_fd",
+            "swapon",
+            "swapoff",
+            "lookup_dcookie",
         ],
     ),
     (Some(Capability::Bpf), &["bpf"]),
     (Some(Capability::Perfmon), &["perf_event_open"]),
-    (Some(Capability::SysBoot), &["reboot", "kexec_load", "kexec_file_load"]),
-    (Some(Capability::SysModule), &["init_module", "finit_module", "delete_module"]),
-    (Some(Capability::SysTime), &["settimeofday", "stime", "clock_settime", "clock_settime64", "adjtimex", "clock_adjtime"]),
+    (
+        Some(Capability::SysBoot),
+        &["reboot", "kexec_load", "kexec_file_load"],
+    ),
+    (
+        Some(Capability::SysModule),
+        &["init_module", "finit_module", "delete_module"],
+    ),
+    (
+        Some(Capability::SysTime),
+        &[
+            "settimeofday",
+            "stime",
+            "clock_settime",
+            "clock_settime64",
+            "adjtimex",
+            "clock_adjtime",
+        ],
+    ),
     (Some(Capability::DacReadSearch), &["open_by_handle_at"]),
     (Some(Capability::SysRawio), &["iopl", "ioperm"]),
 ];
@@ -69,7 +116,13 @@ mod tests {
     fn a_capability_brings_its_calls_back() {
         let refused = |held: &HashSet<Capability>| {
             let profile = runtime_default(held).unwrap();
-            profile.syscalls().clone().unwrap().iter().flat_map(|s| s.names().clone()).collect::<HashSet<_>>()
+            profile
+                .syscalls()
+                .clone()
+                .unwrap()
+                .iter()
+                .flat_map(|s| s.names().clone())
+                .collect::<HashSet<_>>()
         };
         let none = refused(&HashSet::new());
         assert!(none.contains("mount") && none.contains("keyctl") && none.contains("bpf"));

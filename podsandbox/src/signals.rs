@@ -21,12 +21,19 @@ pub fn parse(name: &str) -> Option<u32> {
     if let Some(rest) = short.strip_prefix("RTMAX") {
         return real_time(SIGRTMAX, rest);
     }
-    Signal::from_str(&format!("SIG{short}")).ok().and_then(|signal| u32::try_from(signal as i32).ok())
+    Signal::from_str(&format!("SIG{short}"))
+        .ok()
+        .and_then(|signal| u32::try_from(signal as i32).ok())
 }
 
 fn real_time(base: u32, offset: &str) -> Option<u32> {
-    let offset: i32 = if offset.is_empty() { 0 } else { offset.parse().ok()? };
-    base.checked_add_signed(offset).filter(|n| (SIGRTMIN..=SIGRTMAX).contains(n))
+    let offset: i32 = if offset.is_empty() {
+        0
+    } else {
+        offset.parse().ok()?
+    };
+    base.checked_add_signed(offset)
+        .filter(|n| (SIGRTMIN..=SIGRTMAX).contains(n))
 }
 
 #[cfg(test)]

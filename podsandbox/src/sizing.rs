@@ -30,12 +30,17 @@ pub fn size(
         Some(limit) => {
             let own = overhead
                 .memory_limit_bytes
-                .map_or(runtime.guest_overhead_mib, |bytes| mib(bytes).max(runtime.guest_overhead_mib));
+                .map_or(runtime.guest_overhead_mib, |bytes| {
+                    mib(bytes).max(runtime.guest_overhead_mib)
+                });
             mib(limit).saturating_add(own)
         }
         None => runtime.default_memory_mib,
     };
-    let vcpus = match (resources.cpu_quota_us, resources.cpu_period_us.unwrap_or(100_000)) {
+    let vcpus = match (
+        resources.cpu_quota_us,
+        resources.cpu_period_us.unwrap_or(100_000),
+    ) {
         (Some(quota), period) if period > 0 => {
             u32::try_from(quota.div_ceil(period)).unwrap_or(MAX_VCPUS)
         }
@@ -70,7 +75,13 @@ mod tests {
         let runtime = RuntimeConfig::default();
         let none = Resources::default();
         let size = size(&runtime, &none, &none, 16, 32);
-        assert_eq!(size, VmSize { vcpus: 1, memory_mib: 512 });
+        assert_eq!(
+            size,
+            VmSize {
+                vcpus: 1,
+                memory_mib: 512
+            }
+        );
     }
 
     #[test]

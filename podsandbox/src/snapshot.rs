@@ -22,8 +22,7 @@ impl PodSnapshot {
     /// been promised to anyone.
     #[must_use]
     pub fn is_listed(&self) -> bool {
-        !self.gone
-            && !matches!(self.pod.phase, PodPhase::Reserved | PodPhase::Networked | PodPhase::Booted)
+        !self.gone && !matches!(self.pod.phase, PodPhase::Reserved | PodPhase::Starting)
     }
 
     /// SANDBOX_READY of CRI.

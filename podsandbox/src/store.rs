@@ -13,15 +13,35 @@ const CONTAINERS: TableDefinition<&str, &[u8]> = TableDefinition::new("container
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     #[error("cannot open {path:?}")]
-    Open { path: PathBuf, #[source] source: Box<redb::Error> },
+    Open {
+        path: PathBuf,
+        #[source]
+        source: Box<redb::Error>,
+    },
     #[error("transaction failed")]
     Transaction(#[source] Box<redb::Error>),
     #[error("record {id} is not readable: {source}")]
-    Decode { id: String, source: serde_json::Error },
+    Decode {
+        id: String,
+        source: serde_json::Error,
+    },
     #[error("record {id} cannot be encoded: {source}")]
-    Encode { id: String, source: serde_json::Error },
+    Encode {
+        id: String,
+        source: serde_json::Error,
+    },
     #[error("the writer task ended")]
     WriterGone,
+}
+
+impl StoreError {
+    /// Whether the disk has no room left.
+    pub fn is_full(&self) -> bool {
+        let (Self::Open { source, .. } | Self::Transaction(source)) = self else {
+            return false;
+        };
+        matches!(source.as_ref(), redb::Error::Io(error) if error.kind() == std::io::ErrorKind::StorageFull)
+    }
 }
 
 fn db(error: impl Into<redb::Error>) -> StoreError {
@@ -42,13 +62,18 @@ pub struct Found {
 
 impl Store {
     pub fn open(path: &Path) -> Result<Self, StoreError> {
-        let open = |source: redb::Error| StoreError::Open { path: path.to_owned(), source: Box::new(source) };
+        let open = |source: redb::Error| StoreError::Open {
+            path: path.to_owned(),
+            source: Box::new(source),
+        };
         let database = Database::create(path).map_err(|e| open(e.into()))?;
         let write = database.begin_write().map_err(|e| open(e.into()))?;
         write.open_table(PODS).map_err(|e| open(e.into()))?;
         write.open_table(CONTAINERS).map_err(|e| open(e.into()))?;
         write.commit().map_err(|e| open(e.into()))?;
-        Ok(Self { database: Arc::new(database) })
+        Ok(Self {
+            database: Arc::new(database),
+        })
     }
 
     pub async fn put_pod(&self, record: &PodRecord) -> Result<(), StoreError> {
@@ -69,7 +94,10 @@ impl Store {
 
     pub fn load(&self) -> Result<Found, StoreError> {
         let read = self.database.begin_read().map_err(db)?;
-        Ok(Found { pods: all(&read, PODS)?, containers: all(&read, CONTAINERS)? })
+        Ok(Found {
+            pods: all(&read, PODS)?,
+            containers: all(&read, CONTAINERS)?,
+        })
     }
 
     async fn put(
@@ -78,8 +106,10 @@ impl Store {
         id: &str,
         record: &impl serde::Serialize,
     ) -> Result<(), StoreError> {
-        let bytes = serde_json::to_vec(record)
-            .map_err(|source| StoreError::Encode { id: id.to_owned(), source })?;
+        let bytes = serde_json::to_vec(record).map_err(|source| StoreError::Encode {
+            id: id.to_owned(),
+            source,
+        })?;
         let id = id.to_owned();
         self.write(move |transaction| {
             let mut table = transaction.open_table(table).map_err(db)?;
@@ -126,10 +156,12 @@ fn all<T: serde::de::DeserializeOwned>(
     let mut records = Vec::new();
     for entry in table.iter().map_err(db)? {
         let (id, bytes) = entry.map_err(db)?;
-        records.push(
-            serde_json::from_slice(bytes.value())
-                .map_err(|source| StoreError::Decode { id: id.value().to_owned(), source })?,
-        );
+        records.push(serde_json::from_slice(bytes.value()).map_err(|source| {
+            StoreError::Decode {
+                id: id.value().to_owned(),
+                source,
+            }
+        })?);
     }
     Ok(records)
 }

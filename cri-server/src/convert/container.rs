@@ -4,9 +4,7 @@ use std::path::{Component, PathBuf};
 
 use k8s_cri::v1;
 use podsandbox::record::{ContainerPhase, ContainerRecord};
-use podsandbox::spec::{
-    ContainerName, ContainerSpec, Mount, Propagation, Seccomp, Security, User,
-};
+use podsandbox::spec::{ContainerName, ContainerSpec, Mount, Propagation, Seccomp, Security, User};
 use tonic::Status;
 
 use super::{invalid, required, resources, unsupported};
@@ -34,21 +32,35 @@ pub fn parse(config: v1::ContainerConfig) -> Result<ContainerSpec, Status> {
         .into_iter()
         .map(|pair| {
             if pair.key.is_empty() || pair.key.contains(['=', '\0']) || pair.value.contains('\0') {
-                return Err(invalid("config.envs", format_args!("{:?} is no variable name", pair.key)));
+                return Err(invalid(
+                    "config.envs",
+                    format_args!("{:?} is no variable name", pair.key),
+                ));
             }
             Ok((pair.key, pair.value))
         })
         .collect::<Result<_, _>>()?;
-    let user_image = if image.user_specified_image.is_empty() { &image.image } else { &image.user_specified_image };
+    let user_image = if image.user_specified_image.is_empty() {
+        &image.image
+    } else {
+        &image.user_specified_image
+    };
     Ok(ContainerSpec {
-        name: ContainerName { name: metadata.name, attempt: metadata.attempt },
+        name: ContainerName {
+            name: metadata.name,
+            attempt: metadata.attempt,
+        },
         user_image: user_image.clone(),
         image: image.image,
         command: config.command,
         args: config.args,
         working_dir: config.working_dir,
         env,
-        mounts: config.mounts.into_iter().map(mount).collect::<Result<_, _>>()?,
+        mounts: config
+            .mounts
+            .into_iter()
+            .map(mount)
+            .collect::<Result<_, _>>()?,
         labels: config.labels.into_iter().collect(),
         annotations: config.annotations.into_iter().collect(),
         log_path: log_path(&config.log_path)?,
@@ -57,7 +69,10 @@ pub fn parse(config: v1::ContainerConfig) -> Result<ContainerSpec, Status> {
         tty: config.tty,
         user: user(&context)?,
         security: security(&context)?,
-        resources: resources::parse("config.linux.resources", &linux.resources.unwrap_or_default())?,
+        resources: resources::parse(
+            "config.linux.resources",
+            &linux.resources.unwrap_or_default(),
+        )?,
     })
 }
 
@@ -67,8 +82,14 @@ fn log_path(path: &str) -> Result<Option<PathBuf>, Status> {
         return Ok(None);
     }
     let path = PathBuf::from(path);
-    if path.components().any(|part| !matches!(part, Component::Normal(_) | Component::CurDir)) {
-        return Err(invalid("config.log_path", format_args!("{path:?} leaves the pod's log directory")));
+    if path
+        .components()
+        .any(|part| !matches!(part, Component::Normal(_) | Component::CurDir))
+    {
+        return Err(invalid(
+            "config.log_path",
+            format_args!("{path:?} leaves the pod's log directory"),
+        ));
     }
     Ok(Some(path))
 }
@@ -83,15 +104,34 @@ fn mount(mount: v1::Mount) -> Result<Mount, Status> {
         return Err(unsupported(&field, "an id-mapped mount"));
     }
     if mount.recursive_read_only {
-        return Err(unsupported(&format!("{field}.recursive_read_only"), "a recursively read-only mount"));
+        return Err(unsupported(
+            &format!("{field}.recursive_read_only"),
+            "a recursively read-only mount",
+        ));
     }
     let container_path = PathBuf::from(&mount.container_path);
-    if !container_path.is_absolute() || container_path.components().any(|part| part == Component::ParentDir) {
-        return Err(invalid(&format!("{field}.container_path"), "is not an absolute path without '..'"));
+    if !container_path.is_absolute()
+        || container_path
+            .components()
+            .any(|part| part == Component::ParentDir)
+    {
+        return Err(invalid(
+            &format!("{field}.container_path"),
+            "is not an absolute path without '..'",
+        ));
+    }
+    if container_path.components().count() == 1 {
+        return Err(invalid(
+            &format!("{field}.container_path"),
+            "is the container's root",
+        ));
     }
     let host_path = PathBuf::from(&mount.host_path);
     if !host_path.is_absolute() {
-        return Err(invalid(&format!("{field}.host_path"), format_args!("{host_path:?} is not an absolute path")));
+        return Err(invalid(
+            &format!("{field}.host_path"),
+            format_args!("{host_path:?} is not an absolute path"),
+        ));
     }
     Ok(Mount {
         host_path,
@@ -108,9 +148,9 @@ fn mount(mount: v1::Mount) -> Result<Mount, Status> {
 fn user(context: &v1::LinuxContainerSecurityContext) -> Result<User, Status> {
     let field = "config.linux.security_context";
     let id = |name: &str, value: &Option<v1::Int64Value>| match value {
-        Some(v1::Int64Value { value }) if !(0..=i64::from(u32::MAX)).contains(value) => {
-            Err(invalid(&format!("{field}.{name}"), format_args!("{value} is no id")))
-        }
+        Some(v1::Int64Value { value }) if !(0..=i64::from(u32::MAX)).contains(value) => Err(
+            invalid(&format!("{field}.{name}"), format_args!("{value} is no id")),
+        ),
         other => Ok(other.as_ref().map(|v| v.value)),
     };
     let uid = id("run_as_user", &context.run_as_user)?;
@@ -119,6 +159,16 @@ fn user(context: &v1::LinuxContainerSecurityContext) -> Result<User, Status> {
         return Err(invalid(
             &format!("{field}.run_as_group"),
             "is set without run_as_user or run_as_username",
+        ));
+    }
+    if let Some(gid) = context
+        .supplemental_groups
+        .iter()
+        .find(|gid| !(0..=i64::from(u32::MAX)).contains(*gid))
+    {
+        return Err(invalid(
+            &format!("{field}.supplemental_groups"),
+            format_args!("{gid} is no id"),
         ));
     }
     Ok(User {
@@ -147,16 +197,37 @@ fn security(context: &v1::LinuxContainerSecurityContext) -> Result<Security, Sta
             }
         }
     };
-    let seccomp = match context.seccomp.as_ref().map(v1::SecurityProfile::profile_type) {
+    let seccomp = match context
+        .seccomp
+        .as_ref()
+        .map(v1::SecurityProfile::profile_type)
+    {
         None | Some(v1::security_profile::ProfileType::Unconfined) => Seccomp::Unconfined,
         Some(v1::security_profile::ProfileType::RuntimeDefault) => Seccomp::RuntimeDefault,
         Some(v1::security_profile::ProfileType::Localhost) => {
-            return Err(unsupported(&format!("{field}.seccomp"), "a Localhost profile"));
+            return Err(unsupported(
+                &format!("{field}.seccomp"),
+                "a Localhost profile",
+            ));
         }
     };
+    let localhost = v1::security_profile::ProfileType::Localhost;
+    if context
+        .apparmor
+        .as_ref()
+        .is_some_and(|profile| profile.profile_type() == localhost)
+    {
+        return Err(unsupported(
+            &format!("{field}.apparmor"),
+            "a Localhost profile",
+        ));
+    }
     let capabilities = context.capabilities.clone().unwrap_or_default();
     if !capabilities.add_ambient_capabilities.is_empty() {
-        return Err(unsupported(&format!("{field}.capabilities"), "an ambient capability"));
+        return Err(unsupported(
+            &format!("{field}.capabilities"),
+            "an ambient capability",
+        ));
     }
     Ok(Security {
         privileged: context.privileged,
@@ -175,14 +246,16 @@ pub fn state(container: &ContainerRecord) -> v1::ContainerState {
     match container.phase {
         ContainerPhase::Creating | ContainerPhase::Created => v1::ContainerState::ContainerCreated,
         ContainerPhase::Running => v1::ContainerState::ContainerRunning,
-        ContainerPhase::Exited => v1::ContainerState::ContainerExited,
-        ContainerPhase::Removing => v1::ContainerState::ContainerUnknown,
+        ContainerPhase::Exited | ContainerPhase::Removing => v1::ContainerState::ContainerExited,
     }
 }
 
 pub fn metadata(container: &ContainerRecord) -> v1::ContainerMetadata {
     let name = &container.spec.name;
-    v1::ContainerMetadata { name: name.name.clone(), attempt: name.attempt }
+    v1::ContainerMetadata {
+        name: name.name.clone(),
+        attempt: name.attempt,
+    }
 }
 
 fn image(container: &ContainerRecord) -> v1::ImageSpec {
@@ -218,14 +291,23 @@ pub fn status(container: &ContainerRecord) -> v1::ContainerStatus {
         started_at: container.started_at_nanos,
         finished_at: exit.map_or(0, |exit| exit.finished_at_nanos),
         exit_code: exit.map_or(0, |exit| exit.code),
-        image: Some(image(container)),
+        image: Some(v1::ImageSpec {
+            image: container.image_name.clone(),
+            ..image(container)
+        }),
         image_ref: container.image_ref.clone(),
-        reason: exit.map(|exit| exit.reason.as_str().to_owned()).unwrap_or_default(),
+        reason: exit
+            .map(|exit| exit.reason.as_str().to_owned())
+            .unwrap_or_default(),
         message: exit.map(|exit| exit.message.clone()).unwrap_or_default(),
         labels: container.spec.labels.clone().into_iter().collect(),
         annotations: container.spec.annotations.clone().into_iter().collect(),
         mounts: container.spec.mounts.iter().map(show_mount).collect(),
-        log_path: container.log_file.as_ref().map(|p| p.to_string_lossy().into_owned()).unwrap_or_default(),
+        log_path: container
+            .log_file
+            .as_ref()
+            .map(|p| p.to_string_lossy().into_owned())
+            .unwrap_or_default(),
         resources: Some(v1::ContainerResources {
             linux: Some(resources::show(&container.spec.resources)),
             windows: None,
@@ -235,7 +317,11 @@ pub fn status(container: &ContainerRecord) -> v1::ContainerStatus {
             linux: Some(v1::LinuxContainerUser {
                 uid: user.uid.into(),
                 gid: user.gid.into(),
-                supplemental_groups: user.supplemental_groups.iter().map(|&gid| gid.into()).collect(),
+                supplemental_groups: user
+                    .supplemental_groups
+                    .iter()
+                    .map(|&gid| gid.into())
+                    .collect(),
             }),
         }),
     }
@@ -261,8 +347,14 @@ mod tests {
 
     fn config() -> v1::ContainerConfig {
         v1::ContainerConfig {
-            metadata: Some(v1::ContainerMetadata { name: "c".into(), attempt: 1 }),
-            image: Some(v1::ImageSpec { image: "busybox".into(), ..Default::default() }),
+            metadata: Some(v1::ContainerMetadata {
+                name: "c".into(),
+                attempt: 1,
+            }),
+            image: Some(v1::ImageSpec {
+                image: "busybox".into(),
+                ..Default::default()
+            }),
             ..v1::ContainerConfig::default()
         }
     }
@@ -270,17 +362,31 @@ mod tests {
     #[test]
     fn a_log_path_cannot_leave_its_directory() {
         for path in ["../x", "a/../../x", "/etc/passwd"] {
-            let refused = parse(v1::ContainerConfig { log_path: path.into(), ..config() }).unwrap_err();
+            let refused = parse(v1::ContainerConfig {
+                log_path: path.into(),
+                ..config()
+            })
+            .unwrap_err();
             assert!(refused.message().starts_with("config.log_path"), "{path}");
         }
-        let taken = parse(v1::ContainerConfig { log_path: "c/1.log".into(), ..config() }).unwrap();
+        let taken = parse(v1::ContainerConfig {
+            log_path: "c/1.log".into(),
+            ..config()
+        })
+        .unwrap();
         assert_eq!(taken.log_path, Some(PathBuf::from("c/1.log")));
     }
 
     #[test]
     fn what_is_not_supported_is_refused_not_ignored() {
-        let device = v1::ContainerConfig { devices: vec![v1::Device::default()], ..config() };
-        assert_eq!(parse(device).unwrap_err().code(), tonic::Code::Unimplemented);
+        let device = v1::ContainerConfig {
+            devices: vec![v1::Device::default()],
+            ..config()
+        };
+        assert_eq!(
+            parse(device).unwrap_err().code(),
+            tonic::Code::Unimplemented
+        );
     }
 
     #[test]
@@ -293,6 +399,11 @@ mod tests {
             }),
             resources: None,
         });
-        assert!(parse(config).unwrap_err().message().contains("run_as_group"));
+        assert!(
+            parse(config)
+                .unwrap_err()
+                .message()
+                .contains("run_as_group")
+        );
     }
 }

@@ -8,23 +8,34 @@ use podsandbox::record::ContainerRecord;
 
 /// Every label asked for is there with that value.
 pub fn labels_match(labels: &BTreeMap<String, String>, wanted: &HashMap<String, String>) -> bool {
-    wanted.iter().all(|(name, value)| labels.get(name) == Some(value))
+    wanted
+        .iter()
+        .all(|(name, value)| labels.get(name) == Some(value))
 }
 
 pub fn pod_matches(pod: &PodSnapshot, filter: &v1::PodSandboxFilter) -> bool {
     pod.pod.id.starts_with(&filter.id)
-        && filter.state.as_ref().is_none_or(|state| state.state() == super::pod::state(pod))
+        && filter
+            .state
+            .as_ref()
+            .is_none_or(|state| state.state() == super::pod::state(pod))
         && labels_match(&pod.pod.spec.labels, &filter.label_selector)
 }
 
 pub fn container_matches(container: &ContainerRecord, filter: &v1::ContainerFilter) -> bool {
     container.id.starts_with(&filter.id)
         && container.pod_id.starts_with(&filter.pod_sandbox_id)
-        && filter.state.as_ref().is_none_or(|state| state.state() == super::container::state(container))
+        && filter
+            .state
+            .as_ref()
+            .is_none_or(|state| state.state() == super::container::state(container))
         && labels_match(&container.spec.labels, &filter.label_selector)
 }
 
-pub fn container_stats_match(container: &ContainerRecord, filter: &v1::ContainerStatsFilter) -> bool {
+pub fn container_stats_match(
+    container: &ContainerRecord,
+    filter: &v1::ContainerStatsFilter,
+) -> bool {
     container.id.starts_with(&filter.id)
         && container.pod_id.starts_with(&filter.pod_sandbox_id)
         && labels_match(&container.spec.labels, &filter.label_selector)

@@ -1,7 +1,7 @@
 //! Pod sandboxes: from `PodSandboxConfig`, to `PodSandbox` and its status.
 
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Component, PathBuf};
 
 use k8s_cri::v1;
 use podsandbox::PodSnapshot;
@@ -29,14 +29,31 @@ pub fn parse(config: v1::PodSandboxConfig, handler: String) -> Result<PodSpec, S
     if let Some(options) = &namespaces {
         refuse_host(options, "config.linux.security_context.namespace_options")?;
     }
-    let hostname = if config.hostname.is_empty() { metadata.name.clone() } else { config.hostname };
+    let hostname = if config.hostname.is_empty() {
+        metadata.name.clone()
+    } else {
+        config.hostname
+    };
     if hostname.len() > MAX_HOSTNAME {
-        return Err(invalid("config.hostname", format_args!("{hostname:?} is longer than {MAX_HOSTNAME} bytes")));
+        return Err(invalid(
+            "config.hostname",
+            format_args!("{hostname:?} is longer than {MAX_HOSTNAME} bytes"),
+        ));
     }
     if config.port_mappings.len() > MAX_PORT_MAPPINGS {
-        return Err(invalid("config.port_mappings", format_args!("more than {MAX_PORT_MAPPINGS}")));
+        return Err(invalid(
+            "config.port_mappings",
+            format_args!("more than {MAX_PORT_MAPPINGS}"),
+        ));
     }
-    let cgroup_parent = (!linux.cgroup_parent.is_empty()).then(|| PathBuf::from(&linux.cgroup_parent));
+    let cgroup_parent = absolute("config.linux.cgroup_parent", &linux.cgroup_parent)?;
+    if cgroup_parent
+        .iter()
+        .flat_map(|path| path.components())
+        .any(|part| part == Component::ParentDir)
+    {
+        return Err(invalid("config.linux.cgroup_parent", "has a '..' in it"));
+    }
     Ok(PodSpec {
         name: PodName {
             name: metadata.name,
@@ -47,26 +64,43 @@ pub fn parse(config: v1::PodSandboxConfig, handler: String) -> Result<PodSpec, S
         handler,
         hostname,
         log_directory: absolute("config.log_directory", &config.log_directory)?,
-        dns: config.dns_config.map(|dns| Dns {
-            servers: dns.servers,
-            searches: dns.searches,
-            options: dns.options,
-        }),
-        port_mappings: config.port_mappings.iter().map(port_mapping).collect::<Result<_, _>>()?,
+        // Empty as a whole means the node's own, as for the field's runtimes.
+        dns: config
+            .dns_config
+            .filter(|dns| *dns != v1::DnsConfig::default())
+            .map(|dns| Dns {
+                servers: dns.servers,
+                searches: dns.searches,
+                options: dns.options,
+            }),
+        port_mappings: config
+            .port_mappings
+            .iter()
+            .map(port_mapping)
+            .collect::<Result<_, _>>()?,
         bandwidth: bandwidth(&config.annotations)?,
         labels: config.labels.into_iter().collect(),
         annotations: config.annotations.into_iter().collect(),
         sysctls: linux.sysctls.into_iter().collect(),
-        share_process_namespace: namespaces.is_some_and(|options| options.pid() == v1::NamespaceMode::Pod),
+        share_process_namespace: namespaces
+            .is_some_and(|options| options.pid() == v1::NamespaceMode::Pod),
         cgroup_parent,
-        resources: resources::parse("config.linux.resources", &linux.resources.unwrap_or_default())?,
+        resources: resources::parse(
+            "config.linux.resources",
+            &linux.resources.unwrap_or_default(),
+        )?,
         overhead: resources::parse("config.linux.overhead", &linux.overhead.unwrap_or_default())?,
     })
 }
 
-/// A microVM has its own kernel: it cannot be in the host's namespaces.
+/// A microVM has its own kernel: it cannot be in the host's namespaces. A user
+/// namespace inside it is not there yet.
 pub fn refuse_host(options: &v1::NamespaceOption, field: &str) -> Result<(), Status> {
-    let modes = [("network", options.network()), ("pid", options.pid()), ("ipc", options.ipc())];
+    let modes = [
+        ("network", options.network()),
+        ("pid", options.pid()),
+        ("ipc", options.ipc()),
+    ];
     for (name, mode) in modes {
         if mode == v1::NamespaceMode::Node {
             return Err(unsupported(
@@ -74,6 +108,16 @@ pub fn refuse_host(options: &v1::NamespaceOption, field: &str) -> Result<(), Sta
                 format_args!("the host's {name} namespace in a pod with its own kernel"),
             ));
         }
+    }
+    if options
+        .userns_options
+        .as_ref()
+        .is_some_and(|userns| userns.mode() == v1::NamespaceMode::Pod)
+    {
+        return Err(unsupported(
+            &format!("{field}.userns_options"),
+            "a user namespace of the pod's own",
+        ));
     }
     Ok(())
 }
@@ -84,7 +128,10 @@ pub fn absolute(field: &str, path: &str) -> Result<Option<PathBuf>, Status> {
     }
     let path = PathBuf::from(path);
     if !path.is_absolute() {
-        return Err(invalid(field, format_args!("{path:?} is not an absolute path")));
+        return Err(invalid(
+            field,
+            format_args!("{path:?} is not an absolute path"),
+        ));
     }
     Ok(Some(path))
 }
@@ -92,7 +139,10 @@ pub fn absolute(field: &str, path: &str) -> Result<Option<PathBuf>, Status> {
 fn port_mapping(mapping: &v1::PortMapping) -> Result<PortMapping, Status> {
     let port = |name: &str, value: i32| {
         u16::try_from(value).map_err(|_| {
-            invalid(&format!("config.port_mappings.{name}"), format_args!("{value} is no port"))
+            invalid(
+                &format!("config.port_mappings.{name}"),
+                format_args!("{value} is no port"),
+            )
         })
     };
     if !mapping.host_ip.is_empty() && mapping.host_ip.parse::<IpAddr>().is_err() {
@@ -115,7 +165,14 @@ fn bandwidth(annotations: &std::collections::HashMap<String, String>) -> Result<
     let rate = |name: &str| {
         annotations
             .get(name)
-            .map(|text| quantity(text).ok_or_else(|| invalid(&format!("annotation {name}"), format_args!("{text:?} is no quantity such as 10M"))))
+            .map(|text| {
+                quantity(text).ok_or_else(|| {
+                    invalid(
+                        &format!("annotation {name}"),
+                        format_args!("{text:?} is no quantity such as 10M"),
+                    )
+                })
+            })
             .transpose()
     };
     Ok(Bandwidth {
@@ -143,7 +200,11 @@ fn quantity(text: &str) -> Option<u64> {
 }
 
 pub fn state(pod: &PodSnapshot) -> v1::PodSandboxState {
-    if pod.is_ready() { v1::PodSandboxState::SandboxReady } else { v1::PodSandboxState::SandboxNotready }
+    if pod.is_ready() {
+        v1::PodSandboxState::SandboxReady
+    } else {
+        v1::PodSandboxState::SandboxNotready
+    }
 }
 
 pub fn metadata(pod: &PodSnapshot) -> v1::PodSandboxMetadata {
@@ -171,7 +232,12 @@ pub fn listed(pod: &PodSnapshot) -> v1::PodSandbox {
 
 pub fn status(pod: &PodSnapshot) -> v1::PodSandboxStatus {
     let spec = &pod.pod.spec;
-    let ips = pod.pod.network.as_ref().map(|network| network.ips.clone()).unwrap_or_default();
+    let ips = pod
+        .pod
+        .network
+        .as_ref()
+        .map(|network| network.ips.clone())
+        .unwrap_or_default();
     let mut ips = if pod.is_ready() { ips } else { Vec::new() }.into_iter();
     v1::PodSandboxStatus {
         id: pod.pod.id.clone(),
@@ -223,17 +289,24 @@ mod tests {
         let refused = |change: fn(&mut v1::PodSandboxConfig)| {
             let mut config = config();
             change(&mut config);
-            parse(config, String::new()).unwrap_err().message().to_owned()
+            parse(config, String::new())
+                .unwrap_err()
+                .message()
+                .to_owned()
         };
         assert!(refused(|c| c.metadata = None).starts_with("config.metadata"));
         assert!(refused(|c| c.log_directory = "logs".into()).starts_with("config.log_directory"));
         assert!(refused(|c| c.hostname = "h".repeat(65)).starts_with("config.hostname"));
         let port = |c: &mut v1::PodSandboxConfig| {
-            c.port_mappings = vec![v1::PortMapping { host_port: 70_000, ..Default::default() }];
+            c.port_mappings = vec![v1::PortMapping {
+                host_port: 70_000,
+                ..Default::default()
+            }];
         };
         assert!(refused(port).contains("70000 is no port"));
         let annotation = |c: &mut v1::PodSandboxConfig| {
-            c.annotations.insert("kubernetes.io/ingress-bandwidth".into(), "fast".into());
+            c.annotations
+                .insert("kubernetes.io/ingress-bandwidth".into(), "fast".into());
         };
         assert!(refused(annotation).contains("\"fast\" is no quantity"));
     }

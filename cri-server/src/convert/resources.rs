@@ -10,16 +10,22 @@ pub fn parse(field: &str, resources: &v1::LinuxContainerResources) -> Result<Res
     let positive = |name: &str, value: i64| match value {
         // CFS quota -1 is "no limit", which is what not setting it means.
         0 | -1 => Ok(None),
-        value => u64::try_from(value)
-            .map(Some)
-            .map_err(|_| invalid(&format!("{field}.{name}"), format_args!("{value} is negative"))),
+        value => u64::try_from(value).map(Some).map_err(|_| {
+            invalid(
+                &format!("{field}.{name}"),
+                format_args!("{value} is negative"),
+            )
+        }),
     };
     Ok(Resources {
         cpu_period_us: positive("cpu_period", resources.cpu_period)?,
         cpu_quota_us: positive("cpu_quota", resources.cpu_quota)?,
         cpu_shares: positive("cpu_shares", resources.cpu_shares)?,
         memory_limit_bytes: positive("memory_limit_in_bytes", resources.memory_limit_in_bytes)?,
-        memory_swap_limit_bytes: positive("memory_swap_limit_in_bytes", resources.memory_swap_limit_in_bytes)?,
+        memory_swap_limit_bytes: positive(
+            "memory_swap_limit_in_bytes",
+            resources.memory_swap_limit_in_bytes,
+        )?,
         oom_score_adj: i32::try_from(resources.oom_score_adj.clamp(-1000, 1000)).unwrap_or(0),
         cpuset_cpus: resources.cpuset_cpus.clone(),
         cpuset_mems: resources.cpuset_mems.clone(),

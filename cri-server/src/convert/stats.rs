@@ -4,13 +4,22 @@ use k8s_cri::v1;
 use podsandbox::record::ContainerRecord;
 use podsandbox::{ContainerStats, PodSnapshot, StatsResponse};
 
+/// The guest can claim any number; a pod has one, and what its containers add.
+const MAX_INTERFACES: usize = 16;
+/// `IFNAMSIZ` less the null byte.
+const MAX_NAME: usize = 15;
+
 fn value(value: u64) -> Option<v1::UInt64Value> {
     Some(v1::UInt64Value { value })
 }
 
 fn cpu(timestamp: i64, nanos: u64) -> v1::CpuUsage {
     // The rate is left to the kubelet, which computes it between samples.
-    v1::CpuUsage { timestamp, usage_core_nano_seconds: value(nanos), usage_nano_cores: None }
+    v1::CpuUsage {
+        timestamp,
+        usage_core_nano_seconds: value(nanos),
+        usage_nano_cores: None,
+    }
 }
 
 pub fn attributes(container: &ContainerRecord) -> v1::ContainerAttributes {
@@ -37,10 +46,11 @@ pub fn container(
         memory: Some(v1::MemoryUsage {
             timestamp,
             working_set_bytes: value(of.memory_working_set_bytes),
-            available_bytes: (of.memory_limit_bytes > 0)
-                .then(|| v1::UInt64Value {
-                    value: of.memory_limit_bytes.saturating_sub(of.memory_working_set_bytes),
-                }),
+            available_bytes: (of.memory_limit_bytes > 0).then(|| v1::UInt64Value {
+                value: of
+                    .memory_limit_bytes
+                    .saturating_sub(of.memory_working_set_bytes),
+            }),
             usage_bytes: value(of.memory_usage_bytes),
             rss_bytes: value(of.memory_rss_bytes),
             page_faults: value(of.memory_page_faults),
@@ -48,7 +58,9 @@ pub fn container(
         }),
         writable_layer: Some(v1::FilesystemUsage {
             timestamp,
-            fs_id: Some(v1::FilesystemIdentifier { mountpoint: mountpoint.to_owned() }),
+            fs_id: Some(v1::FilesystemIdentifier {
+                mountpoint: mountpoint.to_owned(),
+            }),
             used_bytes: value(of.fs_used_bytes),
             inodes_used: value(of.fs_inodes_used),
         }),
@@ -60,18 +72,29 @@ pub fn container(
     }
 }
 
-pub fn pod(pod: &PodSnapshot, figures: Option<&StatsResponse>, mountpoint: &str) -> v1::PodSandboxStats {
+pub fn pod(
+    pod: &PodSnapshot,
+    figures: Option<&StatsResponse>,
+    mountpoint: &str,
+) -> v1::PodSandboxStats {
     let spec = &pod.pod.spec;
-    let timestamp = figures.map_or_else(podsandbox::now_nanos, |f| f.time_unix_nanos);
+    let timestamp = podsandbox::now_nanos();
     let guest = figures.and_then(|f| f.guest.clone()).unwrap_or_default();
-    let used = guest.memory_total_bytes.saturating_sub(guest.memory_available_bytes);
-    let mut interfaces = guest.interfaces.iter().map(|i| v1::NetworkInterfaceUsage {
-        name: i.name.clone(),
-        rx_bytes: value(i.rx_bytes),
-        rx_errors: value(i.rx_errors),
-        tx_bytes: value(i.tx_bytes),
-        tx_errors: value(i.tx_errors),
-    });
+    let used = guest
+        .memory_total_bytes
+        .saturating_sub(guest.memory_available_bytes);
+    let mut interfaces =
+        guest
+            .interfaces
+            .iter()
+            .take(MAX_INTERFACES)
+            .map(|i| v1::NetworkInterfaceUsage {
+                name: i.name.chars().take(MAX_NAME).collect(),
+                rx_bytes: value(i.rx_bytes),
+                rx_errors: value(i.rx_errors),
+                tx_bytes: value(i.tx_bytes),
+                tx_errors: value(i.tx_errors),
+            });
     let containers = pod.containers.values().map(|record| {
         let of = figures.and_then(|f| f.containers.iter().find(|c| c.id == record.id));
         container(record, of, timestamp, mountpoint)
@@ -97,7 +120,10 @@ pub fn pod(pod: &PodSnapshot, figures: Option<&StatsResponse>, mountpoint: &str)
                 default_interface: interfaces.next(),
                 interfaces: interfaces.collect(),
             }),
-            process: Some(v1::ProcessUsage { timestamp, process_count: value(guest.process_count) }),
+            process: Some(v1::ProcessUsage {
+                timestamp,
+                process_count: value(guest.process_count),
+            }),
             containers: containers.collect(),
         }),
         windows: None,

@@ -6,8 +6,8 @@ use k8s_cri::v1;
 use tonic::Status;
 
 use super::Runtime;
-use crate::json_info as info;
 use crate::convert::{container, error, filter, invalid, required};
+use crate::json_info as info;
 
 impl Runtime {
     pub(super) async fn create(
@@ -15,8 +15,11 @@ impl Runtime {
         request: v1::CreateContainerRequest,
     ) -> Result<v1::CreateContainerResponse, Status> {
         let spec = container::parse(required("config", request.config)?)?;
-        let container_id =
-            self.pods.create_container(&request.pod_sandbox_id, spec).await.map_err(error::pod)?;
+        let container_id = self
+            .pods
+            .create_container(&request.pod_sandbox_id, spec)
+            .await
+            .map_err(error::pod)?;
         Ok(v1::CreateContainerResponse { container_id })
     }
 
@@ -26,7 +29,10 @@ impl Runtime {
 
     pub(super) async fn stop(&self, request: v1::StopContainerRequest) -> Result<(), Status> {
         let grace = Duration::from_secs(request.timeout.try_into().unwrap_or(0));
-        self.pods.stop_container(&request.container_id, grace).await.map_err(error::pod)
+        self.pods
+            .stop_container(&request.container_id, grace)
+            .await
+            .map_err(error::pod)
     }
 
     pub(super) async fn remove(&self, id: &str) -> Result<(), Status> {
@@ -51,7 +57,10 @@ impl Runtime {
         &self,
         request: &v1::ContainerStatusRequest,
     ) -> Result<v1::ContainerStatusResponse, Status> {
-        let (pod, record) = self.pods.container(&request.container_id).map_err(error::pod)?;
+        let (pod, record) = self
+            .pods
+            .container(&request.container_id)
+            .map_err(error::pod)?;
         let details = || {
             info(serde_json::json!({
                 "sandboxID": pod.pod.id,
@@ -63,7 +72,11 @@ impl Runtime {
         };
         Ok(v1::ContainerStatusResponse {
             status: Some(container::status(&record)),
-            info: if request.verbose { details() } else { Default::default() },
+            info: if request.verbose {
+                details()
+            } else {
+                Default::default()
+            },
         })
     }
 
@@ -71,21 +84,32 @@ impl Runtime {
         self.pods.reopen_log(id).await.map_err(error::pod)
     }
 
-    pub(super) async fn exec(&self, request: v1::ExecSyncRequest) -> Result<v1::ExecSyncResponse, Status> {
+    pub(super) async fn exec(
+        &self,
+        request: v1::ExecSyncRequest,
+    ) -> Result<v1::ExecSyncResponse, Status> {
         if request.cmd.is_empty() {
             return Err(invalid("cmd", "is empty"));
         }
-        let seconds = u64::try_from(request.timeout).map_err(|_| invalid("timeout", "is negative"))?;
+        let seconds =
+            u64::try_from(request.timeout).map_err(|_| invalid("timeout", "is negative"))?;
         let limit = (seconds > 0).then(|| Duration::from_secs(seconds));
         let command = request.cmd.join(" ");
-        let output =
-            self.pods.exec_sync(&request.container_id, request.cmd, limit).await.map_err(error::pod)?;
+        let output = self
+            .pods
+            .exec_sync(&request.container_id, request.cmd, limit)
+            .await
+            .map_err(error::pod)?;
         if output.timed_out {
             return Err(Status::deadline_exceeded(format!(
                 "command {command:?} in container {} timed out after {seconds} s and was killed",
                 request.container_id
             )));
         }
-        Ok(v1::ExecSyncResponse { stdout: output.stdout, stderr: output.stderr, exit_code: output.exit_code })
+        Ok(v1::ExecSyncResponse {
+            stdout: output.stdout,
+            stderr: output.stderr,
+            exit_code: output.exit_code,
+        })
     }
 }

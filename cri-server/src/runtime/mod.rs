@@ -13,7 +13,6 @@ use k8s_cri::v1::runtime_service_server::RuntimeService;
 use podsandbox::PodManager;
 use tonic::{Request, Response, Status};
 
-
 pub struct Runtime {
     pods: PodManager,
 }
@@ -26,9 +25,10 @@ impl Runtime {
 
 type Answer<T> = Result<Response<T>, Status>;
 
-
 fn not_yet<T>(call: &str) -> Answer<T> {
-    Err(Status::unimplemented(format!("{call} is not supported by this version of drupe")))
+    Err(Status::unimplemented(format!(
+        "{call} is not supported by this version of drupe"
+    )))
 }
 
 #[tonic::async_trait]
@@ -38,7 +38,9 @@ impl RuntimeService for Runtime {
     }
 
     async fn status(&self, request: Request<v1::StatusRequest>) -> Answer<v1::StatusResponse> {
-        Ok(Response::new(self.show_status(request.into_inner().verbose)))
+        Ok(Response::new(
+            self.show_status(request.into_inner().verbose),
+        ))
     }
 
     async fn runtime_config(
@@ -60,14 +62,17 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<v1::RunPodSandboxRequest>,
     ) -> Answer<v1::RunPodSandboxResponse> {
-        self.run_sandbox(request.into_inner()).await.map(Response::new)
+        self.run_sandbox(request.into_inner())
+            .await
+            .map(Response::new)
     }
 
     async fn stop_pod_sandbox(
         &self,
         request: Request<v1::StopPodSandboxRequest>,
     ) -> Answer<v1::StopPodSandboxResponse> {
-        self.stop_sandbox(&request.into_inner().pod_sandbox_id).await?;
+        self.stop_sandbox(&request.into_inner().pod_sandbox_id)
+            .await?;
         Ok(Response::new(v1::StopPodSandboxResponse {}))
     }
 
@@ -75,7 +80,8 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<v1::RemovePodSandboxRequest>,
     ) -> Answer<v1::RemovePodSandboxResponse> {
-        self.remove_sandbox(&request.into_inner().pod_sandbox_id).await?;
+        self.remove_sandbox(&request.into_inner().pod_sandbox_id)
+            .await?;
         Ok(Response::new(v1::RemovePodSandboxResponse {}))
     }
 
@@ -83,7 +89,8 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<v1::PodSandboxStatusRequest>,
     ) -> Answer<v1::PodSandboxStatusResponse> {
-        self.sandbox_status(&request.into_inner()).map(Response::new)
+        self.sandbox_status(&request.into_inner())
+            .map(Response::new)
     }
 
     async fn list_pod_sandbox(
@@ -135,7 +142,8 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<v1::ContainerStatusRequest>,
     ) -> Answer<v1::ContainerStatusResponse> {
-        self.show_container(&request.into_inner()).map(Response::new)
+        self.show_container(&request.into_inner())
+            .map(Response::new)
     }
 
     async fn reopen_container_log(
@@ -146,7 +154,10 @@ impl RuntimeService for Runtime {
         Ok(Response::new(v1::ReopenContainerLogResponse {}))
     }
 
-    async fn exec_sync(&self, request: Request<v1::ExecSyncRequest>) -> Answer<v1::ExecSyncResponse> {
+    async fn exec_sync(
+        &self,
+        request: Request<v1::ExecSyncRequest>,
+    ) -> Answer<v1::ExecSyncResponse> {
         self.exec(request.into_inner()).await.map(Response::new)
     }
 
@@ -154,28 +165,36 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<v1::ContainerStatsRequest>,
     ) -> Answer<v1::ContainerStatsResponse> {
-        self.stats_of_container(&request.into_inner().container_id).await.map(Response::new)
+        self.stats_of_container(&request.into_inner().container_id)
+            .await
+            .map(Response::new)
     }
 
     async fn list_container_stats(
         &self,
         request: Request<v1::ListContainerStatsRequest>,
     ) -> Answer<v1::ListContainerStatsResponse> {
-        Ok(Response::new(self.stats_of_containers(request.into_inner().filter).await))
+        Ok(Response::new(
+            self.stats_of_containers(request.into_inner().filter).await,
+        ))
     }
 
     async fn pod_sandbox_stats(
         &self,
         request: Request<v1::PodSandboxStatsRequest>,
     ) -> Answer<v1::PodSandboxStatsResponse> {
-        self.stats_of_pod(&request.into_inner().pod_sandbox_id).await.map(Response::new)
+        self.stats_of_pod(&request.into_inner().pod_sandbox_id)
+            .await
+            .map(Response::new)
     }
 
     async fn list_pod_sandbox_stats(
         &self,
         request: Request<v1::ListPodSandboxStatsRequest>,
     ) -> Answer<v1::ListPodSandboxStatsResponse> {
-        Ok(Response::new(self.stats_of_pods(request.into_inner().filter).await))
+        Ok(Response::new(
+            self.stats_of_pods(request.into_inner().filter).await,
+        ))
     }
 
     async fn update_container_resources(
@@ -193,7 +212,10 @@ impl RuntimeService for Runtime {
         not_yet("Attach")
     }
 
-    async fn port_forward(&self, _: Request<v1::PortForwardRequest>) -> Answer<v1::PortForwardResponse> {
+    async fn port_forward(
+        &self,
+        _: Request<v1::PortForwardRequest>,
+    ) -> Answer<v1::PortForwardResponse> {
         not_yet("PortForward")
     }
 
@@ -204,8 +226,9 @@ impl RuntimeService for Runtime {
         not_yet("CheckpointContainer")
     }
 
-    type GetContainerEventsStream =
-        Pin<Box<dyn tokio_stream::Stream<Item = Result<v1::ContainerEventResponse, Status>> + Send>>;
+    type GetContainerEventsStream = Pin<
+        Box<dyn tokio_stream::Stream<Item = Result<v1::ContainerEventResponse, Status>> + Send>,
+    >;
 
     async fn get_container_events(
         &self,

@@ -4,8 +4,8 @@ use k8s_cri::v1;
 use tonic::Status;
 
 use super::Runtime;
-use crate::json_info as info;
 use crate::convert::{error, filter, pod, required};
+use crate::json_info as info;
 
 impl Runtime {
     pub(super) async fn run_sandbox(
@@ -49,17 +49,30 @@ impl Runtime {
         let statuses = snapshot.containers.values();
         Ok(v1::PodSandboxStatusResponse {
             status: Some(pod::status(&snapshot)),
-            info: if request.verbose { details() } else { Default::default() },
-            containers_statuses: statuses.map(|c| crate::convert::container::status(c)).collect(),
+            info: if request.verbose {
+                details()
+            } else {
+                Default::default()
+            },
+            containers_statuses: statuses
+                .map(|c| crate::convert::container::status(c))
+                .collect(),
             timestamp: podsandbox::now_nanos(),
         })
     }
 
-    pub(super) fn list_sandboxes(&self, request: v1::ListPodSandboxRequest) -> v1::ListPodSandboxResponse {
+    pub(super) fn list_sandboxes(
+        &self,
+        request: v1::ListPodSandboxRequest,
+    ) -> v1::ListPodSandboxResponse {
         let wanted = request.filter.unwrap_or_default();
         let pods = self.pods.list();
         v1::ListPodSandboxResponse {
-            items: pods.iter().filter(|p| filter::pod_matches(p, &wanted)).map(pod::listed).collect(),
+            items: pods
+                .iter()
+                .filter(|p| filter::pod_matches(p, &wanted))
+                .map(pod::listed)
+                .collect(),
         }
     }
 }

@@ -26,7 +26,9 @@ pub fn version() -> v1::VersionResponse {
 /// The kubelet makes the pods' control groups itself, by cgroupfs paths.
 pub fn runtime_config() -> v1::RuntimeConfigResponse {
     v1::RuntimeConfigResponse {
-        linux: Some(v1::LinuxRuntimeConfiguration { cgroup_driver: v1::CgroupDriver::Cgroupfs.into() }),
+        linux: Some(v1::LinuxRuntimeConfiguration {
+            cgroup_driver: v1::CgroupDriver::Cgroupfs.into(),
+        }),
     }
 }
 
@@ -34,8 +36,14 @@ pub fn runtime_config() -> v1::RuntimeConfigResponse {
 /// the network plugin writes; the CIDR is checked and otherwise not needed.
 pub fn update_runtime_config(request: &v1::UpdateRuntimeConfigRequest) -> Result<(), Status> {
     let config = request.runtime_config.as_ref();
-    let cidrs = config.and_then(|c| c.network_config.as_ref()).map(|n| n.pod_cidr.as_str());
-    for cidr in cidrs.unwrap_or_default().split(',').filter(|cidr| !cidr.is_empty()) {
+    let cidrs = config
+        .and_then(|c| c.network_config.as_ref())
+        .map(|n| n.pod_cidr.as_str());
+    for cidr in cidrs
+        .unwrap_or_default()
+        .split(',')
+        .filter(|cidr| !cidr.is_empty())
+    {
         let valid = cidr.split_once('/').is_some_and(|(ip, length)| {
             let max = match ip.parse::<IpAddr>() {
                 Ok(IpAddr::V4(_)) => 32,
@@ -45,7 +53,10 @@ pub fn update_runtime_config(request: &v1::UpdateRuntimeConfigRequest) -> Result
             length.parse::<u8>().is_ok_and(|length| length <= max)
         });
         if !valid {
-            return Err(invalid("runtime_config.network_config.pod_cidr", format_args!("{cidr:?} is no CIDR")));
+            return Err(invalid(
+                "runtime_config.network_config.pod_cidr",
+                format_args!("{cidr:?} is no CIDR"),
+            ));
         }
     }
     Ok(())
@@ -54,19 +65,30 @@ pub fn update_runtime_config(request: &v1::UpdateRuntimeConfigRequest) -> Result
 impl Runtime {
     pub(super) fn show_status(&self, verbose: bool) -> v1::StatusResponse {
         let network = self.pods.network_state();
-        let condition = |kind: &str, state: &Result<(), String>, reason: &str| v1::RuntimeCondition {
-            r#type: kind.to_owned(),
-            status: state.is_ok(),
-            reason: if state.is_ok() { String::new() } else { reason.to_owned() },
-            message: state.as_ref().err().cloned().unwrap_or_default(),
-        };
+        let condition =
+            |kind: &str, state: &Result<(), String>, reason: &str| v1::RuntimeCondition {
+                r#type: kind.to_owned(),
+                status: state.is_ok(),
+                reason: if state.is_ok() {
+                    String::new()
+                } else {
+                    reason.to_owned()
+                },
+                message: state.as_ref().err().cloned().unwrap_or_default(),
+            };
         let config = self.pods.config();
         let mut runtime_handlers: Vec<v1::RuntimeHandler> = config
             .runtimes
             .keys()
-            .map(|name| v1::RuntimeHandler { name: name.clone(), features: Some(features()) })
+            .map(|name| v1::RuntimeHandler {
+                name: name.clone(),
+                features: Some(features()),
+            })
             .collect();
-        runtime_handlers.push(v1::RuntimeHandler { name: String::new(), features: Some(features()) });
+        runtime_handlers.push(v1::RuntimeHandler {
+            name: String::new(),
+            features: Some(features()),
+        });
         let details = || {
             crate::json_info(serde_json::json!({
                 "root": config.root,
@@ -83,15 +105,24 @@ impl Runtime {
                     condition("NetworkReady", &network, "NetworkPluginNotReady"),
                 ],
             }),
-            info: if verbose { details() } else { Default::default() },
+            info: if verbose {
+                details()
+            } else {
+                Default::default()
+            },
             runtime_handlers,
-            features: Some(v1::RuntimeFeatures { supplemental_groups_policy: true }),
+            features: Some(v1::RuntimeFeatures {
+                supplemental_groups_policy: true,
+            }),
         }
     }
 }
 
 fn features() -> v1::RuntimeHandlerFeatures {
-    v1::RuntimeHandlerFeatures { recursive_read_only_mounts: false, user_namespaces: false }
+    v1::RuntimeHandlerFeatures {
+        recursive_read_only_mounts: false,
+        user_namespaces: false,
+    }
 }
 
 #[cfg(test)]
@@ -102,13 +133,20 @@ mod tests {
     fn a_pod_cidr_is_checked() {
         let with = |cidr: &str| v1::UpdateRuntimeConfigRequest {
             runtime_config: Some(v1::RuntimeConfig {
-                network_config: Some(v1::NetworkConfig { pod_cidr: cidr.to_owned() }),
+                network_config: Some(v1::NetworkConfig {
+                    pod_cidr: cidr.to_owned(),
+                }),
             }),
         };
         assert!(update_runtime_config(&with("10.1.0.0/24,fd00::/64")).is_ok());
         assert!(update_runtime_config(&with("")).is_ok());
         for bad in ["10.1.0.0", "10.1.0.0/33", "x/8"] {
-            assert!(update_runtime_config(&with(bad)).unwrap_err().message().contains(bad));
+            assert!(
+                update_runtime_config(&with(bad))
+                    .unwrap_err()
+                    .message()
+                    .contains(bad)
+            );
         }
     }
 }

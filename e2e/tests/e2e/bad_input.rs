@@ -51,7 +51,7 @@ fn an_unknown_image_is_named() -> Result<()> {
     }
     for bad in [
         "",
-        "UPPER/case",
+        "library/UPPER",
         "a b",
         "127.0.0.1:5000/busybox@sha256:short",
     ] {

@@ -268,11 +268,7 @@ fn a_missing_executable_is_a_start_error() -> Result<()> {
         }
         let pod = node.run_pod("commandless")?;
         let container = pod.create(pod.container_config("c", &["/no/such/program", "x"]))?;
-        refused(
-            container.start(),
-            Code::InvalidArgument,
-            &["/no/such/program"],
-        )?;
+        refused(container.start(), Code::NotFound, &["/no/such/program"])?;
         let status = container.status()?;
         assert_eq!(status.state(), ContainerState::ContainerExited);
         assert_eq!(

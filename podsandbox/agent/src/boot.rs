@@ -32,11 +32,20 @@ pub enum BootError {
     #[error("cannot make {path}")]
     Directory { path: String, source: io::Error },
     #[error("cannot mount {what} at {path}")]
-    Mount { what: &'static str, path: String, source: Errno },
+    Mount {
+        what: &'static str,
+        path: String,
+        source: Errno,
+    },
     #[error("cannot leave the initramfs")]
     SwitchRoot(#[source] Errno),
     #[error("cannot enable the cgroup controllers of {path}")]
-    Controllers { path: &'static str, source: io::Error },
+    Controllers {
+        path: &'static str,
+        source: io::Error,
+    },
+    #[error("cannot expedite RCU")]
+    Rcu(#[source] io::Error),
     #[error("cannot raise the limit of open files")]
     Files(#[source] Errno),
     #[error("cannot find the scratch disk")]
@@ -49,6 +58,7 @@ type Result<T> = std::result::Result<T, BootError>;
 pub fn mount_all() -> Result<()> {
     switch_root()?;
     mount_kernel()?;
+    expedite_rcu()?;
     enable_controllers()?;
     setrlimit(Resource::RLIMIT_NOFILE, MAX_FILES, MAX_FILES_HARD).map_err(BootError::Files)?;
     mount_shared()?;
@@ -75,8 +85,18 @@ fn mount_kernel() -> Result<()> {
     let mounts: [(&'static str, &str, MsFlags, &str); 6] = [
         ("proc", "/proc", plain, ""),
         ("sysfs", "/sys", plain, ""),
-        ("devtmpfs", "/dev", MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC, "mode=755"),
-        ("devpts", "/dev/pts", MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC, "mode=620,ptmxmode=666"),
+        (
+            "devtmpfs",
+            "/dev",
+            MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC,
+            "mode=755",
+        ),
+        (
+            "devpts",
+            "/dev/pts",
+            MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC,
+            "mode=620,ptmxmode=666",
+        ),
         ("cgroup2", ROOT, plain, ""),
         ("tmpfs", "/run/drupe/shm", plain, ""),
     ];
@@ -87,26 +107,51 @@ fn mount_kernel() -> Result<()> {
             make_dir(path)?;
         }
         let shm = format!("mode=1777,size={DEFAULT_SHM_BYTES}");
-        let options = if path == "/run/drupe/shm" { shm.as_str() } else { options };
+        let options = if path == "/run/drupe/shm" {
+            shm.as_str()
+        } else {
+            options
+        };
         mount_at(fs, path, fs, flags, options)?;
     }
-    for dir in ["/tmp", ETC_DIR, &PIVOT.to_string_lossy(), SCRATCH, SHARED_DIR] {
+    for dir in [
+        "/tmp",
+        ETC_DIR,
+        &PIVOT.to_string_lossy(),
+        SCRATCH,
+        SHARED_DIR,
+    ] {
         make_dir(dir)?;
     }
     Ok(())
 }
 
+/// Taking things down (mounts, cgroups, devices at power-off) waits for RCU
+/// grace periods, which take tens of milliseconds each in a guest that idles;
+/// expedited ones interrupt the CPUs instead, of which a guest has few.
+fn expedite_rcu() -> Result<()> {
+    match fs::write("/sys/kernel/rcu_expedited", "1") {
+        // A kernel for one CPU has no grace periods to wait for.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result.map_err(BootError::Rcu),
+    }
+}
+
 /// Every controller the kernel has, for the pod's cgroup and for those of its
 /// containers.
 fn enable_controllers() -> Result<()> {
-    fs::create_dir(POD)
-        .map_err(|source| BootError::Directory { path: POD.to_owned(), source })?;
+    fs::create_dir(POD).map_err(|source| BootError::Directory {
+        path: POD.to_owned(),
+        source,
+    })?;
     for path in [ROOT, POD] {
         let failed = |source| BootError::Controllers { path, source };
         let dir = Path::new(path);
         let controllers = fs::read_to_string(dir.join("cgroup.controllers")).map_err(failed)?;
-        let enable: Vec<String> =
-            controllers.split_whitespace().map(|name| format!("+{name}")).collect();
+        let enable: Vec<String> = controllers
+            .split_whitespace()
+            .map(|name| format!("+{name}"))
+            .collect();
         fs::write(dir.join("cgroup.subtree_control"), enable.join(" ")).map_err(failed)?;
     }
     Ok(())
@@ -117,13 +162,18 @@ fn enable_controllers() -> Result<()> {
 fn mount_shared() -> Result<()> {
     // Volumes may hold set-user-ID programs: each container's own mount says.
     mount_at(SHARED_TAG, SHARED_DIR, "virtiofs", MsFlags::empty(), "")?;
-    mount(None::<&str>, SHARED_DIR, None::<&str>, MsFlags::MS_SHARED, None::<&str>).map_err(
-        |source| BootError::Mount {
-            what: "the shared directory as shared",
-            path: SHARED_DIR.to_owned(),
-            source,
-        },
+    mount(
+        None::<&str>,
+        SHARED_DIR,
+        None::<&str>,
+        MsFlags::MS_SHARED,
+        None::<&str>,
     )
+    .map_err(|source| BootError::Mount {
+        what: "the shared directory as shared",
+        path: SHARED_DIR.to_owned(),
+        source,
+    })
 }
 
 fn mount_scratch() -> Result<()> {
@@ -136,21 +186,27 @@ fn mount_scratch() -> Result<()> {
     // The template's inode tables are lazy: writing them out would only make
     // the host's sparse file grow.
     let options = Some("noinit_itable");
-    mount(Some(&device), SCRATCH, Some("ext4"), MsFlags::MS_NOATIME, options).map_err(failed)
+    mount(
+        Some(&device),
+        SCRATCH,
+        Some("ext4"),
+        MsFlags::MS_NOATIME,
+        options,
+    )
+    .map_err(failed)
 }
 
 fn make_dir(path: &str) -> Result<()> {
-    fs::create_dir_all(path)
-        .map_err(|source| BootError::Directory { path: path.to_owned(), source })
+    fs::create_dir_all(path).map_err(|source| BootError::Directory {
+        path: path.to_owned(),
+        source,
+    })
 }
 
-fn mount_at(
-    what: &'static str,
-    path: &str,
-    fs: &str,
-    flags: MsFlags,
-    options: &str,
-) -> Result<()> {
-    mount(Some(what), path, Some(fs), flags, Some(options))
-        .map_err(|source| BootError::Mount { what, path: path.to_owned(), source })
+fn mount_at(what: &'static str, path: &str, fs: &str, flags: MsFlags, options: &str) -> Result<()> {
+    mount(Some(what), path, Some(fs), flags, Some(options)).map_err(|source| BootError::Mount {
+        what,
+        path: path.to_owned(),
+        source,
+    })
 }

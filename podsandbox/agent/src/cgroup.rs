@@ -35,7 +35,11 @@ pub enum CgroupError {
     #[error("cannot create the cgroup {path}")]
     Create { path: PathBuf, source: io::Error },
     #[error("cannot set {file} to {value:?}")]
-    Set { file: String, value: String, source: io::Error },
+    Set {
+        file: String,
+        value: String,
+        source: io::Error,
+    },
     #[error("{file:?} is no name of a cgroup file")]
     Name { file: String },
     #[error("cannot read {path}")]
@@ -57,10 +61,20 @@ pub struct Cgroup {
 
 impl Cgroup {
     pub fn create(path: PathBuf) -> Result<Self, CgroupError> {
-        let failed = |source| CgroupError::Create { path: path.clone(), source };
+        let failed = |source| CgroupError::Create {
+            path: path.clone(),
+            source,
+        };
         fs::create_dir(&path).map_err(failed)?;
-        match OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY).open(&path) {
-            Ok(dir) => Ok(Self { path, dir: dir.into() }),
+        match OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_DIRECTORY)
+            .open(&path)
+        {
+            Ok(dir) => Ok(Self {
+                path,
+                dir: dir.into(),
+            }),
             Err(error) => {
                 // Nothing lives in it yet, and the first error is the cause.
                 let _ = fs::remove_dir(&path);
@@ -162,7 +176,10 @@ impl Cgroup {
 
     /// Kills every process in here and below, and waits for their end.
     pub async fn kill(&self) -> Result<(), CgroupError> {
-        let failed = |source| CgroupError::Kill { path: self.path.clone(), source };
+        let failed = |source| CgroupError::Kill {
+            path: self.path.clone(),
+            source,
+        };
         let events = File::open(self.path.join("cgroup.events")).map_err(failed)?;
         if !populated(&events).map_err(failed)? {
             return Ok(());
@@ -175,7 +192,11 @@ impl Cgroup {
             match timeout_at(deadline, events.ready(Interest::PRIORITY)).await {
                 Ok(Ok(mut ready)) => ready.clear_ready(),
                 Ok(Err(error)) => return Err(failed(error)),
-                Err(_) => return Err(CgroupError::StillAlive { path: self.path.clone() }),
+                Err(_) => {
+                    return Err(CgroupError::StillAlive {
+                        path: self.path.clone(),
+                    });
+                }
             }
         }
         Ok(())
@@ -184,9 +205,10 @@ impl Cgroup {
     /// Kills without waiting.
     pub fn send_kill(&self) -> Result<(), CgroupError> {
         self.write("cgroup.kill", "1").map_err(|error| match error {
-            CgroupError::Set { source, .. } => {
-                CgroupError::Kill { path: self.path.clone(), source }
-            }
+            CgroupError::Set { source, .. } => CgroupError::Kill {
+                path: self.path.clone(),
+                source,
+            },
             other => other,
         })
     }
@@ -194,8 +216,10 @@ impl Cgroup {
     /// Removes the directory and those of ended execs; fails while anything
     /// lives in it.
     pub fn remove(&self) -> Result<(), CgroupError> {
-        remove_tree(&self.path)
-            .map_err(|source| CgroupError::Remove { path: self.path.clone(), source })
+        remove_tree(&self.path).map_err(|source| CgroupError::Remove {
+            path: self.path.clone(),
+            source,
+        })
     }
 
     /// Signals every process in here and below it. Best effort for processes
@@ -208,7 +232,9 @@ impl Cgroup {
         let mut dirs = vec![self.path.clone()];
         while let Some(dir) = dirs.pop() {
             for line in read_file(&dir.join("cgroup.procs"))?.lines() {
-                let Ok(pid) = line.parse::<i32>() else { continue };
+                let Ok(pid) = line.parse::<i32>() else {
+                    continue;
+                };
                 // SAFETY: takes integers only. Pid 0, a process of another
                 // PID namespace, would mean the agent's own group.
                 if pid > 0 && unsafe { libc::kill(pid, signal) } != 0 {
@@ -261,14 +287,23 @@ fn read_file(path: &Path) -> Result<String, CgroupError> {
     let mut text = String::new();
     File::open(path)
         .and_then(|file| file.take(MAX_FILE).read_to_string(&mut text))
-        .map_err(|source| CgroupError::Read { path: path.to_owned(), source })?;
+        .map_err(|source| CgroupError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
     Ok(text)
 }
 
 /// The number of `name` in a flat keyed file; zero when it is not there.
 pub fn field(text: &str, name: &str) -> u64 {
     text.lines()
-        .find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok())
+        .find_map(|line| {
+            line.strip_prefix(name)?
+                .strip_prefix(' ')?
+                .trim()
+                .parse()
+                .ok()
+        })
         .unwrap_or(0)
 }
 
@@ -280,7 +315,10 @@ pub fn guest_cpu_nanos() -> Result<u64, CgroupError> {
 
 /// Tasks in the pod's containers.
 pub fn pod_tasks() -> Result<u64, CgroupError> {
-    Ok(read_file(&Path::new(POD).join("pids.current"))?.trim().parse().unwrap_or(0))
+    Ok(read_file(&Path::new(POD).join("pids.current"))?
+        .trim()
+        .parse()
+        .unwrap_or(0))
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -309,17 +347,39 @@ struct Setting {
 fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, CgroupError> {
     let mut settings = Vec::new();
     let mut set = |file: &str, value: String, optional| {
-        settings.push(Setting { file: file.to_owned(), value, optional });
+        settings.push(Setting {
+            file: file.to_owned(),
+            value,
+            optional,
+        });
     };
-    let limit = |value: i64| if value < 0 { "max".to_owned() } else { value.to_string() };
+    let limit = |value: i64| {
+        if value < 0 {
+            "max".to_owned()
+        } else {
+            value.to_string()
+        }
+    };
     if let Some(memory) = resources.memory() {
         if let Some(bytes) = memory.limit().filter(|&bytes| bytes != 0) {
             set("memory.max", limit(bytes), false);
             // No swap beyond the limit; a guest without swap has no file.
-            set("memory.swap.max", if bytes < 0 { "max" } else { "0" }.to_owned(), true);
+            set(
+                "memory.swap.max",
+                if bytes < 0 { "max" } else { "0" }.to_owned(),
+                true,
+            );
         }
         if let Some(bytes) = memory.reservation().filter(|&bytes| bytes != 0) {
-            set("memory.low", if bytes < 0 { "0".to_owned() } else { bytes.to_string() }, false);
+            set(
+                "memory.low",
+                if bytes < 0 {
+                    "0".to_owned()
+                } else {
+                    bytes.to_string()
+                },
+                false,
+            );
         }
     }
     if let Some(cpu) = resources.cpu() {
@@ -336,7 +396,11 @@ fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, CgroupError> {
             (quota, period) => {
                 let quota = quota.filter(|&quota| quota > 0);
                 let quota = quota.map_or("max".to_owned(), |quota| quota.to_string());
-                set("cpu.max", format!("{quota} {}", period.unwrap_or(100_000)), false);
+                set(
+                    "cpu.max",
+                    format!("{quota} {}", period.unwrap_or(100_000)),
+                    false,
+                );
             }
         }
         for (file, value) in [("cpuset.cpus", cpu.cpus()), ("cpuset.mems", cpu.mems())] {
@@ -370,9 +434,17 @@ fn check_name(file: &str) -> Result<(), CgroupError> {
     let fine = !file.is_empty()
         && file.len() < 128
         && !file.starts_with("cgroup.")
-        && file.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'.' || b == b'_')
+        && file
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b == b'.' || b == b'_')
         && !file.starts_with('.');
-    if fine { Ok(()) } else { Err(CgroupError::Name { file: file.to_owned() }) }
+    if fine {
+        Ok(())
+    } else {
+        Err(CgroupError::Name {
+            file: file.to_owned(),
+        })
+    }
 }
 
 /// `cpu.weight` for OCI's cpu shares: the conversion that the field's runtimes
@@ -404,7 +476,10 @@ mod tests {
     }
 
     fn pairs(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
-        pairs.iter().map(|&(a, b)| (a.to_owned(), b.to_owned())).collect()
+        pairs
+            .iter()
+            .map(|&(a, b)| (a.to_owned(), b.to_owned()))
+            .collect()
     }
 
     #[test]
@@ -442,7 +517,10 @@ mod tests {
         for bad in ["../x", "cgroup.kill", "a/b", ""] {
             let resources: LinuxResources =
                 serde_json::from_value(serde_json::json!({ "unified": { bad: "1" } })).unwrap();
-            assert!(matches!(settings(&resources), Err(CgroupError::Name { .. })), "{bad}");
+            assert!(
+                matches!(settings(&resources), Err(CgroupError::Name { .. })),
+                "{bad}"
+            );
         }
     }
 

@@ -48,14 +48,34 @@ pub enum DiskError {
     Read { path: PathBuf, source: io::Error },
     #[error("{count} layers, more than the {MAX_PARTITIONS} that a disk can be divided into")]
     TooManyLayers { count: usize },
-    #[error("layer {index} (offset {offset}, length {length}) is empty, not aligned to {ALIGNMENT} or out of range")]
-    Range { index: usize, offset: u64, length: u64 },
+    #[error(
+        "layer {index} (offset {offset}, length {length}) is empty, not aligned to {ALIGNMENT} or out of range"
+    )]
+    Range {
+        index: usize,
+        offset: u64,
+        length: u64,
+    },
     #[error("disk {serial} has {actual} bytes, its layers end at {wanted}")]
-    TooSmall { serial: String, actual: u64, wanted: u64 },
+    TooSmall {
+        serial: String,
+        actual: u64,
+        wanted: u64,
+    },
+    #[error("disk {serial} is used by another container")]
+    InUse { serial: String },
     #[error("cannot make partition {number} of {disk}")]
-    Add { disk: String, number: usize, source: io::Error },
+    Add {
+        disk: String,
+        number: usize,
+        source: io::Error,
+    },
     #[error("cannot remove partition {number} of {disk}")]
-    Remove { disk: String, number: usize, source: io::Error },
+    Remove {
+        disk: String,
+        number: usize,
+        source: io::Error,
+    },
 }
 
 /// The block device `name` of the kernel, such as `vdb`.
@@ -72,7 +92,10 @@ impl Disk {
         static SEEN: Mutex<BTreeMap<String, String>> = Mutex::new(BTreeMap::new());
         // The map is whole whatever a holder did.
         let mut seen = SEEN.lock().unwrap_or_else(PoisonError::into_inner);
-        let disk = |name: &String| Self { name: name.clone(), serial: serial.to_owned() };
+        let disk = |name: &String| Self {
+            name: name.clone(),
+            serial: serial.to_owned(),
+        };
         if let Some(name) = seen.get(serial) {
             return Ok(disk(name));
         }
@@ -81,8 +104,8 @@ impl Disk {
                 continue;
             }
             let path = Path::new("/sys/block").join(&name).join("serial");
-            let found = fs::read_to_string(&path)
-                .map_err(|source| DiskError::Read { path, source })?;
+            let found =
+                fs::read_to_string(&path).map_err(|source| DiskError::Read { path, source })?;
             let found = found.trim_end_matches(['\n', '\0']).to_owned();
             let wanted = found == serial;
             seen.insert(found, name.clone());
@@ -90,7 +113,9 @@ impl Disk {
                 return Ok(disk(&name));
             }
         }
-        Err(DiskError::NoDisk { serial: serial.to_owned() })
+        Err(DiskError::NoDisk {
+            serial: serial.to_owned(),
+        })
     }
 
     pub fn device(&self) -> PathBuf {
@@ -117,7 +142,11 @@ impl Disk {
             }
             if Instant::now() >= deadline {
                 let serial = self.serial.clone();
-                return Err(DiskError::TooSmall { serial, actual, wanted });
+                return Err(DiskError::TooSmall {
+                    serial,
+                    actual,
+                    wanted,
+                });
             }
             sleep(ATTACH_INTERVAL).await;
         }
@@ -127,10 +156,17 @@ impl Disk {
 /// The virtio disks in the order in which the VMM has them: vda to vdz, vdaa.
 fn disk_names() -> Result<Vec<String>, DiskError> {
     let dir = Path::new("/sys/block");
-    let failed = |source| DiskError::Read { path: dir.to_owned(), source };
+    let failed = |source| DiskError::Read {
+        path: dir.to_owned(),
+        source,
+    };
     let mut names = Vec::new();
     for entry in fs::read_dir(dir).map_err(failed)? {
-        let name = entry.map_err(failed)?.file_name().to_string_lossy().into_owned();
+        let name = entry
+            .map_err(failed)?
+            .file_name()
+            .to_string_lossy()
+            .into_owned();
         if name.starts_with("vd") {
             names.push(name);
         }
@@ -163,7 +199,11 @@ impl Partitions {
         disk.wait_for(wanted).await?;
         let path = disk.device();
         let file = File::open(&path).map_err(|source| DiskError::Read { path, source })?;
-        let mut partitions = Self { disk, file, count: 0 };
+        let mut partitions = Self {
+            disk,
+            file,
+            count: 0,
+        };
         for range in ranges {
             if let Err(error) = partitions.add(*range) {
                 if let Err(undo) = partitions.remove().await {
@@ -177,10 +217,15 @@ impl Partitions {
 
     fn add(&mut self, range: Range) -> Result<(), DiskError> {
         let number = self.count + 1;
-        blkpg(&self.file, BLKPG_ADD_PARTITION, number, range).map_err(|errno| DiskError::Add {
-            disk: self.disk.name.clone(),
-            number,
-            source: errno.into(),
+        blkpg(&self.file, BLKPG_ADD_PARTITION, number, range).map_err(|errno| match errno {
+            Errno::EBUSY if number == 1 => DiskError::InUse {
+                serial: self.disk.serial.clone(),
+            },
+            errno => DiskError::Add {
+                disk: self.disk.name.clone(),
+                number,
+                source: errno.into(),
+            },
         })?;
         self.count = number;
         Ok(())
@@ -199,7 +244,10 @@ impl Partitions {
         let deadline = Instant::now() + RELEASE_TIMEOUT;
         let mut interval = RELEASE_INTERVAL;
         while self.count > 0 {
-            let nothing = Range { offset: 0, length: 0 };
+            let nothing = Range {
+                offset: 0,
+                length: 0,
+            };
             match blkpg(&self.file, BLKPG_DEL_PARTITION, self.count, nothing) {
                 Ok(()) | Err(Errno::ENXIO) => self.count -= 1,
                 Err(Errno::EBUSY) if Instant::now() < deadline => {
@@ -222,7 +270,9 @@ impl Partitions {
 /// The end of the last range.
 fn check(ranges: &[Range]) -> Result<u64, DiskError> {
     if ranges.len() > MAX_PARTITIONS {
-        return Err(DiskError::TooManyLayers { count: ranges.len() });
+        return Err(DiskError::TooManyLayers {
+            count: ranges.len(),
+        });
     }
     let mut end = 0;
     for (index, &Range { offset, length }) in ranges.iter().enumerate() {
@@ -232,7 +282,11 @@ fn check(ranges: &[Range]) -> Result<u64, DiskError> {
                 && length.is_multiple_of(ALIGNMENT)
                 && i64::try_from(last).is_ok()
         });
-        end = end.max(last.ok_or(DiskError::Range { index, offset, length })?);
+        end = end.max(last.ok_or(DiskError::Range {
+            index,
+            offset,
+            length,
+        })?);
     }
     Ok(end)
 }
@@ -295,8 +349,16 @@ mod tests {
 
     #[test]
     fn ranges_that_no_partition_can_have_are_refused() {
-        for bad in [range(0, 0), range(1, 4096), range(0, 512), range(u64::MAX - 4095, 4096)] {
-            assert!(matches!(check(&[bad]), Err(DiskError::Range { .. })), "{bad:?}");
+        for bad in [
+            range(0, 0),
+            range(1, 4096),
+            range(0, 512),
+            range(u64::MAX - 4095, 4096),
+        ] {
+            assert!(
+                matches!(check(&[bad]), Err(DiskError::Range { .. })),
+                "{bad:?}"
+            );
         }
         let many = vec![range(0, 4096); MAX_PARTITIONS + 1];
         assert!(matches!(check(&many), Err(DiskError::TooManyLayers { .. })));

@@ -65,7 +65,10 @@ enum AgentError {
 
 fn main() {
     if std::process::id() != 1 {
-        eprintln!("drupe-agent {}: runs as PID 1 of a guest only", env!("CARGO_PKG_VERSION"));
+        eprintln!(
+            "drupe-agent {}: runs as PID 1 of a guest only",
+            env!("CARGO_PKG_VERSION")
+        );
         std::process::exit(2);
     }
     if let Err(error) = run() {
@@ -98,20 +101,19 @@ async fn serve() -> Result<(), AgentError> {
     let service = AgentServer::new(Service::new(containers, shutdown))
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
-    let serving = Server::builder().add_service(service).serve_with_incoming_shutdown(
-        listener.incoming(),
-        async move {
+    let serving = Server::builder()
+        .add_service(service)
+        .serve_with_incoming_shutdown(listener.incoming(), async move {
             // The sender lives in the service.
             let _ = over.wait_for(|over| *over).await;
-        },
-    );
+        });
     tokio::select! {
-        served = serving => { eprintln!("SERVED"); served? },
+        served = serving => served?,
         () = async move {
             let _ = farewell.wait_for(|over| *over).await;
             // A client that keeps its connection open shall not keep the
             // guest.
-            eprintln!("OVER"); let _ = timeout(FAREWELL, std::future::pending::<()>()).await; eprintln!("FAREWELL");
+            let _ = timeout(FAREWELL, std::future::pending::<()>()).await;
         } => {}
     }
     Ok(())

@@ -29,11 +29,20 @@ pub enum NetworkError {
     #[error("the guest has no network interface with address {mac}")]
     NoInterface { mac: String },
     #[error("cannot set up interface {name}")]
-    Link { name: String, source: rtnetlink::Error },
+    Link {
+        name: String,
+        source: rtnetlink::Error,
+    },
     #[error("cannot add address {address}")]
-    Address { address: String, source: rtnetlink::Error },
+    Address {
+        address: String,
+        source: rtnetlink::Error,
+    },
     #[error("cannot add route {route}")]
-    Route { route: String, source: rtnetlink::Error },
+    Route {
+        route: String,
+        source: rtnetlink::Error,
+    },
 }
 
 /// A netlink socket and the task that reads it, for as long as it is used.
@@ -45,7 +54,10 @@ struct Netlink {
 impl Netlink {
     fn open() -> Result<Self, NetworkError> {
         let (connection, handle, _) = new_connection().map_err(NetworkError::Connect)?;
-        Ok(Self { handle, reader: tokio::spawn(connection) })
+        Ok(Self {
+            handle,
+            reader: tokio::spawn(connection),
+        })
     }
 }
 
@@ -69,14 +81,20 @@ fn prefix(field: &'static str, text: &str) -> Result<Prefix, NetworkError> {
         let longest = if address.is_ipv4() { 32 } else { 128 };
         (length <= longest).then_some(Prefix { address, length })
     };
-    parse().ok_or_else(|| NetworkError::Invalid { field, value: text.to_owned() })
+    parse().ok_or_else(|| NetworkError::Invalid {
+        field,
+        value: text.to_owned(),
+    })
 }
 
 fn address(field: &'static str, text: &str) -> Result<Option<IpAddr>, NetworkError> {
     if text.is_empty() {
         return Ok(None);
     }
-    let invalid = |_| NetworkError::Invalid { field, value: text.to_owned() };
+    let invalid = |_| NetworkError::Invalid {
+        field,
+        value: text.to_owned(),
+    };
     text.parse().map(Some).map_err(invalid)
 }
 
@@ -93,10 +111,15 @@ pub struct Interface {
 
 impl Interface {
     pub fn parse(request: &Request) -> Result<Self, NetworkError> {
-        let invalid = |field, value: &str| NetworkError::Invalid { field, value: value.to_owned() };
+        let invalid = |field, value: &str| NetworkError::Invalid {
+            field,
+            value: value.to_owned(),
+        };
         let name = request.name.clone();
         let fine = (1..=MAX_NAME).contains(&name.len())
-            && name.bytes().all(|b| b.is_ascii_graphic() && b != b'/' && b != b':')
+            && name
+                .bytes()
+                .all(|b| b.is_ascii_graphic() && b != b'/' && b != b':')
             && name != "."
             && name != "..";
         if !fine {
@@ -105,9 +128,10 @@ impl Interface {
         if request.mac.len() != 6 {
             return Err(invalid("MAC address", &mac_text(&request.mac)));
         }
-        for (field, count) in
-            [("addresses", request.addresses.len()), ("routes", request.routes.len())]
-        {
+        for (field, count) in [
+            ("addresses", request.addresses.len()),
+            ("routes", request.routes.len()),
+        ] {
             if count > MAX_ITEMS {
                 return Err(NetworkError::TooMany { field, count });
             }
@@ -117,11 +141,18 @@ impl Interface {
             .iter()
             .map(|text| prefix("address", text))
             .collect::<Result<_, _>>()?;
-        let mut routes = request.routes.iter().map(route).collect::<Result<Vec<_>, _>>()?;
+        let mut routes = request
+            .routes
+            .iter()
+            .map(route)
+            .collect::<Result<Vec<_>, _>>()?;
         // A gateway has to be reachable when its route is added: routes on the
         // link first, then the more specific ones, the default routes last.
         routes.sort_by_key(|(route, has_gateway)| {
-            (*has_gateway, std::cmp::Reverse(route.0.header.destination_prefix_length))
+            (
+                *has_gateway,
+                std::cmp::Reverse(route.0.header.destination_prefix_length),
+            )
         });
         Ok(Self {
             name,
@@ -148,7 +179,10 @@ fn route(request: &agent_api::Route) -> Result<(NamedRoute, bool), NetworkError>
         Some(gateway) => format!("{} via {gateway}", request.destination),
         None => request.destination.clone(),
     };
-    let invalid = |_| NetworkError::Invalid { field: "route", value: text.clone() };
+    let invalid = |_| NetworkError::Invalid {
+        field: "route",
+        value: text.clone(),
+    };
     let mut builder = RouteMessageBuilder::<IpAddr>::new()
         .destination_prefix(destination.address, destination.length)
         .map_err(invalid)?
@@ -166,7 +200,10 @@ fn route(request: &agent_api::Route) -> Result<(NamedRoute, bool), NetworkError>
 }
 
 fn mac_text(mac: &[u8]) -> String {
-    mac.iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().join(":")
+    mac.iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect::<Vec<_>>()
+        .join(":")
 }
 
 /// Brings the loopback up: 127.0.0.1 and ::1 come with it.
@@ -181,7 +218,10 @@ pub async fn loopback_up() -> Result<(), NetworkError> {
         .set(up)
         .execute()
         .await
-        .map_err(|source| NetworkError::Link { name: "lo".to_owned(), source })
+        .map_err(|source| NetworkError::Link {
+            name: "lo".to_owned(),
+            source,
+        })
 }
 
 /// Sets up the NIC. `named` runs once it has its name, before it is up: that
@@ -192,12 +232,20 @@ pub async fn configure<E: From<NetworkError>>(
 ) -> Result<(), E> {
     let netlink = Netlink::open()?;
     let links = netlink.handle.link();
-    let found: Vec<LinkMessage> =
-        links.get().execute().try_collect().await.map_err(NetworkError::List)?;
-    let link = pick(&found, &interface.mac)
-        .ok_or_else(|| NetworkError::NoInterface { mac: mac_text(&interface.mac) })?;
+    let found: Vec<LinkMessage> = links
+        .get()
+        .execute()
+        .try_collect()
+        .await
+        .map_err(NetworkError::List)?;
+    let link = pick(&found, &interface.mac).ok_or_else(|| NetworkError::NoInterface {
+        mac: mac_text(&interface.mac),
+    })?;
     let index = link.header.index;
-    let failed = |source| NetworkError::Link { name: interface.name.clone(), source };
+    let failed = |source| NetworkError::Link {
+        name: interface.name.clone(),
+        source,
+    };
 
     let mut settings = LinkUnspec::new_with_index(index)
         .name(interface.name.clone())
@@ -205,7 +253,11 @@ pub async fn configure<E: From<NetworkError>>(
     if interface.mtu != 0 {
         settings = settings.mtu(interface.mtu);
     }
-    links.set(settings.build()).execute().await.map_err(failed)?;
+    links
+        .set(settings.build())
+        .execute()
+        .await
+        .map_err(failed)?;
     named()?;
     for &Prefix { address, length } in &interface.addresses {
         let mut request = netlink.handle.address().add(index, address, length);
@@ -214,14 +266,24 @@ pub async fn configure<E: From<NetworkError>>(
             // duplicate address detection would delay its first connection.
             let message = request.message_mut();
             message.header.flags |= AddressHeaderFlags::Nodad;
-            message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
+            message
+                .attributes
+                .push(AddressAttribute::Flags(AddressFlags::Nodad));
         }
-        request.replace().execute().await.map_err(|source| NetworkError::Address {
-            address: format!("{address}/{length}"),
-            source,
-        })?;
+        request
+            .replace()
+            .execute()
+            .await
+            .map_err(|source| NetworkError::Address {
+                address: format!("{address}/{length}"),
+                source,
+            })?;
     }
-    links.set(LinkUnspec::new_with_index(index).up().build()).execute().await.map_err(failed)?;
+    links
+        .set(LinkUnspec::new_with_index(index).up().build())
+        .execute()
+        .await
+        .map_err(failed)?;
     for (mut route, text) in interface.routes {
         route
             .attributes
@@ -233,7 +295,10 @@ pub async fn configure<E: From<NetworkError>>(
             .replace()
             .execute()
             .await
-            .map_err(|source| NetworkError::Route { route: text, source })?;
+            .map_err(|source| NetworkError::Route {
+                route: text,
+                source,
+            })?;
     }
     Ok(())
 }
@@ -242,10 +307,12 @@ pub async fn configure<E: From<NetworkError>>(
 /// another.
 fn pick<'a>(links: &'a [LinkMessage], mac: &[u8]) -> Option<&'a LinkMessage> {
     let address = |link: &'a LinkMessage| {
-        link.attributes.iter().find_map(|attribute| match attribute {
-            LinkAttribute::Address(address) => Some(address.as_slice()),
-            _ => None,
-        })
+        link.attributes
+            .iter()
+            .find_map(|attribute| match attribute {
+                LinkAttribute::Address(address) => Some(address.as_slice()),
+                _ => None,
+            })
     };
     if let Some(link) = links.iter().find(|link| address(link) == Some(mac)) {
         return Some(link);
@@ -260,7 +327,10 @@ fn pick<'a>(links: &'a [LinkMessage], mac: &[u8]) -> Option<&'a LinkMessage> {
 /// on its own, such as `dummy0`.
 fn is_device(link: &LinkMessage) -> bool {
     link.attributes.iter().any(|attribute| match attribute {
-        LinkAttribute::IfName(name) => Path::new("/sys/class/net").join(name).join("device").exists(),
+        LinkAttribute::IfName(name) => Path::new("/sys/class/net")
+            .join(name)
+            .join("device")
+            .exists(),
         _ => false,
     })
 }
@@ -282,7 +352,11 @@ mod tests {
     }
 
     fn route_to(destination: &str, gateway: &str) -> Route {
-        Route { destination: destination.into(), gateway: gateway.into(), ..Route::default() }
+        Route {
+            destination: destination.into(),
+            gateway: gateway.into(),
+            ..Route::default()
+        }
     }
 
     #[test]
@@ -293,8 +367,16 @@ mod tests {
             route_to("169.254.1.1/32", ""),
             route_to("::/0", "fd00::1"),
         ];
-        let interface = Interface::parse(&Request { routes, ..request() }).unwrap();
-        let order: Vec<&str> = interface.routes.iter().map(|(_, text)| text.as_str()).collect();
+        let interface = Interface::parse(&Request {
+            routes,
+            ..request()
+        })
+        .unwrap();
+        let order: Vec<&str> = interface
+            .routes
+            .iter()
+            .map(|(_, text)| text.as_str())
+            .collect();
         assert_eq!(
             order,
             [
@@ -315,12 +397,19 @@ mod tests {
             (vec![], vec![route_to("10.0.0.0/8", "gateway")]),
             (vec![], vec![route_to("fd00::/8", "10.1.0.1")]),
         ] {
-            let error =
-                Interface::parse(&Request { addresses, routes, ..request() }).unwrap_err();
+            let error = Interface::parse(&Request {
+                addresses,
+                routes,
+                ..request()
+            })
+            .unwrap_err();
             assert!(matches!(error, NetworkError::Invalid { .. }), "{error}");
         }
-        let error =
-            Interface::parse(&Request { name: "a/b".into(), ..request() }).unwrap_err();
+        let error = Interface::parse(&Request {
+            name: "a/b".into(),
+            ..request()
+        })
+        .unwrap_err();
         assert_eq!(error.to_string(), "\"a/b\" is no name of an interface");
     }
 }

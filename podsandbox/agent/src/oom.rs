@@ -35,7 +35,11 @@ impl OomWatch {
         let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
         let fd = inotify.as_fd().try_clone_to_owned()?;
         let readiness = sys::async_fd(fd, Interest::READABLE)?;
-        let inner = Arc::new(Inner { inotify, readiness, watched: Mutex::default() });
+        let inner = Arc::new(Inner {
+            inotify,
+            readiness,
+            watched: Mutex::default(),
+        });
         let watch = Self { inner };
         tokio::spawn(watch.clone().run(changed));
         Ok(watch)
@@ -45,8 +49,16 @@ impl OomWatch {
     /// the memory controller has no such file, and no OOM kills to tell of.
     pub fn add(&self, id: &str, cgroup: &Path) -> std::io::Result<()> {
         let path = cgroup.join("memory.events");
-        let mut watched = self.inner.watched.lock().unwrap_or_else(PoisonError::into_inner);
-        match self.inner.inotify.add_watch(&path, AddWatchFlags::IN_MODIFY) {
+        let mut watched = self
+            .inner
+            .watched
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        match self
+            .inner
+            .inotify
+            .add_watch(&path, AddWatchFlags::IN_MODIFY)
+        {
             Ok(descriptor) => {
                 watched.insert(descriptor, id.to_owned());
                 Ok(())
@@ -77,7 +89,11 @@ impl OomWatch {
                 }
             };
             for event in events {
-                let mut watched = self.inner.watched.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut watched = self
+                    .inner
+                    .watched
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner);
                 if event.mask.contains(AddWatchFlags::IN_IGNORED) {
                     watched.remove(&event.wd);
                 } else if let Some(id) = watched.get(&event.wd).cloned() {

@@ -82,7 +82,10 @@ mod tests {
     async fn exits_and_signals_reach_the_one_who_waits() {
         let reaper = Reaper::start().unwrap();
         let spawn = |script: &str| {
-            let child = std::process::Command::new("sh").args(["-c", script]).spawn().unwrap();
+            let child = std::process::Command::new("sh")
+                .args(["-c", script])
+                .spawn()
+                .unwrap();
             reaper.watch(child.id() as i32)
         };
         let (seven, killed) = (spawn("exit 7"), spawn("kill -9 $$"));

@@ -35,7 +35,11 @@ pub enum RootfsError {
     #[error("cannot make {path}")]
     Directory { path: PathBuf, source: io::Error },
     #[error("cannot mount layer {device}: {detail}")]
-    Layer { device: String, detail: String, source: io::Error },
+    Layer {
+        device: String,
+        detail: String,
+        source: io::Error,
+    },
     #[error("cannot mount the container's overlay: {detail}")]
     Overlay { detail: String, source: io::Error },
 }
@@ -51,7 +55,10 @@ impl Rootfs {
     /// Mounts the root of container `id`; the descriptor is its only holder.
     pub async fn mount(id: &str, disk: Option<&RootDisk>) -> Result<(Self, OwnedFd), RootfsError> {
         let dir = Path::new(SCRATCH).join("containers").join(id);
-        let mut rootfs = Self { partitions: None, dir };
+        let mut rootfs = Self {
+            partitions: None,
+            dir,
+        };
         match rootfs.try_mount(disk).await {
             Ok(tree) => Ok((rootfs, tree)),
             Err(error) => {
@@ -71,15 +78,22 @@ impl Rootfs {
         let ranges: Vec<Range> = disk
             .iter()
             .flat_map(|disk| &disk.layers)
-            .map(|layer| Range { offset: layer.offset, length: layer.length })
+            .map(|layer| Range {
+                offset: layer.offset,
+                length: layer.length,
+            })
             .collect();
         if ranges.len() > MAX_LAYERS {
-            return Err(RootfsError::TooManyLayers { count: ranges.len() });
+            return Err(RootfsError::TooManyLayers {
+                count: ranges.len(),
+            });
         }
         let mut layers = Vec::with_capacity(ranges.len());
         if let Some(disk) = disk.filter(|_| !ranges.is_empty()) {
             let disk = Disk::find(&image_serial(disk.slot))?;
-            let partitions = self.partitions.insert(Partitions::create(disk, &ranges).await?);
+            let partitions = self
+                .partitions
+                .insert(Partitions::create(disk, &ranges).await?);
             for device in partitions.devices() {
                 layers.push(mount_layer(&device)?);
             }
@@ -94,10 +108,21 @@ impl Rootfs {
         };
         let directory = |name: &str| -> Result<OwnedFd, RootfsError> {
             let path = self.dir.join(name);
-            open(&path, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
-                .map_err(|errno| RootfsError::Directory { path, source: errno.into() })
+            open(
+                &path,
+                OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
+                Mode::empty(),
+            )
+            .map_err(|errno| RootfsError::Directory {
+                path,
+                source: errno.into(),
+            })
         };
-        let lower = if layers.is_empty() { vec![directory("empty")?] } else { layers };
+        let lower = if layers.is_empty() {
+            vec![directory("empty")?]
+        } else {
+            layers
+        };
         let fs = sys::fsopen(c"overlay").map_err(|errno| failed(None, errno))?;
         let configure = || -> sys::Result<()> {
             // Highest first (overlayfs.rst, "Specifying lower layers").
@@ -135,7 +160,10 @@ impl Rootfs {
         self.partitions = None;
         match tree::discard(&self.dir) {
             Ok(()) => Ok(()),
-            Err(source) => Err(RootfsError::Directory { path: self.dir.clone(), source }),
+            Err(source) => Err(RootfsError::Directory {
+                path: self.dir.clone(),
+                source,
+            }),
         }
     }
 }

@@ -38,7 +38,11 @@ pub enum SandboxError {
     #[error("kernel parameter {name:?} is not a name with dots")]
     SysctlName { name: String },
     #[error("cannot set the kernel parameter {name} to {value:?}")]
-    Sysctl { name: String, value: String, source: io::Error },
+    Sysctl {
+        name: String,
+        value: String,
+        source: io::Error,
+    },
     #[error("cannot size /dev/shm to {bytes} bytes")]
     Shm { bytes: u64, source: Errno },
     #[error(transparent)]
@@ -63,18 +67,29 @@ impl Sandbox {
         let mut configured = self.configured.lock().await;
         let nanos = std::mem::take(&mut request.time_unix_nanos);
         if let Some(known) = &*configured {
-            return if *known == request { Ok(()) } else { Err(SandboxError::Changed) };
+            return if *known == request {
+                Ok(())
+            } else {
+                Err(SandboxError::Changed)
+            };
         }
         set_time(nanos)?;
         set_hostname(&request.hostname)?;
         write_etc(&request)?;
         set_shm(request.shm_bytes)?;
-        match request.interface.as_ref().map(Interface::parse).transpose()? {
+        match request
+            .interface
+            .as_ref()
+            .map(Interface::parse)
+            .transpose()?
+        {
             Some(interface) => network::configure(interface, || set_sysctls(&request)).await?,
             None => set_sysctls(&request)?,
         }
         if request.share_process_namespace {
-            containers.share_pid_namespace().map_err(|e| SandboxError::Pid(Box::new(e)))?;
+            containers
+                .share_pid_namespace()
+                .map_err(|e| SandboxError::Pid(Box::new(e)))?;
         }
         *configured = Some(request);
         Ok(())
@@ -91,12 +106,18 @@ pub fn set_time(nanos: i64) -> Result<(), SandboxError> {
 
 fn set_hostname(name: &str) -> Result<(), SandboxError> {
     let fine = (1..=MAX_HOSTNAME).contains(&name.len())
-        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'));
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'));
     if !fine {
-        return Err(SandboxError::Hostname { name: name.to_owned() });
+        return Err(SandboxError::Hostname {
+            name: name.to_owned(),
+        });
     }
-    nix::unistd::sethostname(name)
-        .map_err(|source| SandboxError::SetHostname { name: name.to_owned(), source })
+    nix::unistd::sethostname(name).map_err(|source| SandboxError::SetHostname {
+        name: name.to_owned(),
+        source,
+    })
 }
 
 fn set_shm(bytes: u64) -> Result<(), SandboxError> {
@@ -105,8 +126,14 @@ fn set_shm(bytes: u64) -> Result<(), SandboxError> {
     }
     let options = format!("size={bytes}");
     let flags = MsFlags::MS_REMOUNT | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    mount(None::<&str>, SHM, None::<&str>, flags, Some(options.as_str()))
-        .map_err(|source| SandboxError::Shm { bytes, source })
+    mount(
+        None::<&str>,
+        SHM,
+        None::<&str>,
+        flags,
+        Some(options.as_str()),
+    )
+    .map_err(|source| SandboxError::Shm { bytes, source })
 }
 
 fn set_sysctls(request: &ConfigureSandboxRequest) -> Result<(), SandboxError> {
@@ -114,8 +141,8 @@ fn set_sysctls(request: &ConfigureSandboxRequest) -> Result<(), SandboxError> {
     let mut sysctls: Vec<_> = request.sysctls.iter().collect();
     sysctls.sort();
     for (name, value) in sysctls {
-        let path = sysctl_path(name)
-            .ok_or_else(|| SandboxError::SysctlName { name: name.clone() })?;
+        let path =
+            sysctl_path(name).ok_or_else(|| SandboxError::SysctlName { name: name.clone() })?;
         fs::write(path, value).map_err(|source| SandboxError::Sysctl {
             name: name.clone(),
             value: value.clone(),
@@ -127,9 +154,15 @@ fn set_sysctls(request: &ConfigureSandboxRequest) -> Result<(), SandboxError> {
 
 fn write_etc(request: &ConfigureSandboxRequest) -> Result<(), SandboxError> {
     let dns = request.dns.clone().unwrap_or_default();
-    let addresses = request.interface.iter().flat_map(|interface| &interface.addresses);
+    let addresses = request
+        .interface
+        .iter()
+        .flat_map(|interface| &interface.addresses);
     let files = [
-        ("hosts", hosts(&request.hostname, addresses.map(String::as_str))),
+        (
+            "hosts",
+            hosts(&request.hostname, addresses.map(String::as_str)),
+        ),
         ("resolv.conf", resolv_conf(&dns)?),
         ("hostname", format!("{}\n", request.hostname)),
     ];
@@ -173,7 +206,10 @@ fn resolv_conf(dns: &Dns) -> Result<String, SandboxError> {
         ("DNS option", &dns.options),
     ] {
         if let Some(value) = values.iter().find(|value| value.contains(['\n', '\r'])) {
-            return Err(SandboxError::LineBreak { field, value: value.clone() });
+            return Err(SandboxError::LineBreak {
+                field,
+                value: value.clone(),
+            });
         }
     }
     let mut text = String::new();
@@ -213,14 +249,23 @@ mod tests {
             resolv_conf(&dns).unwrap(),
             "search default.svc svc\nnameserver 10.96.0.10\nnameserver fd00::10\noptions ndots:5\n"
         );
-        let dns = Dns { servers: vec!["1.1.1.1\nnameserver 6.6.6.6".into()], ..Dns::default() };
-        assert!(matches!(resolv_conf(&dns), Err(SandboxError::LineBreak { .. })));
+        let dns = Dns {
+            servers: vec!["1.1.1.1\nnameserver 6.6.6.6".into()],
+            ..Dns::default()
+        };
+        assert!(matches!(
+            resolv_conf(&dns),
+            Err(SandboxError::LineBreak { .. })
+        ));
     }
 
     #[test]
     fn host_names_are_words() {
         for bad in ["", "a b", "a\n", &"x".repeat(65)] {
-            assert!(matches!(set_hostname(bad), Err(SandboxError::Hostname { .. })), "{bad}");
+            assert!(
+                matches!(set_hostname(bad), Err(SandboxError::Hostname { .. })),
+                "{bad}"
+            );
         }
     }
 }

@@ -35,7 +35,11 @@ pub struct Service {
 
 impl Service {
     pub fn new(containers: Containers, shutdown: Arc<watch::Sender<bool>>) -> Self {
-        Self { sandbox: Sandbox::default(), containers, shutdown }
+        Self {
+            sandbox: Sandbox::default(),
+            containers,
+            shutdown,
+        }
     }
 }
 
@@ -68,7 +72,10 @@ impl Agent for Service {
         if !self.sandbox.is_configured().await {
             return Err(container_status(Error::NotConfigured));
         }
-        self.containers.create(request.into_inner()).await.map_err(container_status)?;
+        self.containers
+            .create(request.into_inner())
+            .await
+            .map_err(container_status)?;
         Ok(Response::new(CreateContainerResponse {}))
     }
 
@@ -76,9 +83,14 @@ impl Agent for Service {
         &self,
         request: Request<StartContainerRequest>,
     ) -> Reply<StartContainerResponse> {
-        let started_at_unix_nanos =
-            self.containers.start(&request.into_inner().id).await.map_err(container_status)?;
-        Ok(Response::new(StartContainerResponse { started_at_unix_nanos }))
+        let started_at_unix_nanos = self
+            .containers
+            .start(&request.into_inner().id)
+            .await
+            .map_err(container_status)?;
+        Ok(Response::new(StartContainerResponse {
+            started_at_unix_nanos,
+        }))
     }
 
     async fn signal_container(
@@ -86,7 +98,9 @@ impl Agent for Service {
         request: Request<SignalContainerRequest>,
     ) -> Reply<SignalContainerResponse> {
         let SignalContainerRequest { id, signal, all } = request.into_inner();
-        self.containers.signal(&id, signal, all).map_err(container_status)?;
+        self.containers
+            .signal(&id, signal, all)
+            .map_err(container_status)?;
         Ok(Response::new(SignalContainerResponse {}))
     }
 
@@ -109,7 +123,9 @@ impl Agent for Service {
         &self,
         _: Request<ListContainersRequest>,
     ) -> Reply<ListContainersResponse> {
-        Ok(Response::new(ListContainersResponse { containers: self.containers.list() }))
+        Ok(Response::new(ListContainersResponse {
+            containers: self.containers.list(),
+        }))
     }
 
     async fn update_container(
@@ -117,13 +133,18 @@ impl Agent for Service {
         request: Request<UpdateContainerRequest>,
     ) -> Reply<UpdateContainerResponse> {
         let UpdateContainerRequest { id, resources } = request.into_inner();
-        self.containers.update(&id, &resources).map_err(container_status)?;
+        self.containers
+            .update(&id, &resources)
+            .map_err(container_status)?;
         Ok(Response::new(UpdateContainerResponse {}))
     }
 
     async fn exec_sync(&self, request: Request<ExecSyncRequest>) -> Reply<Self::ExecSyncStream> {
-        let output =
-            self.containers.exec_sync(request.into_inner()).await.map_err(container_status)?;
+        let output = self
+            .containers
+            .exec_sync(request.into_inner())
+            .await
+            .map_err(container_status)?;
         Ok(Response::new(Box::pin(ReceiverStream::new(output).map(Ok))))
     }
 
@@ -192,25 +213,29 @@ fn sandbox_code(error: &SandboxError) -> Code {
 }
 
 fn container_status(error: Error) -> Status {
-    use crate::container::{LaunchError, MountError, SpecError};
+    use crate::container::{DeviceError, LaunchError, MountError, SpecError};
     use crate::disk::DiskError;
     use crate::rootfs::RootfsError;
     let code = match &error {
         Error::Unknown { .. } => Code::NotFound,
         Error::Exists { .. } => Code::AlreadyExists,
-        Error::Phase { .. } | Error::NotConfigured => Code::FailedPrecondition,
+        Error::Phase { .. }
+        | Error::NotConfigured
+        | Error::Rootfs(RootfsError::Disk(DiskError::InUse { .. })) => Code::FailedPrecondition,
         Error::TooMany | Error::TooManyExecs => Code::ResourceExhausted,
         Error::SetupTimeout => Code::DeadlineExceeded,
         Error::Stdio(_) => Code::Unavailable,
         Error::Launch(LaunchError::Exec(exec)) if exec.code == 127 => Code::NotFound,
         Error::Launch(LaunchError::Exec(_)) => Code::PermissionDenied,
-        Error::Spec(SpecError::Mount(MountError::Bind { .. })) => Code::Internal,
+        Error::Spec(SpecError::Mount(MountError::Bind { .. }))
+        | Error::Devices(DeviceError::Load(_) | DeviceError::Attach(_)) => Code::Internal,
         Error::Id { .. }
         | Error::Signal { .. }
         | Error::Resources(_)
         | Error::Spec(_)
         | Error::User(_)
         | Error::Seccomp(_)
+        | Error::Devices(_)
         | Error::Rootfs(RootfsError::TooManyLayers { .. })
         | Error::Rootfs(RootfsError::Disk(
             DiskError::Range { .. } | DiskError::TooManyLayers { .. },

@@ -27,7 +27,10 @@ pub enum StatsError {
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
     #[error("cannot read {path}")]
-    Read { path: &'static str, source: io::Error },
+    Read {
+        path: &'static str,
+        source: io::Error,
+    },
 }
 
 pub async fn collect(
@@ -38,7 +41,11 @@ pub async fn collect(
         containers.all()
     } else {
         let get = |id: &String| containers.get(id).map_err(Box::new);
-        request.container_ids.iter().map(get).collect::<Result<_, _>>()?
+        request
+            .container_ids
+            .iter()
+            .map(get)
+            .collect::<Result<_, _>>()?
     };
     let mut response = StatsResponse {
         containers: Vec::with_capacity(asked.len()),
@@ -102,8 +109,10 @@ fn interfaces(text: &str) -> Vec<InterfaceStats> {
         .filter_map(|line| {
             let (name, counters) = line.split_once(':')?;
             let name = name.trim();
-            let counters: Vec<u64> =
-                counters.split_whitespace().map_while(|field| field.parse().ok()).collect();
+            let counters: Vec<u64> = counters
+                .split_whitespace()
+                .map_while(|field| field.parse().ok())
+                .collect();
             let counter = |index: usize| counters.get(index).copied().unwrap_or(0);
             (name != "lo" && counters.len() >= 16).then(|| InterfaceStats {
                 name: name.to_owned(),
@@ -119,7 +128,10 @@ fn interfaces(text: &str) -> Vec<InterfaceStats> {
 /// Resident pages, the second field of statm, in bytes.
 fn rss(statm: &str) -> u64 {
     const PAGE: u64 = 4096;
-    let pages = statm.split_whitespace().nth(1).and_then(|pages| pages.parse::<u64>().ok());
+    let pages = statm
+        .split_whitespace()
+        .nth(1)
+        .and_then(|pages| pages.parse::<u64>().ok());
     pages.unwrap_or(0).saturating_mul(PAGE)
 }
 
@@ -142,7 +154,10 @@ pub struct FsUsage {
 
 impl FsUsage {
     pub fn new(upper: PathBuf) -> Self {
-        Self { upper, measured: Arc::default() }
+        Self {
+            upper,
+            measured: Arc::default(),
+        }
     }
 
     async fn get(&self) -> Size {
@@ -150,7 +165,9 @@ impl FsUsage {
             // Every change is one of independent assignments.
             change(&mut measured.lock().unwrap_or_else(PoisonError::into_inner));
         };
-        let free = statvfs(SCRATCH).ok().map(|s| (s.blocks_free(), s.files_free()));
+        let free = statvfs(SCRATCH)
+            .ok()
+            .map(|s| (s.blocks_free(), s.files_free()));
         let (mut size, mut measure) = (Size::default(), false);
         lock(&self.measured, &mut |measured| {
             size = measured.size;

@@ -95,7 +95,14 @@ pub fn fsconfig_create(fs: BorrowedFd<'_>) -> Result<()> {
 pub fn fsmount(fs: BorrowedFd<'_>, attributes: u64) -> Result<OwnedFd> {
     const FSMOUNT_CLOEXEC: c_uint = 1;
     // SAFETY: takes integers only.
-    owned(unsafe { libc::syscall(libc::SYS_fsmount, fs.as_raw_fd(), FSMOUNT_CLOEXEC, attributes) })
+    owned(unsafe {
+        libc::syscall(
+            libc::SYS_fsmount,
+            fs.as_raw_fd(),
+            FSMOUNT_CLOEXEC,
+            attributes,
+        )
+    })
 }
 
 /// A copy of the mount at `path` that is attached nowhere.
@@ -196,7 +203,11 @@ pub unsafe fn clone_process(namespaces: u64, cgroup: BorrowedFd<'_>) -> Result<C
     // SAFETY: without CLONE_VM and with no stack given, this returns twice as
     // fork does; `args` and `pidfd` outlive the call.
     let result = unsafe {
-        libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<libc::clone_args>())
+        libc::syscall(
+            libc::SYS_clone3,
+            &raw mut args,
+            size_of::<libc::clone_args>(),
+        )
     };
     match Errno::result(result)? {
         0 => Ok(Cloned::Child),
@@ -265,7 +276,10 @@ struct CapData {
 pub fn capset(sets: CapSets) -> Result<()> {
     // _LINUX_CAPABILITY_VERSION_3: two words a set.
     const VERSION_3: u32 = 0x2008_0522;
-    let header = CapHeader { version: VERSION_3, pid: 0 };
+    let header = CapHeader {
+        version: VERSION_3,
+        pid: 0,
+    };
     let word = |shift: u32| CapData {
         effective: (sets.effective >> shift) as u32,
         permitted: (sets.permitted >> shift) as u32,
@@ -286,7 +300,12 @@ pub fn seccomp_filter(program: &[libc::sock_filter], flags: u64) -> Result<()> {
     // SAFETY: the kernel reads `len` instructions, which live, and writes
     // nothing.
     let result = unsafe {
-        libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const prog)
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            flags,
+            &raw const prog,
+        )
     };
     Errno::result(result).map(drop)
 }

@@ -49,7 +49,9 @@ pub async fn measure(root: PathBuf) -> io::Result<Size> {
             } else if metadata.nlink() > 1 && !linked.insert(metadata.ino()) {
                 continue;
             }
-            size.bytes = size.bytes.saturating_add(metadata.blocks().saturating_mul(512));
+            size.bytes = size
+                .bytes
+                .saturating_add(metadata.blocks().saturating_mul(512));
             size.inodes += 1;
             handled += 1;
             if handled % BATCH == 0 {
@@ -130,6 +132,9 @@ mod tests {
 
     #[tokio::test(flavor = "current_thread")]
     async fn a_tree_that_is_not_there_has_no_size() {
-        assert_eq!(measure("/nonexistent/tree".into()).await.unwrap(), Size::default());
+        assert_eq!(
+            measure("/nonexistent/tree".into()).await.unwrap(),
+            Size::default()
+        );
     }
 }

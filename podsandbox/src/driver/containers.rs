@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use imagesvc::Lease;
 use vmm_client::Control;
@@ -15,6 +16,10 @@ use crate::{Error, Result, ids, oci, volumes};
 
 /// Layers begin on this boundary of their disk.
 const LAYER_ALIGN: u64 = 4096;
+/// Mounting waits for nothing unless a file system of the node hangs.
+const MOUNT_TIMEOUT: Duration = Duration::from_secs(30);
+/// What a shell reports of a process that SIGKILL ended.
+pub(super) const KILLED: i32 = 137;
 /// What containerd answers for a process that never ran.
 const START_ERROR_CODE: i32 = 128;
 
@@ -33,15 +38,30 @@ impl Driver {
         let slot = self.free_slot()?;
         let id = ids::new_id();
         let lease = self.context.images.lease(&spec.image, &id).await?;
+        let names = [&lease.image.repo_tags, &lease.image.repo_digests];
         let record = ContainerRecord {
+            image_name: names
+                .into_iter()
+                .flatten()
+                .next()
+                .unwrap_or(&spec.user_image)
+                .clone(),
             id: id.clone(),
             pod_id: self.record.id.clone(),
             image_id: lease.image.id.clone(),
-            image_ref: lease.image.repo_digests.first().unwrap_or(&lease.image.id).clone(),
+            image_ref: lease
+                .image
+                .repo_digests
+                .first()
+                .unwrap_or(&lease.image.id)
+                .clone(),
             phase: ContainerPhase::Creating,
-            slot,
+            slot: Some(slot),
             stop_signal: stop_signal(&lease),
-            log_file: log_file(self.record.spec.log_directory.as_deref(), spec.log_path.as_deref()),
+            log_file: log_file(
+                self.record.spec.log_directory.as_deref(),
+                spec.log_path.as_deref(),
+            ),
             created_at_nanos: now_nanos(),
             started_at_nanos: 0,
             exit: None,
@@ -49,47 +69,70 @@ impl Driver {
             user: None,
             spec,
         };
-        self.context.store.put_container(&record).await?;
-        match self.put_together(&record, &lease).await {
-            Ok(()) => {
-                self.containers.insert(
-                    id.clone(),
-                    ContainerRecord { phase: ContainerPhase::Created, ..record },
-                );
-                self.save_container(&id).await?;
-                Ok(id)
-            }
-            Err(error) => {
-                if let Err(left) = self.take_apart(&record).await {
-                    tracing::error!(container = id, error = %left.sentence(), "cannot undo a failed create");
-                } else {
-                    self.context.store.delete_container(&id).await?;
-                }
-                Err(error)
-            }
+        let outcome = match self.context.store.put_container(&record).await {
+            Ok(()) => self.put_together(&record, &lease, slot).await,
+            Err(error) => Err(error.into()),
+        };
+        self.containers.insert(
+            id.clone(),
+            ContainerRecord {
+                phase: ContainerPhase::Created,
+                ..record
+            },
+        );
+        let outcome = match outcome {
+            Ok(()) => self.learn_user(&id).await,
+            failed => failed,
+        };
+        let outcome = match outcome {
+            Ok(()) => self.save_container(&id).await,
+            failed => failed,
+        };
+        if outcome.is_err()
+            && let Err(left) = self.remove_container(&id).await
+        {
+            tracing::error!(container = id, error = %left.sentence(), "cannot undo a failed create yet");
         }
+        outcome.map(|()| id)
     }
 
-    async fn put_together(&mut self, record: &ContainerRecord, lease: &Lease) -> Result<()> {
-        let (id, spec) = (&record.id, &record.spec);
+    /// Whom the guest found the container's user to be.
+    async fn learn_user(&mut self, id: &str) -> Result<()> {
+        let states = self.machine()?.agent.list().await?;
+        self.learn_listing(states).await;
+        Ok(())
+    }
+
+    async fn put_together(
+        &mut self,
+        record: &ContainerRecord,
+        lease: &Lease,
+        slot: u32,
+    ) -> Result<()> {
+        let (id, spec) = (record.id.as_str(), &record.spec);
         let oci = oci::runtime_spec(
             spec,
             &lease.config,
             &self.record.spec.hostname,
             &self.paths.guest_volumes(id),
         )?;
-        volumes::bind_all(&self.paths.volumes(id), &spec.mounts)?;
+        self.bind_volumes(id, spec).await?;
         let machine = self.machine_mut()?;
         if let Some(path) = &record.log_file {
             open_log(&mut machine.control, id, path).await?;
         }
         let (files, layers) = layer_disk(lease)?;
-        machine.control.attach_disk(record.slot, &borrow(&files)).await?;
-        let image_user = lease.config.config().as_ref().and_then(|c| c.user().clone()).unwrap_or_default();
+        machine.control.attach_disk(slot, &borrow(&files)).await?;
+        let image_user = lease
+            .config
+            .config()
+            .as_ref()
+            .and_then(|c| c.user().clone())
+            .unwrap_or_default();
         let request = agent_api::CreateContainerRequest {
-            id: id.clone(),
+            id: id.to_owned(),
             oci_spec: serde_json::to_vec(&oci).map_err(oci_spec::OciSpecError::SerDe)?,
-            root: Some(agent_api::RootDisk { slot: record.slot, layers }),
+            root: Some(agent_api::RootDisk { slot, layers }),
             user: Some(user(spec, &image_user)),
             provide_etc_files: true,
             stdin: spec.stdin,
@@ -99,82 +142,136 @@ impl Driver {
         machine.agent.create(request).await
     }
 
-    /// Frees what a container holds in guest and VMM; fine with any of it
-    /// being gone.
-    async fn take_apart(&mut self, record: &ContainerRecord) -> Result<()> {
-        if let Some(machine) = &mut self.machine {
-            machine.agent.remove(&record.id).await?;
-            machine.control.detach_disk(record.slot).await?;
-            machine.control.close_log(&record.id).await?;
+    /// A host path may be on a file system that hangs: not on a worker of the
+    /// runtime, and not for ever.
+    async fn bind_volumes(&self, id: &str, spec: &ContainerSpec) -> Result<()> {
+        let (stage, dir, mounts) = (
+            self.paths.stage.clone(),
+            self.paths.volumes(id),
+            spec.mounts.clone(),
+        );
+        let work = tokio::task::spawn_blocking(move || volumes::bind_all(&stage, &dir, &mounts));
+        match tokio::time::timeout(MOUNT_TIMEOUT, work).await {
+            Ok(joined) => joined.map_err(|_| Error::Stopping)?,
+            Err(_) => Err(Error::MountTimeout {
+                id: id.to_owned(),
+                seconds: MOUNT_TIMEOUT.as_secs(),
+            }),
         }
-        volumes::unbind_all(&self.paths.volumes(&record.id))?;
-        self.context.images.release(&record.id).await?;
+    }
+
+    /// Frees what a container that has ended holds in guest and VMM; fine with
+    /// any of it being gone. Its record and lease stay.
+    pub(super) async fn free_guest_side(&mut self, id: &str) -> Result<()> {
+        let Some(record) = self.containers.get_mut(id) else {
+            return Ok(());
+        };
+        let Some(slot) = record.slot else {
+            return Ok(());
+        };
+        if let Some(machine) = &mut self.machine {
+            machine.agent.remove(id).await?;
+            machine.control.detach_disk(slot).await?;
+            machine.control.close_log(id).await?;
+        }
+        record.slot = None;
         Ok(())
     }
 
     fn free_slot(&self) -> Result<u32> {
         let (_, runtime) = self.context.config.runtime(&self.record.handler)?;
-        let taken = |slot| self.containers.values().any(|c| c.slot == slot);
-        (0..runtime.disk_slots).find(|&slot| !taken(slot)).ok_or_else(|| Error::NoDiskSlot {
-            id: self.record.id.clone(),
-            slots: runtime.disk_slots,
-        })
+        let taken = |slot| self.containers.values().any(|c| c.slot == Some(slot));
+        (0..runtime.disk_slots)
+            .find(|&slot| !taken(slot))
+            .ok_or_else(|| Error::NoDiskSlot {
+                id: self.record.id.clone(),
+                slots: runtime.disk_slots,
+            })
     }
 
     pub(super) async fn start_container(&mut self, id: &str) -> Result<()> {
         let record = self.container(id)?;
         if record.phase != ContainerPhase::Created {
-            return Err(state_error(record, "only a created container can be started"));
+            return Err(state_error(
+                record,
+                "only a created container can be started",
+            ));
         }
         let started = self.machine()?.agent.start(id).await;
+        if matches!(
+            started,
+            Err(Error::AgentLink { .. } | Error::AgentTimeout { .. })
+        ) {
+            // Whether it runs is the agent's to say.
+            self.learn_user(id).await?;
+        }
         let Some(record) = self.containers.get_mut(id) else {
             return Err(Error::ContainerNotFound(id.to_owned()));
         };
-        let outcome = match started {
+        match &started {
             Ok(at) => {
                 // Its exit may have been told already.
                 if record.phase == ContainerPhase::Created {
                     record.phase = ContainerPhase::Running;
                 }
-                record.started_at_nanos = at;
-                Ok(())
+                record.started_at_nanos = *at;
             }
-            Err(Error::Agent { code, message, call }) => {
-                if record.exit.is_none() {
-                    record.phase = ContainerPhase::Exited;
-                    record.exit = Some(ExitRecord {
-                        code: START_ERROR_CODE,
-                        finished_at_nanos: now_nanos(),
-                        reason: ExitReason::StartError,
-                        message: message.clone(),
-                    });
-                }
-                Err(Error::Agent { code, message, call })
+            // It was killed before; its exit event is on the way.
+            Err(Error::Agent {
+                code: tonic::Code::FailedPrecondition,
+                ..
+            }) => {}
+            Err(Error::Agent { message, .. }) if record.exit.is_none() => {
+                record.phase = ContainerPhase::Exited;
+                record.exit = Some(ExitRecord {
+                    code: START_ERROR_CODE,
+                    finished_at_nanos: now_nanos(),
+                    reason: ExitReason::StartError,
+                    message: message.clone(),
+                });
             }
-            Err(error) => Err(error),
-        };
+            Err(_) => {}
+        }
         self.save_container(id).await?;
-        outcome
+        started.map(|_| ())
     }
 
     pub(super) async fn signal_container(&mut self, id: &str, signal: u32) -> Result<()> {
         let record = self.container(id)?;
-        if !matches!(record.phase, ContainerPhase::Running | ContainerPhase::Created) {
+        if !matches!(
+            record.phase,
+            ContainerPhase::Running | ContainerPhase::Created
+        ) {
             return Ok(());
         }
         match self.machine()?.agent.signal(id, signal, false).await {
             // It ended in between; its exit event is on the way.
-            Err(Error::Agent { code: tonic::Code::NotFound | tonic::Code::FailedPrecondition, .. }) => Ok(()),
+            Err(Error::Agent {
+                code: tonic::Code::NotFound | tonic::Code::FailedPrecondition,
+                ..
+            }) => Ok(()),
             other => other,
         }
     }
 
     pub(super) async fn remove_container(&mut self, id: &str) -> Result<()> {
-        let Some(record) = self.containers.get_mut(id) else { return Ok(()) };
+        let Some(record) = self.containers.get_mut(id) else {
+            return Ok(());
+        };
         record.phase = ContainerPhase::Removing;
-        let record = record.clone();
-        self.save_container(id).await?;
-        self.take_apart(&record).await?;
+        record.exit.get_or_insert_with(|| ExitRecord {
+            code: KILLED,
+            finished_at_nanos: now_nanos(),
+            reason: ExitReason::Error,
+            message: "the container was removed".to_owned(),
+        });
+        if let Err(error) = self.save_container(id).await {
+            // What it holds may be what the disk is short of.
+            tracing::error!(container = id, error = %error.sentence(), "cannot record a removal");
+        }
+        self.free_guest_side(id).await?;
+        volumes::unbind_all(&self.paths.volumes(id))?;
+        self.context.images.release(id).await?;
         self.context.store.delete_container(id).await?;
         self.containers.remove(id);
         self.publish();
@@ -184,7 +281,10 @@ impl Driver {
     pub(super) async fn reopen_log(&mut self, id: &str) -> Result<()> {
         let record = self.container(id)?;
         if record.phase != ContainerPhase::Running {
-            return Err(state_error(record, "only a running container's log can be reopened"));
+            return Err(state_error(
+                record,
+                "only a running container's log can be reopened",
+            ));
         }
         match record.log_file.clone() {
             Some(path) => open_log(&mut self.machine_mut()?.control, id, &path).await,
@@ -193,7 +293,9 @@ impl Driver {
     }
 
     fn container(&self, id: &str) -> Result<&ContainerRecord> {
-        self.containers.get(id).ok_or_else(|| Error::ContainerNotFound(id.to_owned()))
+        self.containers
+            .get(id)
+            .ok_or_else(|| Error::ContainerNotFound(id.to_owned()))
     }
 }
 
@@ -205,7 +307,11 @@ pub(crate) fn state_error(record: &ContainerRecord, needed: &'static str) -> Err
         ContainerPhase::Exited => "exited",
         ContainerPhase::Removing => "being removed",
     };
-    Error::ContainerState { id: record.id.clone(), state, needed }
+    Error::ContainerState {
+        id: record.id.clone(),
+        state,
+        needed,
+    }
 }
 
 async fn open_log(control: &mut Control, id: &str, path: &Path) -> Result<()> {
@@ -216,8 +322,13 @@ async fn open_log(control: &mut Control, id: &str, path: &Path) -> Result<()> {
         .append(true)
         .create(true)
         .mode(MODE)
+        // A path that is a FIFO must not hold up the pod.
+        .custom_flags(nix::libc::O_NONBLOCK)
         .open(path)
-        .map_err(|source| Error::LogFile { path: path.to_owned(), source })?;
+        .map_err(|source| Error::LogFile {
+            path: path.to_owned(),
+            source,
+        })?;
     Ok(control.open_log(id, file.as_fd()).await?)
 }
 
@@ -230,8 +341,14 @@ fn log_file(directory: Option<&Path>, path: Option<&Path>) -> Option<PathBuf> {
 }
 
 fn stop_signal(lease: &Lease) -> String {
-    let signal = lease.config.config().as_ref().and_then(|config| config.stop_signal().clone());
-    signal.filter(|name| !name.is_empty()).unwrap_or_else(|| "SIGTERM".to_owned())
+    let signal = lease
+        .config
+        .config()
+        .as_ref()
+        .and_then(|config| config.stop_signal().clone());
+    signal
+        .filter(|name| !name.is_empty())
+        .unwrap_or_else(|| "SIGTERM".to_owned())
 }
 
 /// The image's layer files, opened, and where each lies on the disk they form.
@@ -259,10 +376,18 @@ fn user(spec: &ContainerSpec, image_user: &str) -> agent_api::User {
     let from_image = asked.username.is_empty() && asked.uid.is_none();
     let (name, group) = image_user.split_once(':').unwrap_or((image_user, ""));
     agent_api::User {
-        username: if from_image { name.to_owned() } else { asked.username.clone() },
+        username: if from_image {
+            name.to_owned()
+        } else {
+            asked.username.clone()
+        },
         uid: asked.uid,
         gid: asked.gid,
-        groupname: if from_image && asked.gid.is_none() { group.to_owned() } else { String::new() },
+        groupname: if from_image && asked.gid.is_none() {
+            group.to_owned()
+        } else {
+            String::new()
+        },
         supplemental_groups: asked.supplemental_groups.clone(),
         strict_groups: asked.strict_groups,
     }

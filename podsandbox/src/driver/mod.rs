@@ -1,8 +1,9 @@
 //! The task that owns one pod's mutable state.
 //!
 //! ```text
-//! Reserved → Networked → Booted → Ready → Stopping → Stopped → Removing → (gone)
-//!     └─────────┴───────────┴── start fails: everything undone → (gone)
+//! Reserved → Starting → Ready → Stopping → Stopped → Removing → (gone)
+//!     └──────────┴── start fails: everything undone → (gone), or, while
+//!                    something resists, Stopping until it does not
 //! ```
 //!
 //! Requests reach it as [`Command`]s and wait for the answer; a caller that
@@ -17,7 +18,7 @@ mod watch_vm;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
@@ -26,7 +27,7 @@ use vmm_client::Control;
 use crate::agent::AgentClient;
 use crate::context::Context;
 use crate::paths::PodPaths;
-use crate::record::{ContainerRecord, PodPhase, PodRecord};
+use crate::record::{ContainerPhase, ContainerRecord, PodPhase, PodRecord};
 use crate::snapshot::PodSnapshot;
 use crate::spec::ContainerSpec;
 use crate::{Error, Result};
@@ -39,16 +40,41 @@ pub(crate) use start::max_vcpus;
 /// pod with a handful at a time.
 const COMMAND_QUEUE: usize = 64;
 
+/// Between attempts to finish what was begun: a plugin or a disk recovers in
+/// seconds or needs a person.
+const RETRY_FIRST: Duration = Duration::from_secs(1);
+const RETRY_LAST: Duration = Duration::from_secs(60);
+
 pub(crate) type Reply<T> = oneshot::Sender<Result<T>>;
 
 pub(crate) enum Command {
-    Create { spec: Box<ContainerSpec>, reply: Reply<String> },
-    Start { id: String, reply: Reply<()> },
-    Signal { id: String, signal: u32, reply: Reply<()> },
-    RemoveContainer { id: String, reply: Reply<()> },
-    ReopenLog { id: String, reply: Reply<()> },
-    Stop { reply: Reply<()> },
-    Remove { reply: Reply<()> },
+    Create {
+        spec: Box<ContainerSpec>,
+        reply: Reply<String>,
+    },
+    Start {
+        id: String,
+        reply: Reply<()>,
+    },
+    Signal {
+        id: String,
+        signal: u32,
+        reply: Reply<()>,
+    },
+    RemoveContainer {
+        id: String,
+        reply: Reply<()>,
+    },
+    ReopenLog {
+        id: String,
+        reply: Reply<()>,
+    },
+    Stop {
+        reply: Reply<()>,
+    },
+    Remove {
+        reply: Reply<()>,
+    },
 }
 
 /// The way to a driver.
@@ -63,10 +89,22 @@ pub(crate) struct Handle {
 }
 
 impl Handle {
+    /// For commands that end the pod: calls under way are cut short first.
+    pub(crate) async fn cancel_and_ask<T>(
+        &self,
+        command: impl FnOnce(Reply<T>) -> Command,
+    ) -> Result<T> {
+        self.stopping.cancel();
+        self.ask(command).await
+    }
+
     pub(crate) async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T> {
         let id = || self.snapshot.borrow().pod.id.clone();
         let (reply, answer) = oneshot::channel();
-        self.commands.send(command(reply)).await.map_err(|_| Error::PodNotFound(id()))?;
+        self.commands
+            .send(command(reply))
+            .await
+            .map_err(|_| Error::PodNotFound(id()))?;
         answer.await.map_err(|_| Error::PodNotFound(id()))?
     }
 }
@@ -98,7 +136,10 @@ impl Driver {
     ) -> (Self, Handle) {
         let first = PodSnapshot {
             pod: Arc::new(record.clone()),
-            containers: containers.iter().map(|(id, c)| (id.clone(), Arc::new(c.clone()))).collect(),
+            containers: containers
+                .iter()
+                .map(|(id, c)| (id.clone(), Arc::new(c.clone())))
+                .collect(),
             agent: None,
             gone: false,
         };
@@ -107,10 +148,23 @@ impl Driver {
         let (sender, commands) = mpsc::channel(COMMAND_QUEUE);
         let stopping = CancellationToken::new();
         let paths = PodPaths::new(&context.config, &record.id);
-        let handle =
-            Handle { commands: sender, snapshot, started: started_rx, stopping: stopping.clone() };
-        let driver =
-            Self { context, record, paths, containers, machine: None, publish, started, stopping, commands };
+        let handle = Handle {
+            commands: sender,
+            snapshot,
+            started: started_rx,
+            stopping: stopping.clone(),
+        };
+        let driver = Self {
+            context,
+            record,
+            paths,
+            containers,
+            machine: None,
+            publish,
+            started,
+            stopping,
+            commands,
+        };
         (driver, handle)
     }
 
@@ -125,8 +179,10 @@ impl Driver {
                 }
                 Err(error) => {
                     tracing::warn!(pod = %driver.record.id, error = %error.sentence(), "pod did not start");
-                    driver.finish_gone();
                     driver.started.send_replace(Some(Err(Arc::new(error))));
+                    if !driver.publish.borrow().gone {
+                        driver.run().await;
+                    }
                 }
             }
         });
@@ -151,15 +207,23 @@ impl Driver {
     }
 
     async fn run(mut self) {
+        let mut pause = RETRY_FIRST;
         loop {
+            let unfinished = self.is_unfinished();
             tokio::select! {
+                () = tokio::time::sleep(pause), if unfinished => {
+                    pause = (pause * 2).min(RETRY_LAST);
+                    if self.finish().await {
+                        return;
+                    }
+                }
                 command = self.commands.recv() => {
                     let Some(command) = command else { return };
                     if self.handle(command).await {
                         return;
                     }
                 }
-                event = next_event(&mut self.machine) => self.on_vm_event(event).await,
+                event = next_event(&mut self.machine, &self.stopping) => self.on_vm_event(event).await,
             }
         }
     }
@@ -191,7 +255,11 @@ impl Driver {
     fn publish(&self) {
         self.publish.send_replace(PodSnapshot {
             pod: Arc::new(self.record.clone()),
-            containers: self.containers.iter().map(|(id, c)| (id.clone(), Arc::new(c.clone()))).collect(),
+            containers: self
+                .containers
+                .iter()
+                .map(|(id, c)| (id.clone(), Arc::new(c.clone())))
+                .collect(),
             agent: self.machine.as_ref().map(|machine| machine.agent.clone()),
             gone: false,
         });
@@ -204,6 +272,29 @@ impl Driver {
         });
     }
 
+    /// Whether a stop or removal of the pod or of a container was begun and
+    /// something resisted.
+    fn is_unfinished(&self) -> bool {
+        matches!(self.record.phase, PodPhase::Stopping | PodPhase::Removing)
+            || self
+                .containers
+                .values()
+                .any(|c| c.phase == ContainerPhase::Removing)
+    }
+
+    /// Tries again what was begun. Returns whether the pod is gone.
+    async fn finish(&mut self) -> bool {
+        let result = match self.record.phase {
+            PodPhase::Stopping => self.stop().await,
+            PodPhase::Removing => self.remove().await,
+            _ => self.finish_containers().await,
+        };
+        if let Err(error) = result {
+            tracing::warn!(pod = %self.record.id, error = %error.sentence(), "what was begun cannot be finished yet");
+        }
+        self.publish.borrow().gone
+    }
+
     /// Writes the phase down, then shows it.
     async fn enter(&mut self, phase: PodPhase) -> Result<()> {
         self.record.phase = phase;
@@ -212,12 +303,23 @@ impl Driver {
         Ok(())
     }
 
-    async fn save_container(&self, id: &str) -> Result<()> {
-        if let Some(container) = self.containers.get(id) {
-            self.context.store.put_container(container).await?;
+    /// For phases that free something: a record that cannot be written, for
+    /// want of space perhaps, must not keep the space from being freed.
+    async fn enter_anyway(&mut self, phase: PodPhase) {
+        if let Err(error) = self.enter(phase).await {
+            tracing::error!(pod = %self.record.id, error = %error.sentence(), "cannot record the pod's phase");
+            self.publish();
         }
+    }
+
+    /// Writes a container's record down; what is shown is true either way.
+    async fn save_container(&self, id: &str) -> Result<()> {
+        let saved = match self.containers.get(id) {
+            Some(container) => self.context.store.put_container(container).await,
+            None => Ok(()),
+        };
         self.publish();
-        Ok(())
+        Ok(saved?)
     }
 
     fn machine(&self) -> Result<&Machine> {
@@ -232,13 +334,21 @@ impl Driver {
 fn not_ready(record: &PodRecord) -> Error {
     Error::PodNotReady {
         id: record.id.clone(),
-        state: record.failure.clone().unwrap_or_else(|| "it was stopped".to_owned()),
+        state: record
+            .failure
+            .clone()
+            .unwrap_or_else(|| "it was stopped".to_owned()),
     }
 }
 
-async fn next_event(machine: &mut Option<Machine>) -> VmEvent {
-    match machine {
-        Some(machine) => machine.events.recv().await.unwrap_or(VmEvent::WatcherGone),
-        None => std::future::pending().await,
+async fn next_event(machine: &mut Option<Machine>, stopping: &CancellationToken) -> VmEvent {
+    let Some(machine) = machine else {
+        return std::future::pending().await;
+    };
+    match machine.events.recv().await {
+        Some(event) => event,
+        // The watchers ended because a stop is on its way.
+        None if stopping.is_cancelled() => std::future::pending().await,
+        None => VmEvent::WatcherGone,
     }
 }

@@ -5,12 +5,15 @@
 
 use std::fs;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
+};
+use tokio_util::sync::CancellationToken;
 use vmm_client::protocol::{Event, VmState};
 use vmm_client::{Control, FdRole, Machine as MachineKind, SpawnRequest, UmlMode, VmSpec};
 
@@ -26,6 +29,7 @@ use crate::{Error, Result, cgroup, network, scratch, volumes};
 const CONSOLE_LIMIT_BYTES: u64 = 256 * 1024;
 /// Lines of the guest's console in an error.
 const CONSOLE_TAIL_LINES: usize = 8;
+const CONSOLE_TAIL_BYTES: u64 = 4096;
 const TAP: &str = "tap0";
 
 /// Times steps against the moment the request came in.
@@ -77,7 +81,10 @@ struct Booted {
 
 impl Driver {
     pub(super) async fn start(&mut self, since: Instant) -> Result<()> {
-        let timeline = Timeline { origin: since, steps: Mutex::default() };
+        let timeline = Timeline {
+            origin: since,
+            steps: Mutex::default(),
+        };
         let stopping = self.stopping.clone();
         let outcome = self.try_start(&timeline).await;
         self.record.timeline = timeline.steps.into_inner().unwrap_or_default();
@@ -89,8 +96,17 @@ impl Driver {
         let error = match error {
             Error::Start { step, source, .. } => {
                 // What was asked of a guest that gave up is told by its console.
-                let console = if step == Step::Configure { self.console_tail() } else { String::new() };
-                Error::Start { id: self.record.id.clone(), step, source, console }
+                let console = if step == Step::Configure {
+                    self.console_tail()
+                } else {
+                    String::new()
+                };
+                Error::Start {
+                    id: self.record.id.clone(),
+                    step,
+                    source,
+                    console,
+                }
             }
             other => other,
         };
@@ -98,13 +114,17 @@ impl Driver {
         // The watchers of a machine that is about to be ended.
         stopping.cancel();
         self.machine = None;
-        if let Err(left) = self.undo().await {
-            // The record stays; the next daemon, or a RemovePodSandbox of the
-            // listed wreck, tries again.
-            tracing::error!(pod = %self.record.id, error = %left.sentence(), "cannot undo a failed start");
-            return Err(error);
+        match self.undo().await {
+            Ok(()) => {
+                self.context.store.delete_pod(&self.record.id).await?;
+                self.finish_gone();
+            }
+            Err(left) => {
+                tracing::error!(pod = %self.record.id, error = %left.sentence(), "cannot undo a failed start yet");
+                self.record.failure = Some(error.sentence());
+                self.enter_anyway(PodPhase::Removing).await;
+            }
         }
-        self.context.store.delete_pod(&self.record.id).await?;
         Err(if stopped { Error::Stopping } else { error })
     }
 
@@ -113,20 +133,44 @@ impl Driver {
         let runtime = runtime.clone();
         self.enter(PodPhase::Reserved).await?;
         let netns = timeline.time(Step::Netns, self.make_netns()).await?;
-        let scratch = timeline.time(Step::Scratch, self.make_scratch(&runtime)).await?;
-        let tap = timeline.time(Step::Netns, async { Ok(netns::create_tap(&netns, TAP, self.record.uid).await?) }).await?;
-        let parts = Parts { netns, tap, scratch, vmm_pid: OnceLock::new() };
+        let scratch = timeline
+            .time(Step::Scratch, self.make_scratch(&runtime))
+            .await?;
+        let tap = timeline
+            .time(Step::Netns, async {
+                Ok(netns::create_tap(&netns, TAP, self.record.uid).await?)
+            })
+            .await?;
+        let parts = Parts {
+            netns,
+            tap,
+            scratch,
+            vmm_pid: OnceLock::new(),
+        };
 
-        // Both are announced before either begins.
-        self.enter(PodPhase::Networked).await?;
-        self.enter(PodPhase::Booted).await?;
+        self.enter(PodPhase::Starting).await?;
+        self.context.network.ready()?;
+        let cni_failed = CancellationToken::new();
         let boot = async {
-            let result = self.boot(timeline, &runtime, &parts).await;
-            (result, Instant::now())
+            tokio::select! {
+                () = cni_failed.cancelled() => Err(Error::Stopping),
+                booted = self.boot(timeline, &runtime, &parts) => booted,
+            }
         };
         let request = network::request(&self.record, &self.paths);
-        let cni = timeline.time(Step::Cni, self.context.network.add(&request));
-        let ((booted, _), added) = tokio::join!(boot, cni);
+        let cni = timeline.time(Step::Cni, async {
+            tokio::select! {
+                () = self.stopping.cancelled() => Err(Error::Stopping),
+                added = self.context.network.add(&request) => {
+                    if added.is_err() {
+                        // The boot beside it is in vain.
+                        cni_failed.cancel();
+                    }
+                    added
+                }
+            }
+        });
+        let (booted, added) = tokio::join!(boot, cni);
         self.record.vmm_pid = parts.vmm_pid.get().copied();
         // The network's failure is the more useful one: a boot that failed
         // says so by its own phase when the network is fine.
@@ -152,21 +196,36 @@ impl Driver {
             share_process_namespace: self.record.spec.share_process_namespace,
             shm_bytes: 0,
         };
-        timeline.time(Step::Configure, booted.agent.configure(request)).await?;
+        timeline
+            .time(Step::Configure, booted.agent.configure(request))
+            .await?;
         let events = watch_vm::watch(booted.events, booted.agent.clone(), self.stopping.clone());
-        self.machine = Some(Machine { control: booted.control, agent: booted.agent, events });
+        self.machine = Some(Machine {
+            control: booted.control,
+            agent: booted.agent,
+            events,
+        });
         Ok(())
     }
 
     async fn make_netns(&self) -> Result<netns::Netns> {
-        for dir in [&self.paths.dir, &self.paths.jail, &self.paths.shared] {
+        for dir in [
+            &self.paths.dir,
+            &self.paths.jail,
+            &self.paths.shared,
+            &self.paths.stage,
+        ] {
             fs::DirBuilder::new()
                 .recursive(true)
-                .mode(0o711)
+                .mode(0o700)
                 .create(dir)
-                .map_err(|source| Error::File { what: "pod directory", path: dir.clone(), source })?;
+                .map_err(|source| Error::File {
+                    what: "pod directory",
+                    path: dir.clone(),
+                    source,
+                })?;
         }
-        volumes::prepare_shared(&self.paths.shared)?;
+        volumes::prepare(&self.paths.shared, &self.paths.stage)?;
         Ok(netns::Netns::create(&self.context.config.netns_dir, &self.paths.netns_name).await?)
     }
 
@@ -177,12 +236,19 @@ impl Driver {
             let dir = path.parent().unwrap_or(Path::new("/"));
             scratch::create(&scratch::template(dir, gib)?, &path)
         };
-        tokio::task::spawn_blocking(work).await.map_err(|_| Error::Stopping)?
+        tokio::task::spawn_blocking(work)
+            .await
+            .map_err(|_| Error::Stopping)?
     }
 
-    async fn boot(&self, timeline: &Timeline, runtime: &RuntimeConfig, parts: &Parts) -> Result<Booted> {
-        let (mut process, control, mut events) = timeline.time(Step::Vmm, self.spawn(runtime, parts)).await?;
-        parts.vmm_pid.get_or_init(|| process.pid());
+    async fn boot(
+        &self,
+        timeline: &Timeline,
+        runtime: &RuntimeConfig,
+        parts: &Parts,
+    ) -> Result<Booted> {
+        let (mut process, control, mut events) =
+            timeline.time(Step::Vmm, self.spawn(runtime, parts)).await?;
         // Reaps the VMM while this daemon is its parent; its end is learnt
         // from the control socket, which also works after a restart.
         tokio::spawn(async move {
@@ -196,7 +262,10 @@ impl Driver {
                 let ready = async {
                     loop {
                         let Some(Event::State(status)) = events.next().await? else {
-                            return Err(Error::VmEnded(format!("its monitor ended{}", self.console_tail())));
+                            return Err(Error::VmEnded(format!(
+                                "its monitor ended{}",
+                                self.console_tail()
+                            )));
                         };
                         match status.state {
                             VmState::Booting => {}
@@ -216,7 +285,11 @@ impl Driver {
             })
             .await?;
         let agent = AgentClient::new(self.paths.vsock.clone(), self.stopping.clone());
-        Ok(Booted { control, events, agent })
+        Ok(Booted {
+            control,
+            events,
+            agent,
+        })
     }
 
     async fn spawn(
@@ -225,33 +298,60 @@ impl Driver {
         parts: &Parts,
     ) -> Result<(vmm_client::VmmProcess, Control, vmm_client::Events)> {
         let open = |what: &'static str, path: &Path| {
-            fs::File::open(path).map(OwnedFd::from).map_err(|source| Error::File {
-                what,
-                path: path.to_owned(),
-                source,
-            })
+            fs::File::open(path)
+                .map(OwnedFd::from)
+                .map_err(|source| Error::File {
+                    what,
+                    path: path.to_owned(),
+                    source,
+                })
         };
         let file = |what: &'static str, path: &Path| {
-            fs::File::options().read(true).append(true).create(true).open(path).map_err(|source| {
-                Error::File { what, path: path.to_owned(), source }
-            })
+            fs::File::options()
+                .read(true)
+                .append(true)
+                .create(true)
+                .mode(0o600)
+                .open(path)
+                .map_err(|source| Error::File {
+                    what,
+                    path: path.to_owned(),
+                    source,
+                })
         };
         let clone = |what: &'static str, fd: &OwnedFd| {
-            fd.try_clone().map_err(|source| Error::File { what, path: self.paths.dir.clone(), source })
+            fd.try_clone().map_err(|source| Error::File {
+                what,
+                path: self.paths.dir.clone(),
+                source,
+            })
         };
         let scratch: OwnedFd = parts
             .scratch
             .try_clone()
-            .map_err(|source| Error::File { what: "scratch disk", path: self.paths.scratch.clone(), source })?
+            .map_err(|source| Error::File {
+                what: "scratch disk",
+                path: self.paths.scratch.clone(),
+                source,
+            })?
             .into();
         let fds = vec![
             (FdRole::Kernel, open("guest kernel", &runtime.kernel)?),
             (FdRole::Initramfs, open("initramfs", &runtime.initramfs)?),
             (FdRole::Netns, parts.netns.fd()?),
             (FdRole::Tap, clone("tap", &parts.tap)?),
-            (FdRole::ConsoleLog, file("console log", &self.paths.console)?.into()),
-            (FdRole::ControlListener, self.listen(SockType::SeqPacket, &self.paths.control)?),
-            (FdRole::VsockListener, self.listen(SockType::Stream, &self.paths.vsock)?),
+            (
+                FdRole::ConsoleLog,
+                file("console log", &self.paths.console)?.into(),
+            ),
+            (
+                FdRole::ControlListener,
+                self.listen(SockType::SeqPacket, &self.paths.control)?,
+            ),
+            (
+                FdRole::VsockListener,
+                self.listen(SockType::Stream, &self.paths.vsock)?,
+            ),
             (FdRole::Scratch, scratch),
         ];
         let spec = VmSpec {
@@ -281,8 +381,12 @@ impl Driver {
             },
         };
         let process = vmm_client::spawn(request).await?;
+        parts.vmm_pid.get_or_init(|| process.pid());
         let control = Control::connect(&self.paths.control).await?;
-        let events = Control::connect(&self.paths.control).await?.subscribe().await?;
+        let events = Control::connect(&self.paths.control)
+            .await?
+            .subscribe()
+            .await?;
         Ok((process, control, events))
     }
 
@@ -295,17 +399,42 @@ impl Driver {
             listen(&listener, Backlog::MAXCONN)?;
             Ok(listener)
         };
-        bind().map_err(|error| Error::File { what: "socket", path: path.to_owned(), source: error.into() })
+        bind().map_err(|error| Error::File {
+            what: "socket",
+            path: path.to_owned(),
+            source: error.into(),
+        })
     }
 
     /// The guest's last words, for an error.
     fn console_tail(&self) -> String {
-        let Ok(bytes) = fs::read(&self.paths.console) else { return String::new() };
-        let text = String::from_utf8_lossy(&bytes);
-        let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
+        let Ok(bytes) = read_tail(&self.paths.console) else {
+            return String::new();
+        };
+        let text =
+            String::from_utf8_lossy(&bytes).replace(|c: char| c.is_control() && c != '\n', " ");
+        let lines: Vec<&str> = text
+            .lines()
+            .filter(|line| !line.trim().is_empty())
+            .collect();
         let tail = &lines[lines.len().saturating_sub(CONSOLE_TAIL_LINES)..];
-        if tail.is_empty() { "; its console is empty".to_owned() } else { format!("; console: {}", tail.join(" | ")) }
+        if tail.is_empty() {
+            "; its console is empty".to_owned()
+        } else {
+            format!("; console: {}", tail.join(" | "))
+        }
     }
+}
+
+/// The guest can make the console as long as its limit; an error takes less.
+fn read_tail(path: &Path) -> std::io::Result<Vec<u8>> {
+    let file = fs::File::open(path)?;
+    let length = file.metadata()?.len();
+    let start = length.saturating_sub(CONSOLE_TAIL_BYTES);
+    let mut bytes = vec![0; usize::try_from(length - start).unwrap_or(0)];
+    let read = file.read_at(&mut bytes, start)?;
+    bytes.truncate(read);
+    Ok(bytes)
 }
 
 fn machine_kind(runtime: &RuntimeConfig) -> MachineKind {
@@ -328,7 +457,10 @@ pub(crate) fn max_vcpus(runtime: &RuntimeConfig) -> u32 {
 fn boot_mac(id: &str) -> [u8; 6] {
     let mut mac = [0x02, 0, 0, 0, 0, 0];
     for (index, byte) in mac.iter_mut().enumerate().skip(1) {
-        *byte = id.get(index * 2..index * 2 + 2).and_then(|hex| u8::from_str_radix(hex, 16).ok()).unwrap_or(0);
+        *byte = id
+            .get(index * 2..index * 2 + 2)
+            .and_then(|hex| u8::from_str_radix(hex, 16).ok())
+            .unwrap_or(0);
     }
     mac
 }

@@ -5,15 +5,19 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
-use vmm_client::Control;
+use vmm_client::{Control, ControlError};
 
 use super::Driver;
+use super::watch_vm::VmEvent;
 use crate::process::Process;
 use crate::record::{ExitReason, PodPhase};
 use crate::{Error, Result, cgroup, scratch, volumes};
 
 /// A killed VMM takes its guest along at once; the kernel frees its memory.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+/// A guest that has agreed to power off writes its disks; the VMM then writes
+/// what is left of the containers' logs.
+const POWER_OFF_TIMEOUT: Duration = Duration::from_secs(3);
 
 impl Driver {
     /// StopPodSandbox: ends the machine and frees network, volumes and disks.
@@ -22,17 +26,40 @@ impl Driver {
         if self.record.phase == PodPhase::Stopped {
             return Ok(());
         }
-        self.enter(PodPhase::Stopping).await?;
-        if let Some(machine) = self.machine.take() {
+        self.enter_anyway(PodPhase::Stopping).await;
+        if let Some(mut machine) = self.machine.take() {
+            // Exits that were told before the stop are the true ones.
+            while let Ok(event) = machine.events.try_recv() {
+                if let VmEvent::Exit { container, exit } = event {
+                    self.learn_exit(&container, exit).await;
+                }
+            }
             // So that what volumes were promised is written; a guest that
             // hangs is not waited for.
-            if let Err(error) = machine.agent.shutdown().await {
-                tracing::debug!(pod = %self.record.id, error = %error.sentence(), "guest did not shut down");
+            match machine.agent.shutdown().await {
+                Ok(()) => self.await_power_off().await,
+                Err(error) => {
+                    tracing::debug!(pod = %self.record.id, error = %error.sentence(), "guest did not shut down");
+                }
             }
         }
-        self.end_containers(ExitReason::Error, "the pod was stopped").await;
+        self.end_containers(ExitReason::Error, "the pod was stopped")
+            .await;
         self.undo().await?;
+        self.record.failure = None;
         self.enter(PodPhase::Stopped).await
+    }
+
+    async fn await_power_off(&self) {
+        let vmm = self
+            .record
+            .vmm_pid
+            .and_then(|pid| Process::open(pid, &self.record.id));
+        if let Some(vmm) = vmm
+            && !vmm.ended_within(POWER_OFF_TIMEOUT).await
+        {
+            tracing::debug!(pod = %self.record.id, "guest did not power off in time");
+        }
     }
 
     /// RemovePodSandbox: the pod stopped, its containers and records removed.
@@ -40,11 +67,12 @@ impl Driver {
         if !matches!(self.record.phase, PodPhase::Stopped | PodPhase::Removing) {
             self.stop().await?;
         }
-        self.enter(PodPhase::Removing).await?;
+        self.enter_anyway(PodPhase::Removing).await;
         let ids: Vec<String> = self.containers.keys().cloned().collect();
         for id in ids {
             self.remove_container(&id).await?;
         }
+        self.undo().await?;
         self.context.store.delete_pod(&self.record.id).await?;
         self.finish_gone();
         Ok(())
@@ -52,25 +80,38 @@ impl Driver {
 
     /// Frees everything a pod of this id may hold outside its record. Every
     /// step is fine with what it frees being gone already, so it serves a
-    /// failed start, a stop, and what a killed daemon left.
+    /// failed start, a stop, and what a killed daemon left. A step that fails
+    /// does not keep the others from being taken; the first error is returned.
     pub(super) async fn undo(&self) -> Result<()> {
-        let vmm = self.record.vmm_pid.and_then(|pid| Process::open(pid, &self.record.id));
-        end_machine(&self.paths.control, vmm).await?;
+        let id = &self.record.id;
+        let vmm = self.record.vmm_pid.and_then(|pid| Process::open(pid, id));
+        let mut outcome = end_machine(&self.paths.control, vmm).await;
         if let Some(group) = &self.record.cgroup {
-            cgroup::remove(group, &self.record.id)?;
+            outcome = outcome.and(cgroup::remove(group, id).await);
         }
-        self.context.network.del(&self.record.id).await?;
-        netns::Netns::remove_at(&self.context.config.netns_dir, &self.paths.netns_name).await?;
-        let volumes_of = self.containers.keys().map(|id| self.paths.volumes(id));
-        for dir in volumes_of {
-            volumes::unbind_all(&dir)?;
-        }
-        volumes::unmount(&self.paths.shared)?;
-        scratch::remove(&self.paths.scratch)?;
-        match fs::remove_dir_all(&self.paths.dir) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                Err(Error::File { what: "pod directory", path: self.paths.dir.clone(), source })
+        let detached = match self.context.network.del(id).await {
+            // The plugins may still need the namespace when DEL is tried again.
+            Err(error) => Err(error),
+            Ok(()) => {
+                netns::Netns::remove_at(&self.context.config.netns_dir, &self.paths.netns_name)
+                    .await
+                    .map_err(Error::from)
             }
+        };
+        outcome = outcome.and(detached);
+        outcome = outcome.and(self.remove_dir());
+        outcome.and(scratch::remove(&self.paths.scratch))
+    }
+
+    fn remove_dir(&self) -> Result<()> {
+        // Nothing may be removed through a mount.
+        volumes::unmount_below(&self.paths.dir)?;
+        match fs::remove_dir_all(&self.paths.dir) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::File {
+                what: "pod directory",
+                path: self.paths.dir.clone(),
+                source,
+            }),
             _ => Ok(()),
         }
     }
@@ -79,15 +120,29 @@ impl Driver {
 /// Ends the VMM behind `control` and waits until it is gone. The process, where
 /// it is known, tells that everything the VMM had started is gone as well.
 async fn end_machine(control: &Path, process: Option<Process>) -> Result<()> {
-    let late = || Error::VmEnded(format!("not within {} s of being told to", KILL_TIMEOUT.as_secs()));
+    let late = || {
+        Error::VmEnded(format!(
+            "not within {} s of being told to",
+            KILL_TIMEOUT.as_secs()
+        ))
+    };
     if let Some(process) = process {
         process.kill();
-        return if process.ended_within(KILL_TIMEOUT).await { Ok(()) } else { Err(late()) };
+        return if process.ended_within(KILL_TIMEOUT).await {
+            Ok(())
+        } else {
+            Err(late())
+        };
     }
-    // Without a listening end there is no VMM.
-    let Ok(connection) = Control::connect(control).await else { return Ok(()) };
+    let connection = match Control::connect(control).await {
+        Ok(connection) => connection,
+        Err(error) if is_gone(&error) => return Ok(()),
+        Err(error) => return Err(error.into()),
+    };
     let gone = async {
-        let Ok(mut events) = connection.subscribe().await else { return };
+        let Ok(mut events) = connection.subscribe().await else {
+            return;
+        };
         if let Ok(mut kill) = Control::connect(control).await
             && let Err(error) = kill.kill().await
         {
@@ -95,5 +150,21 @@ async fn end_machine(control: &Path, process: Option<Process>) -> Result<()> {
         }
         while let Ok(Some(_)) = events.next().await {}
     };
-    tokio::time::timeout(KILL_TIMEOUT, gone).await.map_err(|_| late())
+    tokio::time::timeout(KILL_TIMEOUT, gone)
+        .await
+        .map_err(|_| late())
+}
+
+/// Without a listening end there is no VMM.
+pub(super) fn is_gone(error: &ControlError) -> bool {
+    match error {
+        ControlError::Connect { source, .. } => {
+            matches!(
+                source.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+            )
+        }
+        ControlError::Gone { .. } => true,
+        _ => false,
+    }
 }

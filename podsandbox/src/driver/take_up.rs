@@ -5,14 +5,18 @@ use vmm_client::Control;
 use vmm_client::protocol::VmState;
 
 use super::{Driver, Machine, watch_vm};
-use crate::agent::AgentClient;
-use crate::record::{ContainerPhase, ExitReason, PodPhase};
 use crate::Result;
+use crate::agent::AgentClient;
+use crate::process::Process;
+use crate::record::{ContainerPhase, ExitReason, PodPhase};
+
+/// Each try waits for as long as a call to the VMM may take.
+const CONNECT_TRIES: u32 = 3;
 
 impl Driver {
     pub(super) async fn take_up(&mut self) {
         let result = match self.record.phase {
-            PodPhase::Reserved | PodPhase::Networked | PodPhase::Booted => self.forget_half_made().await,
+            PodPhase::Reserved | PodPhase::Starting => self.forget_half_made().await,
             PodPhase::Ready => self.reconnect().await,
             PodPhase::Stopping => self.stop().await,
             PodPhase::Stopped => {
@@ -22,12 +26,12 @@ impl Driver {
             PodPhase::Removing => self.remove().await,
         };
         if let Err(error) = result {
-            // The pod stays listed as not ready; the kubelet's stop and remove
-            // will try again.
+            // The pod stays listed as not ready; the driver tries again.
             tracing::error!(pod = %self.record.id, error = %error.sentence(), "cannot take up the pod");
             self.record.failure = Some(error.sentence());
-            if matches!(self.record.phase, PodPhase::Reserved | PodPhase::Networked | PodPhase::Booted) {
-                self.record.phase = PodPhase::Stopping;
+            if matches!(self.record.phase, PodPhase::Reserved | PodPhase::Starting) {
+                // Nobody was promised this pod.
+                self.record.phase = PodPhase::Removing;
             }
             self.publish();
         }
@@ -49,7 +53,9 @@ impl Driver {
         match self.connect().await {
             Ok(machine) => {
                 self.machine = Some(machine);
-                self.finish_containers().await?;
+                if let Err(error) = self.finish_containers().await {
+                    tracing::warn!(pod = %self.record.id, error = %error.sentence(), "a container cannot be cleared away yet");
+                }
                 self.publish();
                 tracing::info!(pod = %self.record.id, containers = self.containers.len(), "took up a running pod");
                 Ok(())
@@ -64,21 +70,49 @@ impl Driver {
         }
     }
 
+    /// A VMM that runs is not given up because a call to it failed once.
     async fn connect(&self) -> std::result::Result<Machine, String> {
+        let mut tries = 0;
+        loop {
+            let reason = match self.try_connect().await {
+                Ok(machine) => return Ok(machine),
+                Err(reason) => reason,
+            };
+            tries += 1;
+            let runs = self
+                .record
+                .vmm_pid
+                .is_some_and(|pid| Process::open(pid, &self.record.id).is_some());
+            if !runs || tries == CONNECT_TRIES {
+                return Err(reason);
+            }
+        }
+    }
+
+    async fn try_connect(&self) -> std::result::Result<Machine, String> {
         let gone = |error: vmm_client::ControlError| format!("while the daemon was away ({error})");
         let mut control = Control::connect(&self.paths.control).await.map_err(gone)?;
         let status = control.status().await.map_err(gone)?;
         if let VmState::Ended { reason } = status.state {
             return Err(reason);
         }
-        let events = Control::connect(&self.paths.control).await.map_err(gone)?.subscribe().await.map_err(gone)?;
+        let events = Control::connect(&self.paths.control)
+            .await
+            .map_err(gone)?
+            .subscribe()
+            .await
+            .map_err(gone)?;
         let agent = AgentClient::new(self.paths.vsock.clone(), self.stopping.clone());
         let events = watch_vm::watch(events, agent.clone(), self.stopping.clone());
-        Ok(Machine { control, agent, events })
+        Ok(Machine {
+            control,
+            agent,
+            events,
+        })
     }
 
     /// Undoes a create and finishes a remove that the daemon's end cut off.
-    async fn finish_containers(&mut self) -> Result<()> {
+    pub(super) async fn finish_containers(&mut self) -> Result<()> {
         let half: Vec<String> = self
             .containers
             .values()

@@ -1,6 +1,7 @@
 //! Watching a running pod from outside its driver: the VMM's end, and what the
 //! agent reports. Both become [`VmEvent`]s in one bounded queue.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use agent_api::event::Event as AgentEvent;
@@ -9,7 +10,8 @@ use tokio_util::sync::CancellationToken;
 use vmm_client::protocol::{Event, VmState};
 
 use super::Driver;
-use crate::agent::AgentClient;
+use super::containers::KILLED;
+use crate::agent::{AgentClient, plain};
 use crate::context::now_nanos;
 use crate::record::{ContainerPhase, ExitReason, ExitRecord, PodPhase, ResolvedUser};
 
@@ -18,10 +20,18 @@ const EVENT_QUEUE: usize = 64;
 /// Between attempts to reach an agent whose event stream broke.
 const RETRY: Duration = Duration::from_millis(200);
 
+/// What containerd answers for an exit nobody saw.
+const UNKNOWN_CODE: i32 = 255;
+/// `NGROUPS_MAX` of Linux.
+const MAX_GROUPS: usize = 65_536;
+
 pub(super) enum VmEvent {
     /// The state of all containers: first after each (re)connection.
     Listing(Vec<agent_api::ContainerState>),
-    Exit { container: String, exit: agent_api::Exit },
+    Exit {
+        container: String,
+        exit: agent_api::Exit,
+    },
     /// The machine is gone, with the reason.
     Ended(String),
     WatcherGone,
@@ -86,11 +96,16 @@ async fn follow_once(agent: &AgentClient, sender: &mpsc::Sender<VmEvent>) -> cra
     if sender.send(VmEvent::Listing(listing)).await.is_err() {
         return Ok(());
     }
-    while let Some(event) =
-        stream.message().await.map_err(|status| crate::agent::refused("Events", &status))?
+    while let Some(event) = stream
+        .message()
+        .await
+        .map_err(|status| crate::agent::refused("Events", &status))?
     {
         if let Some(AgentEvent::Exit(exit)) = event.event {
-            let event = VmEvent::Exit { container: event.container_id, exit };
+            let event = VmEvent::Exit {
+                container: event.container_id,
+                exit,
+            };
             if sender.send(event).await.is_err() {
                 return Ok(());
             }
@@ -102,11 +117,7 @@ async fn follow_once(agent: &AgentClient, sender: &mpsc::Sender<VmEvent>) -> cra
 impl Driver {
     pub(super) async fn on_vm_event(&mut self, event: VmEvent) {
         match event {
-            VmEvent::Listing(states) => {
-                for state in states {
-                    self.learn_state(state).await;
-                }
-            }
+            VmEvent::Listing(states) => self.learn_listing(states).await,
             VmEvent::Exit { container, exit } => self.learn_exit(&container, exit).await,
             VmEvent::Ended(reason) => self.lose_machine(reason).await,
             VmEvent::WatcherGone => {
@@ -115,47 +126,92 @@ impl Driver {
         }
     }
 
+    /// The guest may name what it likes as often as it likes: each container
+    /// of the pod is looked at once.
+    pub(super) async fn learn_listing(&mut self, states: Vec<agent_api::ContainerState>) {
+        let mut by_id: HashMap<String, agent_api::ContainerState> = states
+            .into_iter()
+            .map(|state| (state.id.clone(), state))
+            .collect();
+        let ids: Vec<String> = self.containers.keys().cloned().collect();
+        for id in ids {
+            if let Some(state) = by_id.remove(&id) {
+                self.learn_state(state).await;
+            }
+        }
+    }
+
     async fn learn_state(&mut self, state: agent_api::ContainerState) {
-        let Some(record) = self.containers.get_mut(&state.id) else { return };
+        let Some(record) = self.containers.get_mut(&state.id) else {
+            return;
+        };
+        let before = (
+            record.pid,
+            record.user.clone(),
+            record.phase,
+            record.started_at_nanos,
+        );
         record.pid = state.pid;
         record.user = Some(ResolvedUser {
             uid: state.uid,
             gid: state.gid,
-            supplemental_groups: state.supplemental_groups.clone(),
+            supplemental_groups: state
+                .supplemental_groups
+                .iter()
+                .copied()
+                .take(MAX_GROUPS)
+                .collect(),
         });
         let running = state.phase() == agent_api::container_state::Phase::Running;
         if running && record.phase == ContainerPhase::Created {
             // Started, but the daemon died before it could write that down.
             record.phase = ContainerPhase::Running;
-            record.started_at_nanos = state.started_at_unix_nanos;
         }
         if state.started_at_unix_nanos != 0 && record.started_at_nanos == 0 {
             record.started_at_nanos = state.started_at_unix_nanos;
         }
+        let after = (
+            record.pid,
+            record.user.clone(),
+            record.phase,
+            record.started_at_nanos,
+        );
         match state.exit {
             Some(exit) => self.learn_exit(&state.id, exit).await,
-            None => self.save_logged(&state.id).await,
+            None if before != after => self.save_logged(&state.id).await,
+            None => {}
         }
     }
 
-    async fn learn_exit(&mut self, id: &str, exit: agent_api::Exit) {
-        let Some(record) = self.containers.get_mut(id) else { return };
-        if record.exit.is_some() || record.phase == ContainerPhase::Removing {
+    pub(super) async fn learn_exit(&mut self, id: &str, exit: agent_api::Exit) {
+        let Some(record) = self.containers.get_mut(id) else {
+            return;
+        };
+        if record.exit.is_some() {
             return;
         }
         record.phase = ContainerPhase::Exited;
         record.exit = Some(ExitRecord {
             code: exit.code,
-            finished_at_nanos: exit.finished_at_unix_nanos,
+            // The guest's clock is the guest's word.
+            finished_at_nanos: exit
+                .finished_at_unix_nanos
+                .clamp(record.created_at_nanos, now_nanos()),
             reason: ExitReason::of(exit.code, exit.oom_killed, &exit.start_error),
-            message: exit.start_error,
+            message: plain(&exit.start_error),
         });
         self.save_logged(id).await;
+        // The next container needs the slot; what fails is tried again when
+        // the container is removed.
+        if let Err(error) = self.free_guest_side(id).await {
+            tracing::warn!(container = id, error = %error.sentence(), "cannot free what an ended container held");
+        }
     }
 
     /// The machine ended though nobody stopped the pod: the pod is not ready,
     /// its containers are over, and the kubelet will make a new one.
     async fn lose_machine(&mut self, reason: String) {
+        let reason = plain(&reason);
         tracing::warn!(pod = %self.record.id, %reason, "pod lost its machine");
         self.machine = None;
         self.record.failure = Some(format!("the virtual machine ended: {reason}"));
@@ -170,15 +226,23 @@ impl Driver {
 
     /// Marks what was not over yet as ended with the machine.
     pub(super) async fn end_containers(&mut self, reason: ExitReason, message: &str) {
-        /// What a shell reports of a process that SIGKILL ended.
-        const KILLED: i32 = 137;
+        let code = if reason == ExitReason::Unknown {
+            UNKNOWN_CODE
+        } else {
+            KILLED
+        };
         let ids: Vec<String> = self.containers.keys().cloned().collect();
         for id in ids {
-            let Some(record) = self.containers.get_mut(&id) else { continue };
-            if matches!(record.phase, ContainerPhase::Created | ContainerPhase::Running) {
+            let Some(record) = self.containers.get_mut(&id) else {
+                continue;
+            };
+            if matches!(
+                record.phase,
+                ContainerPhase::Created | ContainerPhase::Running
+            ) {
                 record.phase = ContainerPhase::Exited;
                 record.exit = Some(ExitRecord {
-                    code: KILLED,
+                    code,
                     finished_at_nanos: now_nanos(),
                     reason,
                     message: message.to_owned(),

@@ -18,7 +18,7 @@ use nix::unistd::{chdir, chown, fchdir, mkdir, pivot_root, setsid, write};
 
 use super::plan::{
     Capabilities, DeviceNode, Entry, Failure, Identity, MESSAGE_LEN, Message, MountKind, MountStep,
-    Plan, Program, RootSetup, Step, Stdio,
+    Plan, Program, RootSetup, Stdio, Step,
 };
 use crate::sys::{self, CapSets, MountAttr};
 
@@ -40,7 +40,11 @@ trait At<T> {
 
 impl<T> At<T> for std::result::Result<T, Errno> {
     fn at(self, step: Step, index: usize) -> Result<T> {
-        self.map_err(|errno| Failure { step, index: index as u32, errno })
+        self.map_err(|errno| Failure {
+            step,
+            index: index as u32,
+            errno,
+        })
     }
 }
 
@@ -83,8 +87,11 @@ fn execute(plan: &Plan) -> Result<Infallible> {
     set_limits(identity)?;
     enter_cwd(identity)?;
     become_user(identity)?;
-    close_others(plan.channel.as_raw_fd(), terminal.as_ref().map(AsRawFd::as_raw_fd))
-        .at(Step::Exec, 0)?;
+    close_others(
+        plan.channel.as_raw_fd(),
+        terminal.as_ref().map(AsRawFd::as_raw_fd),
+    )
+    .at(Step::Exec, 0)?;
     if plan.wait {
         wait_for_start(plan, terminal)?;
     }
@@ -123,8 +130,14 @@ fn enter_root(root: &RootSetup, terminal: bool) -> Result<()> {
         unshare(CloneFlags::CLONE_NEWCGROUP).at(Step::CgroupNamespace, 0)?;
     }
     // Nothing that happens to mounts here may reach the agent's namespace.
-    mount(None::<&CStr>, c"/", None::<&CStr>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&CStr>)
-        .at(Step::Propagation, 0)?;
+    mount(
+        None::<&CStr>,
+        c"/",
+        None::<&CStr>,
+        MsFlags::MS_REC | MsFlags::MS_PRIVATE,
+        None::<&CStr>,
+    )
+    .at(Step::Propagation, 0)?;
     sys::move_mount(root.tree.as_raw_fd(), PIVOT).at(Step::Root, 0)?;
     fchdir(&root.tree).at(Step::Root, 1)?;
     // pivot_root(2), "pivot_root(".", ".")": no directory for the old root.
@@ -170,9 +183,21 @@ fn mount_one(step: &MountStep) -> sys::Result<()> {
 fn attach(step: &MountStep) -> sys::Result<()> {
     match &step.kind {
         MountKind::Tree(tree) => sys::move_mount(tree.as_raw_fd(), &step.target),
-        MountKind::New { fs, source, flags, data, attr } => {
+        MountKind::New {
+            fs,
+            source,
+            flags,
+            data,
+            attr,
+        } => {
             let data = (!data.is_empty()).then_some(data.as_c_str());
-            mount(Some(source.as_c_str()), step.target.as_c_str(), Some(fs.as_c_str()), *flags, data)?;
+            mount(
+                Some(source.as_c_str()),
+                step.target.as_c_str(),
+                Some(fs.as_c_str()),
+                *flags,
+                data,
+            )?;
             if attr.is_empty() {
                 return Ok(());
             }
@@ -194,8 +219,7 @@ fn make_directories(path: &CStr, mode: u32) -> sys::Result<()> {
         }
         buffer[..end].copy_from_slice(&bytes[..end]);
         buffer[end] = 0;
-        let prefix =
-            CStr::from_bytes_with_nul(&buffer[..=end]).map_err(|_| Errno::EINVAL)?;
+        let prefix = CStr::from_bytes_with_nul(&buffer[..=end]).map_err(|_| Errno::EINVAL)?;
         match mkdir(prefix, Mode::from_bits_truncate(mode)) {
             // A read-only file system says so even where the directory exists.
             Ok(()) | Err(Errno::EEXIST) => {}
@@ -208,7 +232,11 @@ fn make_directories(path: &CStr, mode: u32) -> sys::Result<()> {
 
 fn make_parent(path: &CStr) -> sys::Result<()> {
     let bytes = path.to_bytes();
-    let Some(slash) = bytes.iter().rposition(|&b| b == b'/').filter(|&slash| slash > 0) else {
+    let Some(slash) = bytes
+        .iter()
+        .rposition(|&b| b == b'/')
+        .filter(|&slash| slash > 0)
+    else {
         return Ok(());
     };
     let mut buffer = [0u8; libc::PATH_MAX as usize];
@@ -240,7 +268,11 @@ fn make_device(device: &DeviceNode) -> sys::Result<()> {
         Err(errno) => return Err(errno),
     }
     if device.uid != 0 || device.gid != 0 {
-        chown(device.path.as_c_str(), Some(device.uid.into()), Some(device.gid.into()))?;
+        chown(
+            device.path.as_c_str(),
+            Some(device.uid.into()),
+            Some(device.gid.into()),
+        )?;
     }
     Ok(())
 }
@@ -255,7 +287,10 @@ fn restrict_root(root: &RootSetup) -> Result<()> {
     }
     mask(root)?;
     if root.readonly_root {
-        let attr = MountAttr { set: libc::MOUNT_ATTR_RDONLY, ..MountAttr::default() };
+        let attr = MountAttr {
+            set: libc::MOUNT_ATTR_RDONLY,
+            ..MountAttr::default()
+        };
         sys::mount_setattr(libc::AT_FDCWD, c"/", false, attr).at(Step::ReadOnly, usize::MAX)?;
     }
     Ok(())
@@ -268,7 +303,10 @@ fn make_readonly(path: &CStr) -> sys::Result<()> {
         Err(Errno::ENOENT | Errno::ENOTDIR) => return Ok(()),
         Err(errno) => return Err(errno),
     }
-    let attr = MountAttr { set: libc::MOUNT_ATTR_RDONLY, ..MountAttr::default() };
+    let attr = MountAttr {
+        set: libc::MOUNT_ATTR_RDONLY,
+        ..MountAttr::default()
+    };
     sys::mount_setattr(libc::AT_FDCWD, path, true, attr)
 }
 
@@ -318,28 +356,55 @@ fn borrow(fd: &std::os::fd::OwnedFd) -> BorrowedFd<'_> {
 /// Opens a terminal of the container's own devpts, makes it the controlling
 /// one and /dev/console, and returns its master.
 fn open_terminal(uid: u32, rows: u16, columns: u16) -> Result<std::os::fd::OwnedFd> {
-    let fail = |errno| Failure { step: Step::Terminal, index: 0, errno };
+    let fail = |errno| Failure {
+        step: Step::Terminal,
+        index: 0,
+        errno,
+    };
     let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
     let master = open(c"/dev/ptmx", flags, Mode::empty()).map_err(fail)?;
     let mut number: c_int = 0;
     let unlock: c_int = 0;
-    let size = libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+    let size = libc::winsize {
+        ws_row: rows,
+        ws_col: columns,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
     // SAFETY: each request reads or writes the one variable given, of the type
     // that ioctl_tty(2) states.
     unsafe {
-        Errno::result(libc::ioctl(master.as_raw_fd(), libc::TIOCSPTLCK, &raw const unlock))
-            .map_err(fail)?;
-        Errno::result(libc::ioctl(master.as_raw_fd(), libc::TIOCGPTN, &raw mut number))
-            .map_err(fail)?;
-        Errno::result(libc::ioctl(master.as_raw_fd(), libc::TIOCSWINSZ, &raw const size))
-            .map_err(fail)?;
+        Errno::result(libc::ioctl(
+            master.as_raw_fd(),
+            libc::TIOCSPTLCK,
+            &raw const unlock,
+        ))
+        .map_err(fail)?;
+        Errno::result(libc::ioctl(
+            master.as_raw_fd(),
+            libc::TIOCGPTN,
+            &raw mut number,
+        ))
+        .map_err(fail)?;
+        Errno::result(libc::ioctl(
+            master.as_raw_fd(),
+            libc::TIOCSWINSZ,
+            &raw const size,
+        ))
+        .map_err(fail)?;
     }
     let mut buffer = [0u8; 32];
     let path = terminal_path(&mut buffer, number.unsigned_abs());
     let slave = open(path, flags, Mode::empty()).map_err(fail)?;
     chown(path, Some(uid.into()), None).map_err(fail)?;
-    mount(Some(path), c"/dev/console", None::<&CStr>, MsFlags::MS_BIND, None::<&CStr>)
-        .map_err(fail)?;
+    mount(
+        Some(path),
+        c"/dev/console",
+        None::<&CStr>,
+        MsFlags::MS_BIND,
+        None::<&CStr>,
+    )
+    .map_err(fail)?;
     // SAFETY: TIOCSCTTY takes an integer.
     Errno::result(unsafe { libc::ioctl(slave.as_raw_fd(), libc::TIOCSCTTY, 0) }).map_err(fail)?;
     for number in 0..3 {
@@ -377,7 +442,10 @@ fn duplicate(from: RawFd, to: RawFd) -> sys::Result<()> {
 
 fn set_limits(identity: &Identity) -> Result<()> {
     for (index, limit) in identity.rlimits.iter().enumerate() {
-        let value = libc::rlimit { rlim_cur: limit.soft, rlim_max: limit.hard };
+        let value = libc::rlimit {
+            rlim_cur: limit.soft,
+            rlim_max: limit.hard,
+        };
         // SAFETY: reads `value`, which lives.
         let result = unsafe { libc::setrlimit(limit.resource, &raw const value) };
         Errno::result(result).map(drop).at(Step::Rlimit, index)?;
@@ -410,8 +478,12 @@ fn become_user(identity: &Identity) -> Result<()> {
     // SAFETY: reads `groups`, which lives, and takes integers.
     unsafe {
         let groups = &identity.groups;
-        Errno::result(libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()))
-            .at(Step::Groups, 0)?;
+        Errno::result(libc::syscall(
+            libc::SYS_setgroups,
+            groups.len(),
+            groups.as_ptr(),
+        ))
+        .at(Step::Groups, 0)?;
         let (uid, gid) = (identity.uid, identity.gid);
         if gid != 0 {
             Errno::result(libc::syscall(libc::SYS_setresgid, gid, gid, gid)).at(Step::User, 1)?;
@@ -449,7 +521,11 @@ fn drop_privileges(identity: &Identity) -> Result<()> {
             // setresuid has emptied the effective set, KEEPCAPS only kept the
             // permitted one.
             let all = u64::MAX >> (63 - LAST_CAPABILITY);
-            let sets = CapSets { effective: all, permitted: all, inheritable: 0 };
+            let sets = CapSets {
+                effective: all,
+                permitted: all,
+                inheritable: 0,
+            };
             sys::capset(sets).at(Step::Capabilities, 0)?;
         }
         install_filter(identity)?;
@@ -485,8 +561,11 @@ fn set_capabilities(identity: &Identity) -> Result<()> {
 /// Tells the parent that all is set up, the terminal's master beside it, and
 /// waits for its byte. The parent's death ends the wait and the process.
 fn wait_for_start(plan: &Plan, terminal: Option<std::os::fd::OwnedFd>) -> Result<()> {
-    send_ready(plan.channel.as_raw_fd(), terminal.as_ref().map(AsRawFd::as_raw_fd))
-        .at(Step::Wait, 0)?;
+    send_ready(
+        plan.channel.as_raw_fd(),
+        terminal.as_ref().map(AsRawFd::as_raw_fd),
+    )
+    .at(Step::Wait, 0)?;
     drop(terminal);
     let mut byte = [0u8; 1];
     match nix::unistd::read(&plan.channel, &mut byte) {
@@ -501,7 +580,10 @@ struct ControlBuffer([u8; 32]);
 
 fn send_ready(channel: RawFd, terminal: Option<RawFd>) -> sys::Result<()> {
     let bytes: [u8; MESSAGE_LEN] = Message::Ready.encode();
-    let mut iov = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+    let mut iov = libc::iovec {
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
+    };
     let mut control = ControlBuffer([0; 32]);
     // SAFETY: `msghdr` is plain data, for which zero is valid. The control
     // buffer is aligned for a header and holds one descriptor
@@ -531,7 +613,11 @@ fn exec(program: &Program) -> Result<Infallible> {
         // SAFETY: both arrays end with null and hold pointers to C strings
         // that live until the process image is replaced.
         unsafe {
-            libc::execve(candidate.as_ptr(), program.argv.as_ptr(), program.envp.as_ptr());
+            libc::execve(
+                candidate.as_ptr(),
+                program.argv.as_ptr(),
+                program.envp.as_ptr(),
+            );
         }
         match Errno::last() {
             Errno::ENOENT | Errno::ENOTDIR => {}

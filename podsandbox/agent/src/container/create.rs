@@ -12,6 +12,7 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 use tokio_vsock::VsockStream;
 
+use super::devices::{self, Guard};
 use super::launch::{self, PidNamespace};
 use super::plan::{Entry, Plan, SeccompFilter, Stdio};
 use super::spec::{self, ContainerSpec};
@@ -68,14 +69,19 @@ impl Containers {
             return Err(Error::TooMany);
         }
         slots.insert(id.to_owned(), Slot::Creating);
-        Ok(Reservation { containers: self.clone(), id: id.to_owned() })
+        Ok(Reservation {
+            containers: self.clone(),
+            id: id.to_owned(),
+        })
     }
 
     async fn build(&self, request: CreateContainerRequest) -> Result<Arc<Container>, Error> {
         let spec = ContainerSpec::parse(&request.oci_spec)?;
         let (mut rootfs, tree) = Rootfs::mount(&request.id, request.root.as_ref()).await?;
         let mut made = None;
-        let result = self.build_on(&request, &spec, &rootfs, tree, &mut made).await;
+        let result = self
+            .build_on(&request, &spec, &rootfs, tree, &mut made)
+            .await;
         let failed = match result {
             Ok(parts) => return Ok(self.follow(request.id, parts, rootfs)),
             Err(error) => error,
@@ -112,10 +118,14 @@ impl Containers {
         if let Some(resources) = spec.resources() {
             cgroup.apply(resources)?;
         }
-        self.inner.oom.add(id, cgroup.path()).map_err(|source| Error::Oom {
-            id: id.clone(),
-            source,
-        })?;
+        self.device_guard(spec)?.attach(cgroup.dir().as_fd())?;
+        self.inner
+            .oom
+            .add(id, cgroup.path())
+            .map_err(|source| Error::Oom {
+                id: id.clone(),
+                source,
+            })?;
 
         let terminal = spec.terminal();
         let (stdio, stdin, outputs) = match terminal {
@@ -150,7 +160,9 @@ impl Containers {
 
         // The child sets itself up while the host is called.
         let setup = async {
-            timeout(SETUP_TIMEOUT, process.ready()).await.map_err(|_| Error::SetupTimeout)?
+            timeout(SETUP_TIMEOUT, process.ready())
+                .await
+                .map_err(|_| Error::SetupTimeout)?
                 .map_err(Error::from)
         };
         let log = request.log;
@@ -199,8 +211,16 @@ impl Containers {
 
     /// From here on the container is followed to its end by a task.
     fn follow(&self, id: String, parts: Parts, rootfs: Rootfs) -> Arc<Container> {
-        let Draft { cgroup, namespaces, identity, envp, process, stdin, ended, upper } =
-            parts.container;
+        let Draft {
+            cgroup,
+            namespaces,
+            identity,
+            envp,
+            process,
+            stdin,
+            ended,
+            upper,
+        } = parts.container;
         let container = Arc::new(Container {
             id,
             cgroup,
@@ -224,13 +244,36 @@ impl Containers {
             fs_usage: FsUsage::new(upper),
         });
         let task = tokio::spawn(supervise(self.clone(), container.clone(), parts.vigil));
-        *container.supervisor.lock().unwrap_or_else(PoisonError::into_inner) = Some(task);
+        *container
+            .supervisor
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Some(task);
         container
     }
 
+    fn device_guard(&self, spec: &ContainerSpec) -> Result<Arc<Guard>, Error> {
+        let (rules, files) = spec.devices();
+        let rules = devices::rules(rules, files)?;
+        let mut last = self
+            .inner
+            .guard
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(guard) = last.as_ref().filter(|guard| guard.rules() == rules) {
+            return Ok(guard.clone());
+        }
+        Ok(last.insert(Arc::new(Guard::load(rules)?)).clone())
+    }
+
     fn seccomp_filter(&self, spec: &ContainerSpec) -> Result<Option<Arc<SeccompFilter>>, Error> {
-        let Some(profile) = spec.seccomp() else { return Ok(None) };
-        let mut last = self.inner.seccomp.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(profile) = spec.seccomp() else {
+            return Ok(None);
+        };
+        let mut last = self
+            .inner
+            .seccomp
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if let Some((known, filter)) = &*last
             && known == profile
         {

@@ -61,12 +61,22 @@ impl Containers {
             let state = container.state();
             if state.phase != Phase::Running || *container.ended.borrow() {
                 let running = Phase::Running.name();
-                let phase = if state.phase == Phase::Running { Phase::Exited } else { state.phase };
+                let phase = if state.phase == Phase::Running {
+                    Phase::Exited
+                } else {
+                    state.phase
+                };
                 let id = container.id.clone();
-                return Err(Error::Phase { id, phase: phase.name(), wanted: running });
+                return Err(Error::Phase {
+                    id,
+                    phase: phase.name(),
+                    wanted: running,
+                });
             }
         }
-        let cgroup = container.cgroup.child(&format!("exec-{}", next_exec(&container)))?;
+        let cgroup = container
+            .cgroup
+            .child(&format!("exec-{}", next_exec(&container)))?;
         let (events, output) = mpsc::channel(QUEUE);
         match self.begin(&container, &request, &cgroup, &events).await {
             Ok((process, exit, ended, pumps)) => {
@@ -93,7 +103,10 @@ impl Containers {
         }
     }
 
-    #[expect(clippy::type_complexity, reason = "the parts of one Running, named there")]
+    #[expect(
+        clippy::type_complexity,
+        reason = "the parts of one Running, named there"
+    )]
     async fn begin(
         &self,
         container: &Container,
@@ -101,13 +114,26 @@ impl Containers {
         cgroup: &Cgroup,
         events: &mpsc::Sender<ExecSyncEvent>,
     ) -> Result<
-        (Launched, oneshot::Receiver<ExitCode>, watch::Sender<bool>, Vec<JoinHandle<()>>),
+        (
+            Launched,
+            oneshot::Receiver<ExitCode>,
+            watch::Sender<bool>,
+            Vec<JoinHandle<()>>,
+        ),
         Error,
     > {
         let streams = stdio::streams(false, true)?;
         let (ours, theirs) = launch::channel()?;
-        let cgroup_namespace = if container.namespaces.cgroup { libc::CLONE_NEWCGROUP } else { 0 };
-        let target = container.process.pidfd.try_clone().map_err(StdioError::Create)?;
+        let cgroup_namespace = if container.namespaces.cgroup {
+            libc::CLONE_NEWCGROUP
+        } else {
+            0
+        };
+        let target = container
+            .process
+            .pidfd
+            .try_clone()
+            .map_err(StdioError::Create)?;
         let plan = Plan {
             entry: Entry::Join {
                 pidfd: target,
@@ -132,7 +158,11 @@ impl Containers {
         let mut pumps = Vec::new();
         for (stream, fd) in streams.outputs {
             let source = Source::new(fd, ended.subscribe()).map_err(StdioError::Create)?;
-            let wrap = if stream == "stdout" { Event::Stdout } else { Event::Stderr };
+            let wrap = if stream == "stdout" {
+                Event::Stdout
+            } else {
+                Event::Stderr
+            };
             pumps.push(tokio::spawn(pump(source, wrap, events.clone())));
         }
         match process.executed().await {
@@ -178,12 +208,21 @@ impl Running {
         self.ended.send_replace(true);
         for pump in self.pumps {
             if let Err(error) = pump.await {
-                eprintln!("drupe-agent: container {}: output: {error}", self.container.id);
+                eprintln!(
+                    "drupe-agent: container {}: output: {error}",
+                    self.container.id
+                );
             }
         }
-        let exit = Event::Exit(ExecExit { code: code.0, timed_out });
+        let exit = Event::Exit(ExecExit {
+            code: code.0,
+            timed_out,
+        });
         // A caller who has gone wants no exit either.
-        let _ = self.events.send_timeout(ExecSyncEvent { event: Some(exit) }, HOST_STALL).await;
+        let _ = self
+            .events
+            .send_timeout(ExecSyncEvent { event: Some(exit) }, HOST_STALL)
+            .await;
         drop(self.process);
         // What the command left running in the background stays, in its
         // cgroup, until the container goes.
@@ -209,7 +248,9 @@ async fn pump(mut source: Source, wrap: fn(Vec<u8>) -> Event, events: mpsc::Send
                 return;
             }
         };
-        let event = ExecSyncEvent { event: Some(wrap(buffer[..length].to_vec())) };
+        let event = ExecSyncEvent {
+            event: Some(wrap(buffer[..length].to_vec())),
+        };
         let sent = if source.has_ended() {
             events.send_timeout(event, HOST_STALL).await.is_ok()
         } else {

@@ -53,16 +53,18 @@ pub struct ExecError {
 impl ExecError {
     fn new(name: &str, errno: Errno) -> Self {
         let (why, code) = match errno {
-            Errno::ENOENT if name.contains('/') => {
-                ("no such file or directory".to_owned(), 127)
-            }
+            Errno::ENOENT if name.contains('/') => ("no such file or directory".to_owned(), 127),
             Errno::ENOENT => ("executable file not found in $PATH".to_owned(), 127),
             Errno::ELIBACC => ("its interpreter was not found".to_owned(), 127),
             Errno::EACCES => ("permission denied".to_owned(), 126),
             Errno::ENOEXEC => ("exec format error".to_owned(), 126),
             errno => (errno.desc().to_owned(), 126),
         };
-        Self { name: name.to_owned(), why, code }
+        Self {
+            name: name.to_owned(),
+            why,
+            code,
+        }
     }
 }
 
@@ -89,8 +91,13 @@ pub struct Launched {
 
 /// The two ends of the socket between agent and child.
 pub fn channel() -> Result<(OwnedFd, OwnedFd), LaunchError> {
-    socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
-        .map_err(|errno| LaunchError::Channel(errno.into()))
+    socketpair(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    )
+    .map_err(|errno| LaunchError::Channel(errno.into()))
 }
 
 /// Makes the process. `mount_namespace`: with one of its own from the start.
@@ -102,12 +109,17 @@ pub fn launch(
     cgroup: BorrowedFd<'_>,
 ) -> Result<Launched, LaunchError> {
     let channel = |error| LaunchError::Channel(error);
-    nix::fcntl::fcntl(&ours, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))
-        .map_err(|errno| channel(errno.into()))?;
+    nix::fcntl::fcntl(
+        &ours,
+        nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK),
+    )
+    .map_err(|errno| channel(errno.into()))?;
     let ours = sys::async_fd(ours, Interest::READABLE).map_err(channel)?;
     let labels = Labels::of(&plan);
     let name = plan.program.argv.strings().first();
-    let name = name.map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let name = name
+        .map(|name| name.to_string_lossy().into_owned())
+        .unwrap_or_default();
 
     let mut namespaces = 0;
     if mount_namespace {
@@ -121,7 +133,13 @@ pub fn launch(
         PidNamespace::Guest | PidNamespace::New => clone(&plan, namespaces, cgroup),
     };
     let (pid, pidfd) = cloned?;
-    Ok(Launched { pid, pidfd, channel: ours, labels, name })
+    Ok(Launched {
+        pid,
+        pidfd,
+        channel: ours,
+        labels,
+        name,
+    })
 }
 
 fn clone(
@@ -210,8 +228,7 @@ fn receive(channel: BorrowedFd<'_>) -> sys::Result<Option<(Message, Option<Owned
     let mut iov = [IoSliceMut::new(&mut bytes)];
     let mut control = cmsg_space!([libc::c_int; 1]);
     let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-    let message =
-        recvmsg::<()>(channel.as_raw_fd(), &mut iov, Some(&mut control), flags)?;
+    let message = recvmsg::<()>(channel.as_raw_fd(), &mut iov, Some(&mut control), flags)?;
     let mut received = None;
     for control in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(fds) = control {
@@ -238,10 +255,16 @@ mod tests {
     #[test]
     fn a_missing_program_is_told_as_users_know_it() {
         let error = ExecError::new("nope", Errno::ENOENT);
-        assert_eq!(error.to_string(), "exec: \"nope\": executable file not found in $PATH");
+        assert_eq!(
+            error.to_string(),
+            "exec: \"nope\": executable file not found in $PATH"
+        );
         assert_eq!(error.code, 127);
         let error = ExecError::new("/bin/nope", Errno::ENOENT);
-        assert_eq!(error.to_string(), "exec: \"/bin/nope\": no such file or directory");
+        assert_eq!(
+            error.to_string(),
+            "exec: \"/bin/nope\": no such file or directory"
+        );
         assert_eq!(ExecError::new("/etc/passwd", Errno::EACCES).code, 126);
     }
 }

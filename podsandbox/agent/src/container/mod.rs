@@ -14,6 +14,7 @@
 
 pub mod child;
 mod create;
+mod devices;
 mod exec;
 mod launch;
 mod mounts;
@@ -38,6 +39,7 @@ use tokio::sync::{broadcast, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
+pub use devices::DeviceError;
 pub use exec::MAX_EXECS;
 pub use launch::LaunchError;
 pub use mounts::{ETC_DIR, MountError, SHM};
@@ -50,6 +52,7 @@ use crate::reaper::{ExitCode, Reaper};
 use crate::rootfs::{Rootfs, RootfsError};
 use crate::stats::FsUsage;
 use crate::sys;
+use devices::Guard;
 use launch::Launched;
 use pause::Pause;
 use plan::{Identity, SeccompFilter, StringArray};
@@ -77,11 +80,19 @@ pub enum Error {
     #[error("container {id} does not exist")]
     Unknown { id: String },
     #[error("container {id} is {phase}, not {wanted}")]
-    Phase { id: String, phase: &'static str, wanted: &'static str },
+    Phase {
+        id: String,
+        phase: &'static str,
+        wanted: &'static str,
+    },
     #[error("{signal} is no signal")]
     Signal { signal: u32 },
     #[error("cannot send signal {signal} to container {id}")]
-    Send { id: String, signal: u32, source: std::io::Error },
+    Send {
+        id: String,
+        signal: u32,
+        source: std::io::Error,
+    },
     #[error("the pod has {MAX_CONTAINERS} containers")]
     TooMany,
     #[error("the guest runs {MAX_EXECS} commands already")]
@@ -98,6 +109,8 @@ pub enum Error {
     User(#[from] UserError),
     #[error(transparent)]
     Seccomp(#[from] seccomp::SeccompError),
+    #[error(transparent)]
+    Devices(#[from] DeviceError),
     #[error(transparent)]
     Rootfs(#[from] RootfsError),
     #[error(transparent)]
@@ -214,6 +227,8 @@ struct Inner {
     pause: Mutex<Option<Arc<Pause>>>,
     /// The last seccomp profile compiled: a pod's containers share it.
     seccomp: Mutex<Option<(oci_spec::runtime::LinuxSeccomp, Arc<SeccompFilter>)>>,
+    /// The last guard of devices loaded, likewise.
+    guard: Mutex<Option<Arc<Guard>>>,
     execs: Arc<tokio::sync::Semaphore>,
 }
 
@@ -242,6 +257,7 @@ impl Containers {
                 oom,
                 pause: Mutex::default(),
                 seccomp: Mutex::default(),
+                guard: Mutex::default(),
                 execs: Arc::new(tokio::sync::Semaphore::new(MAX_EXECS)),
             }),
         })
@@ -249,7 +265,10 @@ impl Containers {
 
     fn slots(&self) -> MutexGuard<'_, BTreeMap<String, Slot>> {
         // Every change of the map is one call.
-        self.inner.slots.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner
+            .slots
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn get(&self, id: &str) -> Result<Arc<Container>, Error> {
@@ -270,7 +289,10 @@ impl Containers {
     }
 
     pub fn list(&self) -> Vec<ContainerState> {
-        self.all().iter().map(|container| container.to_api()).collect()
+        self.all()
+            .iter()
+            .map(|container| container.to_api())
+            .collect()
     }
 
     pub fn subscribe(&self) -> broadcast::Receiver<Event> {
@@ -279,7 +301,11 @@ impl Containers {
 
     /// Makes the PID namespace that the pod's containers share.
     pub fn share_pid_namespace(&self) -> Result<(), Error> {
-        let mut pause = self.inner.pause.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut pause = self
+            .inner
+            .pause
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if pause.is_none() {
             *pause = Some(Arc::new(Pause::start()?));
         }
@@ -287,7 +313,11 @@ impl Containers {
     }
 
     fn pause(&self) -> Option<Arc<Pause>> {
-        self.inner.pause.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.inner
+            .pause
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// A process that has ended is past signals: that is no error.
@@ -310,9 +340,11 @@ impl Containers {
         }
         match sys::pidfd_send_signal(container.process.pidfd.as_fd(), number) {
             Ok(()) | Err(nix::errno::Errno::ESRCH) => Ok(()),
-            Err(errno) => {
-                Err(Error::Send { id: id.to_owned(), signal, source: errno.into() })
-            }
+            Err(errno) => Err(Error::Send {
+                id: id.to_owned(),
+                signal,
+                source: errno.into(),
+            }),
         }
     }
 
@@ -330,14 +362,21 @@ impl Containers {
             Ok(container) => container,
             Err(_) if self.slots().contains_key(id) => {
                 let phase = "being created";
-                return Err(Error::Phase { id: id.to_owned(), phase, wanted: "created" });
+                return Err(Error::Phase {
+                    id: id.to_owned(),
+                    phase,
+                    wanted: "created",
+                });
             }
             Err(_) => return Ok(()),
         };
         let mut rootfs = container.rootfs.lock().await;
         container.cgroup.kill().await?;
         let mut published = container.published.subscribe();
-        if timeout(EXIT_PUBLISHED, published.wait_for(|done| *done)).await.is_err() {
+        if timeout(EXIT_PUBLISHED, published.wait_for(|done| *done))
+            .await
+            .is_err()
+        {
             let supervisor = container.supervisor.lock();
             if let Some(task) = supervisor.unwrap_or_else(PoisonError::into_inner).take() {
                 task.abort();
@@ -389,8 +428,12 @@ async fn supervise(containers: Containers, container: Arc<Container>, vigil: Vig
             Some((why, code)) => (why.clone(), *code),
             None => (String::new(), code.0),
         };
-        let exit =
-            Exit { code, oom_killed, finished_at_unix_nanos: finished_at, start_error };
+        let exit = Exit {
+            code,
+            oom_killed,
+            finished_at_unix_nanos: finished_at,
+            start_error,
+        };
         state.phase = Phase::Exited;
         state.exit = Some(exit.clone());
         exit
@@ -407,9 +450,15 @@ async fn supervise(containers: Containers, container: Arc<Container>, vigil: Vig
 fn check_id(id: &str) -> Result<(), Error> {
     const MAX_ID: usize = 128;
     let fine = (1..=MAX_ID).contains(&id.len())
-        && id.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+        && id
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
         && id.as_bytes()[0].is_ascii_alphanumeric();
-    if fine { Ok(()) } else { Err(Error::Id { id: id.to_owned() }) }
+    if fine {
+        Ok(())
+    } else {
+        Err(Error::Id { id: id.to_owned() })
+    }
 }
 
 fn next_exec(container: &Container) -> u64 {
@@ -425,7 +474,17 @@ mod tests {
         for good in ["a", "3f2a", "web-1.x_y"] {
             assert!(check_id(good).is_ok(), "{good}");
         }
-        for bad in ["", ".", "..", "a/b", "-x", "a b", "a\n", "ü", &"x".repeat(129)] {
+        for bad in [
+            "",
+            ".",
+            "..",
+            "a/b",
+            "-x",
+            "a b",
+            "a\n",
+            "ü",
+            &"x".repeat(129),
+        ] {
             assert!(matches!(check_id(bad), Err(Error::Id { .. })), "{bad}");
         }
     }

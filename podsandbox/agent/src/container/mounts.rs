@@ -38,7 +38,11 @@ pub enum MountError {
     #[error("mount source {source_path:?} of {path:?} is not below the pod's shared directory")]
     Source { path: PathBuf, source_path: PathBuf },
     #[error("cannot bind {source_path:?} for {path:?}")]
-    Bind { path: PathBuf, source_path: PathBuf, source: io::Error },
+    Bind {
+        path: PathBuf,
+        source_path: PathBuf,
+        source: io::Error,
+    },
 }
 
 /// Mount options taken apart.
@@ -93,7 +97,10 @@ fn parse_options(path: &Path, options: &[String]) -> Result<Options, MountError>
                 (0, 0)
             }
             "idmap" | "ridmap" | "tmpcopyup" | "remount" | "mand" | "sync" => {
-                return Err(MountError::Option { path: path.into(), option: option.clone() });
+                return Err(MountError::Option {
+                    path: path.into(),
+                    option: option.clone(),
+                });
             }
             other => {
                 data.push(other);
@@ -115,7 +122,10 @@ fn parse_options(path: &Path, options: &[String]) -> Result<Options, MountError>
 /// /proc can be judged by its text.
 fn destination(mount: &Mount) -> Result<PathBuf, MountError> {
     let path = mount.destination();
-    let refuse = |why| MountError::Destination { path: path.clone(), why };
+    let refuse = |why| MountError::Destination {
+        path: path.clone(),
+        why,
+    };
     if !path.is_absolute() {
         return Err(refuse("is not absolute"));
     }
@@ -144,13 +154,17 @@ fn destination(mount: &Mount) -> Result<PathBuf, MountError> {
 
 fn c_path(path: &Path) -> Result<CString, MountError> {
     use std::os::unix::ffi::OsStrExt;
-    CString::new(path.as_os_str().as_bytes())
-        .map_err(|_| MountError::Destination { path: path.into(), why: "contains a null byte" })
+    CString::new(path.as_os_str().as_bytes()).map_err(|_| MountError::Destination {
+        path: path.into(),
+        why: "contains a null byte",
+    })
 }
 
 fn c_text(path: &Path, option: &str) -> Result<CString, MountError> {
-    CString::new(option)
-        .map_err(|_| MountError::Option { path: path.into(), option: option.to_owned() })
+    CString::new(option).map_err(|_| MountError::Option {
+        path: path.into(),
+        option: option.to_owned(),
+    })
 }
 
 /// What the spec's mounts come to.
@@ -167,7 +181,9 @@ pub struct Mounts {
 /// the spec names no mount of its own there.
 pub fn prepare(mounts: &[Mount], shared_dir: &Path, etc_files: bool) -> Result<Mounts, MountError> {
     if mounts.len() > MAX_MOUNTS {
-        return Err(MountError::TooMany { count: mounts.len() });
+        return Err(MountError::TooMany {
+            count: mounts.len(),
+        });
     }
     let mut steps = Vec::with_capacity(mounts.len() + 4);
     let mut make_devices = true;
@@ -200,7 +216,10 @@ pub fn prepare(mounts: &[Mount], shared_dir: &Path, etc_files: bool) -> Result<M
             }
         }
     }
-    Ok(Mounts { steps, make_devices })
+    Ok(Mounts {
+        steps,
+        make_devices,
+    })
 }
 
 fn is_bind(mount: &Mount) -> bool {
@@ -220,7 +239,11 @@ fn pod_tree(source: &CStr, target: &str, directory: bool) -> Result<MountStep, M
         source_path: source.to_string_lossy().into_owned().into(),
         source: errno.into(),
     })?;
-    Ok(MountStep { target: c_path(path)?, kind: MountKind::Tree(tree), directory })
+    Ok(MountStep {
+        target: c_path(path)?,
+        kind: MountKind::Tree(tree),
+        directory,
+    })
 }
 
 /// Clones the mount of a volume. Its path was made by the daemon, but what is
@@ -232,8 +255,13 @@ fn bind(
     shared_dir: &Path,
 ) -> Result<MountStep, MountError> {
     let source = mount.source().clone().unwrap_or_default();
-    let outside = || MountError::Source { path: path.into(), source_path: source.clone() };
-    let bounded = [shared_dir, Path::new("/dev")].into_iter().find(|dir| source.starts_with(dir));
+    let outside = || MountError::Source {
+        path: path.into(),
+        source_path: source.clone(),
+    };
+    let bounded = [shared_dir, Path::new("/dev")]
+        .into_iter()
+        .find(|dir| source.starts_with(dir));
     let base = bounded.ok_or_else(outside)?;
     let failed = |errno: Errno| MountError::Bind {
         path: path.into(),
@@ -241,8 +269,12 @@ fn bind(
         source: errno.into(),
     };
     let below = source.strip_prefix(base).map_err(|_| outside())?;
-    let base = open(base, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
-        .map_err(failed)?;
+    let base = open(
+        base,
+        OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
+        Mode::empty(),
+    )
+    .map_err(failed)?;
     let tree = match below.file_name() {
         None => sys::clone_mount(base.as_fd(), c"", options.recursive_bind).map_err(failed)?,
         Some(name) => {
@@ -250,11 +282,16 @@ fn bind(
             let flags = libc::O_PATH | libc::O_DIRECTORY;
             let parent: OwnedFd = match below.parent().filter(|p| !p.as_os_str().is_empty()) {
                 None => base,
-                Some(parent) => sys::openat2(base.as_fd(), &c_path(parent)?, flags, resolve)
-                    .map_err(failed)?,
+                Some(parent) => {
+                    sys::openat2(base.as_fd(), &c_path(parent)?, flags, resolve).map_err(failed)?
+                }
             };
-            sys::clone_mount(parent.as_fd(), &c_path(Path::new(name))?, options.recursive_bind)
-                .map_err(failed)?
+            sys::clone_mount(
+                parent.as_fd(),
+                &c_path(Path::new(name))?,
+                options.recursive_bind,
+            )
+            .map_err(failed)?
         }
     };
     let attr = MountAttr {
@@ -267,7 +304,11 @@ fn bind(
         sys::mount_setattr(tree.as_raw_fd(), c"", recursive, attr).map_err(failed)?;
     }
     let directory = fstat(&tree).map_err(failed)?.st_mode & libc::S_IFMT == libc::S_IFDIR;
-    Ok(MountStep { target: c_path(path)?, kind: MountKind::Tree(tree), directory })
+    Ok(MountStep {
+        target: c_path(path)?,
+        kind: MountKind::Tree(tree),
+        directory,
+    })
 }
 
 fn new_mount(mount: &Mount, path: &Path, options: Options) -> Result<MountStep, MountError> {
@@ -277,11 +318,27 @@ fn new_mount(mount: &Mount, path: &Path, options: Options) -> Result<MountStep, 
         "cgroup" | "cgroup2" => c"cgroup2".to_owned(),
         "proc" | "sysfs" | "tmpfs" | "devpts" | "mqueue" | "bpf" | "debugfs" | "tracefs"
         | "securityfs" => c_text(path, kind)?,
-        _ => return Err(MountError::Type { path: path.into(), kind: kind.to_owned() }),
+        _ => {
+            return Err(MountError::Type {
+                path: path.into(),
+                kind: kind.to_owned(),
+            });
+        }
     };
-    let source = mount.source().clone().unwrap_or_else(|| PathBuf::from(kind));
-    let data = if matches!(kind, "cgroup" | "cgroup2") { "" } else { options.data.as_str() };
-    let attr = MountAttr { set: 0, clear: 0, propagation: options.propagation };
+    let source = mount
+        .source()
+        .clone()
+        .unwrap_or_else(|| PathBuf::from(kind));
+    let data = if matches!(kind, "cgroup" | "cgroup2") {
+        ""
+    } else {
+        options.data.as_str()
+    };
+    let attr = MountAttr {
+        set: 0,
+        clear: 0,
+        propagation: options.propagation,
+    };
     Ok(MountStep {
         target: c_path(path)?,
         kind: MountKind::New {
@@ -333,7 +390,10 @@ mod tests {
         let options = ["nosuid", "strictatime", "mode=755", "size=65536k"].map(str::to_owned);
         let parsed = parse_options(Path::new("/dev"), &options).unwrap();
         assert_eq!(parsed.data, "mode=755,size=65536k");
-        assert_eq!(mount_flags(parsed.flags), MsFlags::MS_NOSUID | MsFlags::MS_STRICTATIME);
+        assert_eq!(
+            mount_flags(parsed.flags),
+            MsFlags::MS_NOSUID | MsFlags::MS_STRICTATIME
+        );
         assert_eq!(parsed.clear, libc::MOUNT_ATTR__ATIME);
     }
 
@@ -351,7 +411,10 @@ mod tests {
         assert_eq!(clean("/a/../b/./c").unwrap(), Path::new("/b/c"));
         assert_eq!(clean("/proc").unwrap(), Path::new("/proc"));
         for bad in ["a", "/", "/..", "/proc/self/fd", "/x/../proc/sys"] {
-            assert!(matches!(clean(bad), Err(MountError::Destination { .. })), "{bad}");
+            assert!(
+                matches!(clean(bad), Err(MountError::Destination { .. })),
+                "{bad}"
+            );
         }
     }
 
@@ -359,9 +422,16 @@ mod tests {
     fn a_source_outside_the_shared_directory_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         for source in ["/etc", "/run/drupe", "relative"] {
-            let error = prepare(&[mount("/x", "bind", source, &["rbind"])], dir.path(), false)
-                .unwrap_err();
-            assert!(matches!(error, MountError::Source { .. }), "{source}: {error}");
+            let error = prepare(
+                &[mount("/x", "bind", source, &["rbind"])],
+                dir.path(),
+                false,
+            )
+            .unwrap_err();
+            assert!(
+                matches!(error, MountError::Source { .. }),
+                "{source}: {error}"
+            );
         }
     }
 
@@ -372,8 +442,12 @@ mod tests {
         for source in ["link/passwd", "sub/../../etc"] {
             let source = dir.path().join(source);
             let source = source.to_str().unwrap();
-            let error = prepare(&[mount("/x", "bind", source, &[])], dir.path(), false).unwrap_err();
-            assert!(matches!(error, MountError::Bind { .. }), "{source}: {error}");
+            let error =
+                prepare(&[mount("/x", "bind", source, &[])], dir.path(), false).unwrap_err();
+            assert!(
+                matches!(error, MountError::Bind { .. }),
+                "{source}: {error}"
+            );
         }
     }
 
@@ -381,9 +455,15 @@ mod tests {
     fn unknown_types_and_options_are_named() {
         let dir = tempfile::tempdir().unwrap();
         let error = prepare(&[mount("/x", "nfs", "a:/b", &[])], dir.path(), false).unwrap_err();
-        assert_eq!(error.to_string(), "mount of type \"nfs\" at \"/x\" is not supported");
+        assert_eq!(
+            error.to_string(),
+            "mount of type \"nfs\" at \"/x\" is not supported"
+        );
         let error =
             prepare(&[mount("/x", "tmpfs", "t", &["idmap"])], dir.path(), false).unwrap_err();
-        assert_eq!(error.to_string(), "mount option \"idmap\" at \"/x\" is not supported");
+        assert_eq!(
+            error.to_string(),
+            "mount option \"idmap\" at \"/x\" is not supported"
+        );
     }
 }

@@ -69,8 +69,11 @@ unsafe impl Sync for StringArray {}
 
 impl StringArray {
     pub fn new(strings: Vec<CString>) -> Self {
-        let pointers =
-            strings.iter().map(|s| s.as_ptr()).chain([std::ptr::null()]).collect();
+        let pointers = strings
+            .iter()
+            .map(|s| s.as_ptr())
+            .chain([std::ptr::null()])
+            .collect();
         Self { strings, pointers }
     }
 
@@ -105,7 +108,13 @@ pub struct MountStep {
 pub enum MountKind {
     /// A tree cloned by the parent.
     Tree(OwnedFd),
-    New { fs: CString, source: CString, flags: MsFlags, data: CString, attr: MountAttr },
+    New {
+        fs: CString,
+        source: CString,
+        flags: MsFlags,
+        data: CString,
+        attr: MountAttr,
+    },
 }
 
 #[derive(Debug)]
@@ -140,7 +149,10 @@ pub struct RootSetup {
 pub enum Entry {
     Create(Box<RootSetup>),
     /// Join the namespaces of the process behind this descriptor.
-    Join { pidfd: OwnedFd, namespaces: i32 },
+    Join {
+        pidfd: OwnedFd,
+        namespaces: i32,
+    },
 }
 
 #[derive(Debug)]
@@ -259,7 +271,9 @@ impl Message {
             1 => Some(Self::Failed(Failure {
                 step: STEPS.get(usize::from(bytes[1])).copied()?,
                 index: u32::from_le_bytes([bytes[2], bytes[3], bytes[4], bytes[5]]),
-                errno: Errno::from_raw(i32::from_le_bytes([bytes[6], bytes[7], bytes[8], bytes[9]])),
+                errno: Errno::from_raw(i32::from_le_bytes([
+                    bytes[6], bytes[7], bytes[8], bytes[9],
+                ])),
             })),
             _ => None,
         }
@@ -314,7 +328,9 @@ impl Labels {
     /// One sentence about a failure before `execve`.
     pub fn describe(&self, failure: Failure) -> String {
         let item = |list: &[String]| {
-            list.get(failure.index as usize).cloned().unwrap_or_else(|| "?".to_owned())
+            list.get(failure.index as usize)
+                .cloned()
+                .unwrap_or_else(|| "?".to_owned())
         };
         let what = match failure.step {
             Step::Session => "start a session".to_owned(),

@@ -11,8 +11,7 @@ use std::io::{Read, Seek};
 use libseccomp::{ScmpAction, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpSyscall};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use oci_spec::runtime::{
-    LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompFilterFlag,
-    LinuxSeccompOperator,
+    LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompFilterFlag, LinuxSeccompOperator,
 };
 
 use super::plan::SeccompFilter;
@@ -53,9 +52,13 @@ fn action(action: LinuxSeccompAction, errno: Option<u32>) -> Result<ScmpAction, 
 
 fn comparison(syscall: &str, arg: &LinuxSeccompArg) -> Result<ScmpArgCompare, SeccompError> {
     use LinuxSeccompOperator as O;
-    let index = u32::try_from(arg.index()).ok().filter(|&index| index < 6).ok_or_else(|| {
-        SeccompError::Argument { syscall: syscall.to_owned(), index: arg.index() }
-    })?;
+    let index = u32::try_from(arg.index())
+        .ok()
+        .filter(|&index| index < 6)
+        .ok_or_else(|| SeccompError::Argument {
+            syscall: syscall.to_owned(),
+            index: arg.index(),
+        })?;
     let (op, datum) = match arg.op() {
         O::ScmpCmpNe => (ScmpCompareOp::NotEqual, arg.value()),
         O::ScmpCmpLt => (ScmpCompareOp::Less, arg.value()),
@@ -64,9 +67,10 @@ fn comparison(syscall: &str, arg: &LinuxSeccompArg) -> Result<ScmpArgCompare, Se
         O::ScmpCmpGe => (ScmpCompareOp::GreaterEqual, arg.value()),
         O::ScmpCmpGt => (ScmpCompareOp::Greater, arg.value()),
         // OCI: value is the mask, valueTwo what the masked argument equals.
-        O::ScmpCmpMaskedEq => {
-            (ScmpCompareOp::MaskedEqual(arg.value()), arg.value_two().unwrap_or(0))
-        }
+        O::ScmpCmpMaskedEq => (
+            ScmpCompareOp::MaskedEqual(arg.value()),
+            arg.value_two().unwrap_or(0),
+        ),
     };
     Ok(ScmpArgCompare::new(index, op, datum))
 }
@@ -85,10 +89,14 @@ pub fn compile(spec: &LinuxSeccomp) -> Result<SeccompFilter, SeccompError> {
         for name in rule.names() {
             // A profile names calls of many kernels; those this one cannot
             // have are left out, as every runtime does.
-            let Ok(syscall) = ScmpSyscall::from_name(name) else { continue };
+            let Ok(syscall) = ScmpSyscall::from_name(name) else {
+                continue;
+            };
             let args = rule.args().as_deref().unwrap_or_default();
-            let comparisons =
-                args.iter().map(|arg| comparison(name, arg)).collect::<Result<Vec<_>, _>>()?;
+            let comparisons = args
+                .iter()
+                .map(|arg| comparison(name, arg))
+                .collect::<Result<Vec<_>, _>>()?;
             let mut indexes: Vec<usize> = args.iter().map(LinuxSeccompArg::index).collect();
             indexes.sort_unstable();
             if indexes.windows(2).any(|pair| pair[0] == pair[1]) {
@@ -113,7 +121,10 @@ pub fn compile(spec: &LinuxSeccomp) -> Result<SeccompFilter, SeccompError> {
             _ => 0,
         };
     }
-    Ok(SeccompFilter { program: export(&context)?, flags })
+    Ok(SeccompFilter {
+        program: export(&context)?,
+        flags,
+    })
 }
 
 fn export(context: &ScmpFilterContext) -> Result<Vec<libc::sock_filter>, SeccompError> {
@@ -162,7 +173,12 @@ mod tests {
         .unwrap();
         assert!(filter.program.len() > 5, "{:?}", filter.program);
         // BPF_RET | BPF_K of the default: SECCOMP_RET_ERRNO | ENOSYS.
-        assert!(filter.program.iter().any(|i| i.code == 0x06 && i.k == 0x0005_0026));
+        assert!(
+            filter
+                .program
+                .iter()
+                .any(|i| i.code == 0x06 && i.k == 0x0005_0026)
+        );
     }
 
     #[test]
@@ -172,7 +188,10 @@ mod tests {
                 "args":[{"index":6,"value":0,"op":"SCMP_CMP_EQ"}]}]}"#,
         ))
         .unwrap_err();
-        assert!(matches!(error, SeccompError::Argument { index: 6, .. }), "{error}");
+        assert!(
+            matches!(error, SeccompError::Argument { index: 6, .. }),
+            "{error}"
+        );
     }
 
     #[test]

@@ -6,8 +6,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use oci_spec::runtime::{
-    Capability, LinuxCapabilities, LinuxDevice, LinuxDeviceType, LinuxNamespaceType,
-    PosixRlimitType, Process, Spec,
+    Capability, LinuxCapabilities, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType,
+    LinuxNamespaceType, PosixRlimitType, Process, Spec,
 };
 
 use super::child::LAST_CAPABILITY;
@@ -35,7 +35,11 @@ pub enum SpecError {
     #[error("{field} contains a null byte")]
     Null { field: &'static str },
     #[error("{field} has {count} entries, more than {max}")]
-    TooMany { field: &'static str, count: usize, max: usize },
+    TooMany {
+        field: &'static str,
+        count: usize,
+        max: usize,
+    },
     #[error("{field} {value:?} is not an absolute path")]
     NotAbsolute { field: &'static str, value: String },
     #[error("device {path:?} is neither a character nor a block device nor a FIFO")]
@@ -63,10 +67,15 @@ pub struct OwnNamespaces {
 impl ContainerSpec {
     pub fn parse(json: &[u8]) -> Result<Self, SpecError> {
         let mut spec: Spec = serde_json::from_slice(json)?;
-        let process = spec.process().clone().ok_or(SpecError::Missing { field: "process" })?;
+        let process = spec
+            .process()
+            .clone()
+            .ok_or(SpecError::Missing { field: "process" })?;
         spec.set_process(None);
         if process.args().as_ref().is_none_or(Vec::is_empty) {
-            return Err(SpecError::Missing { field: "process.args" });
+            return Err(SpecError::Missing {
+                field: "process.args",
+            });
         }
         Ok(Self { spec, process })
     }
@@ -86,7 +95,11 @@ impl ContainerSpec {
     }
 
     pub fn namespaces(&self) -> OwnNamespaces {
-        let listed = self.spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+        let listed = self
+            .spec
+            .linux()
+            .as_ref()
+            .and_then(|linux| linux.namespaces().as_ref());
         let has = |kind| listed.is_some_and(|all| all.iter().any(|ns| ns.typ() == kind));
         OwnNamespaces {
             pid: has(LinuxNamespaceType::Pid),
@@ -95,17 +108,40 @@ impl ContainerSpec {
     }
 
     pub fn resources(&self) -> Option<&oci_spec::runtime::LinuxResources> {
-        self.spec.linux().as_ref().and_then(|linux| linux.resources().as_ref())
+        self.spec
+            .linux()
+            .as_ref()
+            .and_then(|linux| linux.resources().as_ref())
     }
 
     pub fn seccomp(&self) -> Option<&oci_spec::runtime::LinuxSeccomp> {
-        self.spec.linux().as_ref().and_then(|linux| linux.seccomp().as_ref())
+        self.spec
+            .linux()
+            .as_ref()
+            .and_then(|linux| linux.seccomp().as_ref())
+    }
+
+    /// Rules about devices, and device files, that the spec asks for.
+    pub fn devices(&self) -> (&[LinuxDeviceCgroup], &[LinuxDevice]) {
+        let rules = self
+            .resources()
+            .and_then(|resources| resources.devices().as_deref());
+        let files = self
+            .spec
+            .linux()
+            .as_ref()
+            .and_then(|linux| linux.devices().as_deref());
+        (rules.unwrap_or_default(), files.unwrap_or_default())
     }
 
     /// The user of the spec, for requests that name none.
     pub fn default_uid(&self) -> (u32, u32, &[u32]) {
         let user = self.process.user();
-        (user.uid(), user.gid(), user.additional_gids().as_deref().unwrap_or_default())
+        (
+            user.uid(),
+            user.gid(),
+            user.additional_gids().as_deref().unwrap_or_default(),
+        )
     }
 
     /// The process's environment, with the HOME of its user where it has none.
@@ -128,7 +164,10 @@ impl ContainerSpec {
         let cwd = process.cwd().to_string_lossy();
         let cwd = if cwd.is_empty() { "/" } else { &*cwd };
         if !cwd.starts_with('/') {
-            return Err(SpecError::NotAbsolute { field: "process.cwd", value: cwd.to_owned() });
+            return Err(SpecError::NotAbsolute {
+                field: "process.cwd",
+                value: cwd.to_owned(),
+            });
         }
         let score = process.oom_score_adj().map(|score| score.to_string());
         Ok(Identity {
@@ -138,17 +177,10 @@ impl ContainerSpec {
             capabilities: capabilities(process.capabilities().as_ref(), user.uid),
             no_new_privileges: process.no_new_privileges().unwrap_or(false),
             seccomp,
-            rlimits: process
-                .rlimits()
-                .iter()
-                .flatten()
-                .map(|limit| Rlimit {
-                    resource: resource(limit.typ()),
-                    soft: limit.soft(),
-                    hard: limit.hard(),
-                })
-                .collect(),
-            oom_score_adj: score.map(|score| c_string("oom_score_adj", &score)).transpose()?,
+            rlimits: rlimits(process),
+            oom_score_adj: score
+                .map(|score| c_string("oom_score_adj", &score))
+                .transpose()?,
             cwd: c_string("process.cwd", cwd)?,
             umask: process.user().umask(),
         })
@@ -164,20 +196,33 @@ impl ContainerSpec {
         let mounts = self.spec.mounts().as_deref().unwrap_or_default();
         let mounts = mounts::prepare(mounts, shared_dir, etc_files)?;
         let linux = self.spec.linux().as_ref();
-        let asked = linux.and_then(|linux| linux.devices().as_deref()).unwrap_or_default();
-        let masked = linux.and_then(|linux| linux.masked_paths().as_deref()).unwrap_or_default();
+        let (_, asked) = self.devices();
+        let masked = linux
+            .and_then(|linux| linux.masked_paths().as_deref())
+            .unwrap_or_default();
         let readonly = linux.and_then(|linux| linux.readonly_paths().as_deref());
         let mut sysctls = Vec::new();
-        for (name, value) in linux.and_then(|linux| linux.sysctl().as_ref()).into_iter().flatten() {
+        for (name, value) in linux
+            .and_then(|linux| linux.sysctl().as_ref())
+            .into_iter()
+            .flatten()
+        {
             let path = sysctl_path(name).ok_or_else(|| SpecError::Sysctl { name: name.clone() })?;
-            sysctls.push((c_string("linux.sysctl", &path)?, c_string("linux.sysctl", value)?));
+            sysctls.push((
+                c_string("linux.sysctl", &path)?,
+                c_string("linux.sysctl", value)?,
+            ));
         }
         let root = self.spec.root().as_ref();
         Ok(RootSetup {
             tree,
             cgroup_namespace: self.namespaces().cgroup,
             devices: devices(asked, mounts.make_devices)?,
-            symlinks: if mounts.make_devices { symlinks() } else { Vec::new() },
+            symlinks: if mounts.make_devices {
+                symlinks()
+            } else {
+                Vec::new()
+            },
             mounts: mounts.steps,
             sysctls,
             masked: c_strings("linux.maskedPaths", masked)?,
@@ -193,14 +238,20 @@ fn c_string(field: &'static str, value: &str) -> Result<CString, SpecError> {
 
 fn c_strings(field: &'static str, values: &[String]) -> Result<Vec<CString>, SpecError> {
     if values.len() > MAX_STRINGS {
-        return Err(SpecError::TooMany { field, count: values.len(), max: MAX_STRINGS });
+        return Err(SpecError::TooMany {
+            field,
+            count: values.len(),
+            max: MAX_STRINGS,
+        });
     }
     values.iter().map(|value| c_string(field, value)).collect()
 }
 
 /// What to run for `argv`, looked up in the PATH of `envp` as execvp(3) does.
 pub fn program(argv: &[String], envp: Arc<StringArray>) -> Result<Program, SpecError> {
-    let name = argv.first().ok_or(SpecError::Missing { field: "command" })?;
+    let name = argv
+        .first()
+        .ok_or(SpecError::Missing { field: "command" })?;
     let argv = StringArray::new(c_strings("command", argv)?);
     let candidates = if name.contains('/') {
         vec![c_string("command", name)?]
@@ -216,24 +267,35 @@ pub fn program(argv: &[String], envp: Arc<StringArray>) -> Result<Program, SpecE
             .map(|dir| c_string("command", &format!("{dir}/{name}")))
             .collect::<Result<_, _>>()?
     };
-    Ok(Program { candidates, argv, envp })
+    Ok(Program {
+        candidates,
+        argv,
+        envp,
+    })
 }
 
 /// The path below /proc/sys of a kernel parameter written with dots. A name
 /// whose first separator is a slash is taken as a path (sysctl(8)).
 pub fn sysctl_path(name: &str) -> Option<String> {
     let separator = name.find(['.', '/']).map(|at| name.as_bytes()[at]);
-    let path = if separator == Some(b'/') { name.to_owned() } else { name.replace('.', "/") };
-    let fine = path.split('/').all(|part| !part.is_empty() && part != "..")
-        && !path.contains('\0');
+    let path = if separator == Some(b'/') {
+        name.to_owned()
+    } else {
+        name.replace('.', "/")
+    };
+    let fine = path.split('/').all(|part| !part.is_empty() && part != "..") && !path.contains('\0');
     fine.then(|| format!("/proc/sys/{path}"))
 }
 
 fn capabilities(sets: Option<&LinuxCapabilities>, uid: u32) -> Capabilities {
     let bits = |set: Option<&std::collections::HashSet<Capability>>| {
-        set.into_iter().flatten().fold(0u64, |bits, &cap| bits | 1 << number(cap))
+        set.into_iter()
+            .flatten()
+            .fold(0u64, |bits, &cap| bits | 1 << number(cap))
     };
-    let Some(sets) = sets else { return Capabilities::default() };
+    let Some(sets) = sets else {
+        return Capabilities::default();
+    };
     let bounding = bits(sets.bounding().as_ref());
     // The kernel refuses more than the bounding set grants.
     let permitted = bits(sets.permitted().as_ref());
@@ -305,6 +367,26 @@ fn number(capability: Capability) -> u32 {
         .map_or(LAST_CAPABILITY, |position| position as u32)
 }
 
+/// The spec's limits. The agent's own of open files is not for containers:
+/// programs close every descriptor up to it one by one.
+fn rlimits(process: &Process) -> Vec<Rlimit> {
+    const FILES: Rlimit = Rlimit {
+        resource: libc::RLIMIT_NOFILE,
+        soft: 1024,
+        hard: 1_048_576,
+    };
+    let asked = process.rlimits().iter().flatten().map(|limit| Rlimit {
+        resource: resource(limit.typ()),
+        soft: limit.soft(),
+        hard: limit.hard(),
+    });
+    let mut limits: Vec<Rlimit> = asked.collect();
+    if !limits.iter().any(|limit| limit.resource == FILES.resource) {
+        limits.push(FILES);
+    }
+    limits
+}
+
 fn resource(kind: PosixRlimitType) -> u32 {
     use PosixRlimitType as R;
     match kind {
@@ -332,7 +414,11 @@ fn resource(kind: PosixRlimitType) -> u32 {
 fn devices(asked: &[LinuxDevice], defaults: bool) -> Result<Vec<DeviceNode>, SpecError> {
     if asked.len() > MAX_DEVICES {
         let field = "linux.devices";
-        return Err(SpecError::TooMany { field, count: asked.len(), max: MAX_DEVICES });
+        return Err(SpecError::TooMany {
+            field,
+            count: asked.len(),
+            max: MAX_DEVICES,
+        });
     }
     const DEFAULTS: [(&str, u32, u32); 6] = [
         ("/dev/null", 1, 3),
@@ -358,7 +444,10 @@ fn devices(asked: &[LinuxDevice], defaults: bool) -> Result<Vec<DeviceNode>, Spe
     for device in asked {
         let path = device.path().to_string_lossy().into_owned();
         if !path.starts_with('/') {
-            return Err(SpecError::NotAbsolute { field: "linux.devices", value: path });
+            return Err(SpecError::NotAbsolute {
+                field: "linux.devices",
+                value: path,
+            });
         }
         let kind = match device.typ() {
             LinuxDeviceType::B => libc::S_IFBLK,
@@ -397,7 +486,9 @@ mod tests {
     use super::*;
 
     fn envp(entries: &[&str]) -> Arc<StringArray> {
-        Arc::new(StringArray::new(entries.iter().map(|&e| CString::new(e).unwrap()).collect()))
+        Arc::new(StringArray::new(
+            entries.iter().map(|&e| CString::new(e).unwrap()).collect(),
+        ))
     }
 
     fn candidates(name: &str, env: &[&str]) -> Vec<String> {
@@ -411,7 +502,10 @@ mod tests {
 
     #[test]
     fn a_name_is_searched_in_the_containers_path() {
-        assert_eq!(candidates("ls", &["A=b", "PATH=/x::/y"]), ["/x/ls", "./ls", "/y/ls"]);
+        assert_eq!(
+            candidates("ls", &["A=b", "PATH=/x::/y"]),
+            ["/x/ls", "./ls", "/y/ls"]
+        );
         assert_eq!(candidates("ls", &[])[0], "/usr/local/sbin/ls");
         assert_eq!(candidates("./ls", &["PATH=/x"]), ["./ls"]);
         assert!(candidates("", &["PATH=/x"]).is_empty());
@@ -433,7 +527,10 @@ mod tests {
         .unwrap();
         assert_eq!(capabilities(Some(&sets), 0).effective, 1 << 5);
         let user = capabilities(Some(&sets), 1000);
-        assert_eq!((user.bounding, user.permitted, user.effective), (1 << 5, 0, 0));
+        assert_eq!(
+            (user.bounding, user.permitted, user.effective),
+            (1 << 5, 0, 0)
+        );
     }
 
     #[test]

@@ -23,9 +23,17 @@ async fn start(container: Arc<Container>) -> Result<i64, Error> {
     {
         let mut state = container.state();
         if state.phase != Phase::Created || *container.ended.borrow() {
-            let phase = if state.phase == Phase::Created { Phase::Exited } else { state.phase };
+            let phase = if state.phase == Phase::Created {
+                Phase::Exited
+            } else {
+                state.phase
+            };
             let (phase, wanted) = (phase.name(), Phase::Created.name());
-            return Err(Error::Phase { id: container.id.clone(), phase, wanted });
+            return Err(Error::Phase {
+                id: container.id.clone(),
+                phase,
+                wanted,
+            });
         }
         state.phase = Phase::Starting;
     }

@@ -41,7 +41,11 @@ pub enum StdioError {
     #[error("cannot make the container's standard streams")]
     Create(#[source] io::Error),
     #[error("cannot reach the host's log port for {stream} of container {id}")]
-    Connect { id: String, stream: &'static str, source: io::Error },
+    Connect {
+        id: String,
+        stream: &'static str,
+        source: io::Error,
+    },
 }
 
 fn create(errno: Errno) -> StdioError {
@@ -56,7 +60,11 @@ fn output_pipe() -> nix::Result<(OwnedFd, OwnedFd)> {
 }
 
 fn null() -> nix::Result<OwnedFd> {
-    open(c"/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())
+    open(
+        c"/dev/null",
+        OFlag::O_RDWR | OFlag::O_CLOEXEC,
+        Mode::empty(),
+    )
 }
 
 /// The agent's ends of a container's streams, and what the child gets.
@@ -86,15 +94,26 @@ pub fn streams(stdin: bool, capture: bool) -> Result<Streams, StdioError> {
         Ok(write)
     };
     let child = [child_in, output("stdout")?, output("stderr")?];
-    Ok(Streams { child, stdin, outputs })
+    Ok(Streams {
+        child,
+        stdin,
+        outputs,
+    })
 }
 
 /// A connection to the host that takes one stream of container `id`.
 pub async fn connect(id: &str, stream: &'static str) -> Result<VsockStream, StdioError> {
-    let failed = |source| StdioError::Connect { id: id.to_owned(), stream, source };
-    let mut host =
-        VsockStream::connect(VsockAddr::new(HOST_CID, LOG_PORT)).await.map_err(failed)?;
-    host.write_all(format!("{id} {stream}\n").as_bytes()).await.map_err(failed)?;
+    let failed = |source| StdioError::Connect {
+        id: id.to_owned(),
+        stream,
+        source,
+    };
+    let mut host = VsockStream::connect(VsockAddr::new(HOST_CID, LOG_PORT))
+        .await
+        .map_err(failed)?;
+    host.write_all(format!("{id} {stream}\n").as_bytes())
+        .await
+        .map_err(failed)?;
     Ok(host)
 }
 
@@ -110,7 +129,11 @@ pub struct Source {
 impl Source {
     /// `fd` must not block.
     pub fn new(fd: OwnedFd, ended: watch::Receiver<bool>) -> io::Result<Self> {
-        Ok(Self { fd: sys::async_fd(fd, Interest::READABLE)?, ended, orphaned: false })
+        Ok(Self {
+            fd: sys::async_fd(fd, Interest::READABLE)?,
+            ended,
+            orphaned: false,
+        })
     }
 
     pub fn has_ended(&self) -> bool {
@@ -163,7 +186,9 @@ pub async fn pump(id: &str, stream: &str, mut source: Source, host: Option<Vsock
                 break;
             }
         };
-        let Some(connection) = &mut host else { continue };
+        let Some(connection) = &mut host else {
+            continue;
+        };
         if let Err(error) = send(connection, &buffer[..length], &source.ended).await {
             eprintln!("drupe-agent: container {id}: {stream} is lost from here: {error}");
             host = None;

@@ -30,7 +30,10 @@ pub enum UserError {
     #[error("the user has more than {MAX_GROUPS} groups")]
     TooManyGroups,
     #[error("cannot read /{path} of the container")]
-    Read { path: &'static str, source: io::Error },
+    Read {
+        path: &'static str,
+        source: io::Error,
+    },
     #[error("/{path} of the container is larger than {MAX_FILE} bytes")]
     TooLarge { path: &'static str },
 }
@@ -58,7 +61,10 @@ fn read(
     path: &'static str,
     c_path: &std::ffi::CStr,
 ) -> Result<String, UserError> {
-    let failed = |errno: Errno| UserError::Read { path, source: errno.into() };
+    let failed = |errno: Errno| UserError::Read {
+        path,
+        source: errno.into(),
+    };
     let flags = (OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits();
     let file = match sys::openat2(root, c_path, flags, libc::RESOLVE_IN_ROOT) {
         Ok(file) => file,
@@ -95,7 +101,12 @@ fn accounts(passwd: &str) -> impl Iterator<Item = Account<'_>> {
         let uid = fields.next()?.parse().ok()?;
         let gid = fields.next()?.parse().ok()?;
         let home = fields.nth(1).unwrap_or_default();
-        Some(Account { name, uid, gid, home })
+        Some(Account {
+            name,
+            uid,
+            gid,
+            home,
+        })
     })
 }
 
@@ -130,7 +141,11 @@ fn resolve(passwd: &str, group: &str, request: &Request) -> Result<Resolved, Use
                 let uid = id("uid", number)?;
                 (uid, accounts(passwd).find(|account| account.uid == uid))
             }
-            (None, None) => return Err(UserError::UnknownUser { name: name.to_owned() }),
+            (None, None) => {
+                return Err(UserError::UnknownUser {
+                    name: name.to_owned(),
+                });
+            }
         }
     };
     let (uid, account) = account;
@@ -142,7 +157,11 @@ fn resolve(passwd: &str, group: &str, request: &Request) -> Result<Resolved, Use
             Some((_, gid, _)) => gid,
             None => match name.parse() {
                 Ok(number) => id("gid", number)?,
-                Err(_) => return Err(UserError::UnknownGroup { name: name.to_owned() }),
+                Err(_) => {
+                    return Err(UserError::UnknownGroup {
+                        name: name.to_owned(),
+                    });
+                }
             },
         },
     };
@@ -163,8 +182,15 @@ fn resolve(passwd: &str, group: &str, request: &Request) -> Result<Resolved, Use
     if all.len() > MAX_GROUPS {
         return Err(UserError::TooManyGroups);
     }
-    let home = account.map(|account| account.home.to_owned()).filter(|home| !home.is_empty());
-    Ok(Resolved { uid, gid, groups: all, home })
+    let home = account
+        .map(|account| account.home.to_owned())
+        .filter(|home| !home.is_empty());
+    Ok(Resolved {
+        uid,
+        gid,
+        groups: all,
+        home,
+    })
 }
 
 #[cfg(test)]
@@ -173,11 +199,15 @@ mod tests {
 
     use super::*;
 
-    const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\nbroken\nweb:x:33:34:w:/srv:/bin/sh\n77:x:5:6::/:\n";
+    const PASSWD: &str =
+        "root:x:0:0:root:/root:/bin/sh\nbroken\nweb:x:33:34:w:/srv:/bin/sh\n77:x:5:6::/:\n";
     const GROUP: &str = "root:x:0:\nwww:x:34:\nlog:x:4:web,other\nadm:x:9:other\n";
 
     fn request(username: &str) -> Request {
-        Request { username: username.to_owned(), ..Request::default() }
+        Request {
+            username: username.to_owned(),
+            ..Request::default()
+        }
     }
 
     fn resolved(request: &Request) -> Resolved {
@@ -187,7 +217,10 @@ mod tests {
     #[test]
     fn nothing_asked_means_root() {
         let user = resolved(&request(""));
-        assert_eq!((user.uid, user.gid, user.home.as_deref()), (0, 0, Some("/root")));
+        assert_eq!(
+            (user.uid, user.gid, user.home.as_deref()),
+            (0, 0, Some("/root"))
+        );
         assert_eq!(resolve("", "", &request("")).unwrap().home, None);
     }
 
@@ -196,7 +229,12 @@ mod tests {
         let user = resolved(&request("web"));
         assert_eq!(
             user,
-            Resolved { uid: 33, gid: 34, groups: vec![4, 34], home: Some("/srv".into()) }
+            Resolved {
+                uid: 33,
+                gid: 34,
+                groups: vec![4, 34],
+                home: Some("/srv".into())
+            }
         );
     }
 
@@ -214,12 +252,19 @@ mod tests {
     fn a_number_needs_no_entry_but_uses_one() {
         assert_eq!(resolved(&request("33")).gid, 34);
         assert_eq!(resolved(&request("4242")).gid, 0);
-        assert_eq!(resolved(&request("77")).uid, 5, "a name of digits is a name first");
+        assert_eq!(
+            resolved(&request("77")).uid,
+            5,
+            "a name of digits is a name first"
+        );
     }
 
     #[test]
     fn a_group_may_be_a_name_or_a_number() {
-        let with = |groupname: &str| Request { groupname: groupname.to_owned(), ..request("web") };
+        let with = |groupname: &str| Request {
+            groupname: groupname.to_owned(),
+            ..request("web")
+        };
         assert_eq!(resolved(&with("adm")).gid, 9);
         assert_eq!(resolved(&with("123")).gid, 123);
         let error = resolve(PASSWD, GROUP, &with("nope")).unwrap_err();
@@ -241,8 +286,14 @@ mod tests {
     #[test]
     fn ids_out_of_range_are_refused() {
         for uid in [-1, i64::from(u32::MAX), i64::MAX] {
-            let request = Request { uid: Some(uid), ..Request::default() };
-            assert!(matches!(resolve("", "", &request), Err(UserError::Range { .. })));
+            let request = Request {
+                uid: Some(uid),
+                ..Request::default()
+            };
+            assert!(matches!(
+                resolve("", "", &request),
+                Err(UserError::Range { .. })
+            ));
         }
     }
 
@@ -252,8 +303,11 @@ mod tests {
         std::fs::create_dir(root.path().join("etc")).unwrap();
         std::os::unix::fs::symlink("../../../../etc/passwd", root.path().join("etc/passwd"))
             .unwrap();
-        nix::unistd::mkfifo(&root.path().join("etc/group"), nix::sys::stat::Mode::S_IRWXU)
-            .unwrap();
+        nix::unistd::mkfifo(
+            &root.path().join("etc/group"),
+            nix::sys::stat::Mode::S_IRWXU,
+        )
+        .unwrap();
         let dir = File::open(root.path()).unwrap();
         let error = resolve_in(dir.as_fd(), &request("daemon")).unwrap_err();
         assert!(matches!(error, UserError::UnknownUser { .. }), "{error}");

@@ -70,7 +70,11 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { memory_mib: 256, mode: UmlMode::Seccomp, network: None }
+        Self {
+            memory_mib: 256,
+            mode: UmlMode::Seccomp,
+            network: None,
+        }
     }
 }
 
@@ -92,24 +96,47 @@ impl Guest {
     }
 
     pub async fn start(artifacts: &Artifacts, options: Options) -> Self {
-        let dir = tempfile::Builder::new().prefix("drupe-agent-test-").tempdir().unwrap();
+        let dir = tempfile::Builder::new()
+            .prefix("drupe-agent-test-")
+            .tempdir()
+            .unwrap();
         let path = |name: &str| dir.path().join(name);
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
         fs::create_dir(path("jail")).unwrap();
         fs::create_dir(path("shared")).unwrap();
         let none = None::<&str>;
-        mount(Some(&path("shared")), &path("shared"), none, MsFlags::MS_BIND, none).unwrap();
+        mount(
+            Some(&path("shared")),
+            &path("shared"),
+            none,
+            MsFlags::MS_BIND,
+            none,
+        )
+        .unwrap();
         mount(none, &path("shared"), none, MsFlags::MS_SHARED, none).unwrap();
         let append = |name: &str| {
-            let options = OpenOptions::new().create(true).append(true).read(true).clone();
+            let options = OpenOptions::new()
+                .create(true)
+                .append(true)
+                .read(true)
+                .clone();
             options.open(path(name)).unwrap()
         };
         let mut fds: Vec<(FdRole, OwnedFd)> = vec![
-            (FdRole::Kernel, File::open(&artifacts.kernel).unwrap().into()),
-            (FdRole::Initramfs, File::open(&artifacts.initramfs).unwrap().into()),
+            (
+                FdRole::Kernel,
+                File::open(&artifacts.kernel).unwrap().into(),
+            ),
+            (
+                FdRole::Initramfs,
+                File::open(&artifacts.initramfs).unwrap().into(),
+            ),
             (FdRole::ConsoleLog, append("console.log").into()),
             (FdRole::ControlListener, control_listener(&path("control"))),
-            (FdRole::VsockListener, UnixListener::bind(path("vsock")).unwrap().into()),
+            (
+                FdRole::VsockListener,
+                UnixListener::bind(path("vsock")).unwrap().into(),
+            ),
             (FdRole::Scratch, scratch(&path("scratch")).into()),
         ];
         let mut mac = None;
@@ -130,7 +157,7 @@ impl Guest {
                 kernel_args: Vec::new(),
                 mac,
                 mtu: mac.map(|_| 1400),
-                image_slots: 8,
+                image_slots: 4,
                 jail_root: path("jail"),
                 shared_dir: path("shared"),
                 uid: UID,
@@ -148,8 +175,12 @@ impl Guest {
             Err(error) => panic!("{error:?}\n{}", read(&path("vmm.log"))),
         };
         let control = Control::connect(&path("control")).await.unwrap();
-        let mut events =
-            Control::connect(&path("control")).await.unwrap().subscribe().await.unwrap();
+        let mut events = Control::connect(&path("control"))
+            .await
+            .unwrap()
+            .subscribe()
+            .await
+            .unwrap();
         loop {
             let event = tokio::time::timeout(PATIENCE, events.next()).await;
             let event = event.expect("the guest boots").unwrap();
@@ -164,7 +195,14 @@ impl Guest {
         }
         println!("boot: {:?}", begun.elapsed());
         let agent = AgentClient::new(connect(path("vsock")));
-        Self { agent, control, dir, vmm, logs: HashMap::new(), slots: 0 }
+        Self {
+            agent,
+            control,
+            dir,
+            vmm,
+            logs: HashMap::new(),
+            slots: 0,
+        }
     }
 
     pub async fn configure(&mut self, request: ConfigureSandboxRequest) {
@@ -187,14 +225,24 @@ impl Guest {
         self.slots += 1;
         let files: Vec<BorrowedFd<'_>> = image.files.iter().map(AsFd::as_fd).collect();
         self.control.attach_disk(slot, &files).await.unwrap();
-        RootDisk { slot, layers: image.layers.clone() }
+        RootDisk {
+            slot,
+            layers: image.layers.clone(),
+        }
     }
 
     pub async fn create(&mut self, container: Container) -> Result<(), Status> {
         if container.log {
             let path = self.path(&format!("{}.log", container.id));
-            let log = OpenOptions::new().create(true).append(true).open(&path).unwrap();
-            self.control.open_log(&container.id, log.as_fd()).await.unwrap();
+            let log = OpenOptions::new()
+                .create(true)
+                .append(true)
+                .open(&path)
+                .unwrap();
+            self.control
+                .open_log(&container.id, log.as_fd())
+                .await
+                .unwrap();
             self.logs.insert(container.id.clone(), path);
         }
         let begun = Instant::now();
@@ -205,7 +253,10 @@ impl Guest {
 
     pub async fn start_container(&mut self, id: &str) -> Result<i64, Status> {
         let begun = Instant::now();
-        let started = self.agent.start_container(StartContainerRequest { id: id.into() }).await;
+        let started = self
+            .agent
+            .start_container(StartContainerRequest { id: id.into() })
+            .await;
         println!("start {id}: {:?}", begun.elapsed());
         started.map(|reply| reply.into_inner().started_at_unix_nanos)
     }
@@ -235,17 +286,33 @@ impl Guest {
     }
 
     pub async fn signal(&mut self, id: &str, signal: i32, all: bool) {
-        let request = SignalContainerRequest { id: id.into(), signal: signal as u32, all };
+        let request = SignalContainerRequest {
+            id: id.into(),
+            signal: signal as u32,
+            all,
+        };
         self.agent.signal_container(request).await.unwrap();
     }
 
     pub async fn events(&mut self) -> Streaming<Event> {
-        self.agent.events(EventsRequest {}).await.unwrap().into_inner()
+        self.agent
+            .events(EventsRequest {})
+            .await
+            .unwrap()
+            .into_inner()
     }
 
     pub async fn state(&mut self, id: &str) -> ContainerState {
-        let list = self.agent.list_containers(ListContainersRequest {}).await.unwrap();
-        list.into_inner().containers.into_iter().find(|state| state.id == id).unwrap()
+        let list = self
+            .agent
+            .list_containers(ListContainersRequest {})
+            .await
+            .unwrap();
+        list.into_inner()
+            .containers
+            .into_iter()
+            .find(|state| state.id == id)
+            .unwrap()
     }
 
     pub async fn phase(&mut self, id: &str) -> Phase {
@@ -290,7 +357,11 @@ impl Guest {
             let (_time, from) = (words.next().unwrap(), words.next().unwrap());
             let (tag, text) = (words.next().unwrap(), words.next().unwrap());
             if from == stream {
-                output.push_str(if tag == "P" { text.trim_end_matches('\n') } else { text });
+                output.push_str(if tag == "P" {
+                    text.trim_end_matches('\n')
+                } else {
+                    text
+                });
             }
         }
         output
@@ -298,22 +369,23 @@ impl Guest {
 
     /// Ends the guest by its own means and waits for the VMM.
     pub async fn shut_down(mut self) {
-        let con = self.path("console.log");
-        let vmmlog = self.path("vmm.log"); println!("{:?}", std::time::SystemTime::now());
         let begun = Instant::now();
         self.agent.shutdown(ShutdownRequest {}).await.unwrap();
         println!("shutdown answered: {:?}", begun.elapsed());
         let ended = tokio::time::timeout(PATIENCE, self.vmm.wait()).await;
         ended.expect("the guest powers off").unwrap();
-        println!("shutdown: {:?}\n{}", begun.elapsed(), read(&con));
-        println!("{}", read(&vmmlog));
+        println!("shutdown: {:?}", begun.elapsed());
     }
 }
 
 impl Drop for Guest {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("console:\n{}\nvmm:\n{}", self.console(), read(&self.path("vmm.log")));
+            eprintln!(
+                "console:\n{}\nvmm:\n{}",
+                self.console(),
+                read(&self.path("vmm.log"))
+            );
         }
         // Ours and unreaped, or gone: in either case no other process's PID.
         let pid = nix::unistd::Pid::from_raw(self.vmm.pid() as i32);
@@ -346,11 +418,15 @@ pub async fn exit_of(events: &mut Streaming<Event>, id: &str) -> Exit {
             }
         }
     };
-    tokio::time::timeout(PATIENCE, wait).await.expect("the container ends")
+    tokio::time::timeout(PATIENCE, wait)
+        .await
+        .expect("the container ends")
 }
 
 pub fn configuration() -> ConfigureSandboxRequest {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    let since = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap();
     ConfigureSandboxRequest {
         time_unix_nanos: since.as_nanos() as i64,
         hostname: "test-pod".into(),
@@ -372,9 +448,20 @@ pub struct Container {
 impl Container {
     pub fn new(id: &str, root: &RootDisk, args: &[&str]) -> Self {
         let capabilities = json!([
-            "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_SETGID",
-            "CAP_SETUID", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE", "CAP_NET_RAW", "CAP_SYS_CHROOT",
-            "CAP_MKNOD", "CAP_AUDIT_WRITE", "CAP_SETFCAP"
+            "CAP_CHOWN",
+            "CAP_DAC_OVERRIDE",
+            "CAP_FOWNER",
+            "CAP_FSETID",
+            "CAP_KILL",
+            "CAP_SETGID",
+            "CAP_SETUID",
+            "CAP_SETPCAP",
+            "CAP_NET_BIND_SERVICE",
+            "CAP_NET_RAW",
+            "CAP_SYS_CHROOT",
+            "CAP_MKNOD",
+            "CAP_AUDIT_WRITE",
+            "CAP_SETFCAP"
         ]);
         let spec = json!({
             "ociVersion": "1.2.0",
@@ -474,7 +561,11 @@ impl Image {
     /// One layer for each directory tree, lowest first.
     pub fn from_trees(trees: &[&Path]) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let mut image = Self { files: Vec::new(), layers: Vec::new(), _dir: dir };
+        let mut image = Self {
+            files: Vec::new(),
+            layers: Vec::new(),
+            _dir: dir,
+        };
         let mut offset = 0;
         for (number, tree) in trees.iter().enumerate() {
             let path = image._dir.path().join(number.to_string());
@@ -484,7 +575,11 @@ impl Image {
                 .arg(tree)
                 .output()
                 .unwrap();
-            assert!(status.status.success(), "{}", String::from_utf8_lossy(&status.stderr));
+            assert!(
+                status.status.success(),
+                "{}",
+                String::from_utf8_lossy(&status.stderr)
+            );
             let file = File::open(&path).unwrap();
             let length = file.metadata().unwrap().len().next_multiple_of(4096);
             image.files.push(file);
@@ -515,8 +610,11 @@ pub fn busybox_tree() -> TempDir {
             std::os::unix::fs::symlink("busybox", at("bin").join(name)).unwrap();
         }
     }
-    fs::write(at("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\nweb:x:33:34::/srv:/bin/sh\n")
-        .unwrap();
+    fs::write(
+        at("etc/passwd"),
+        "root:x:0:0:root:/root:/bin/sh\nweb:x:33:34::/srv:/bin/sh\n",
+    )
+    .unwrap();
     fs::write(at("etc/group"), "root:x:0:\nwww:x:34:\nlog:x:44:web\n").unwrap();
     fs::write(at("bin/notaprogram"), "hello").unwrap();
     fs::write(at("bin/lostscript"), "#!/bin/nothing\n").unwrap();
@@ -535,7 +633,11 @@ fn read(path: &Path) -> String {
 }
 
 fn scratch(path: &Path) -> File {
-    let options = OpenOptions::new().read(true).write(true).create_new(true).clone();
+    let options = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .clone();
     let file = options.open(path).unwrap();
     file.set_len(256 << 20).unwrap();
     let made = Command::new("mkfs.ext4")
@@ -543,7 +645,11 @@ fn scratch(path: &Path) -> File {
         .arg(path)
         .output()
         .unwrap();
-    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    assert!(
+        made.status.success(),
+        "{}",
+        String::from_utf8_lossy(&made.stderr)
+    );
     file
 }
 
