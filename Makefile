@@ -13,6 +13,8 @@ TEST_THREADS ?= 2
 
 # Tests of the VMM and of the agent boot this kernel.
 export DRUPE_TEST_KERNEL := $(CURDIR)/out/guest/kernel-uml
+export DRUPE_TEST_INITRAMFS := $(CURDIR)/out/guest/initramfs
+export DRUPE_TEST_VMM := $(CURDIR)/out/bin/drupe-vmm
 
 .PHONY: help setup build demo test e2e bench lint clean
 

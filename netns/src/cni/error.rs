@@ -43,6 +43,16 @@ pub enum CniError {
         call: Call,
         source: serde_json::Error,
     },
+    /// Of a daemon that was killed, or of another caller.
+    #[error(
+        "an earlier CNI plugin run for pod {sandbox} ({interface}) still goes on after {} s",
+        after.as_secs_f32()
+    )]
+    Busy {
+        sandbox: String,
+        interface: String,
+        after: Duration,
+    },
     #[error("cannot {action} CNI record {path}")]
     Record {
         action: &'static str,
@@ -65,6 +75,24 @@ pub enum CniError {
         failed: usize,
         source: Box<CniError>,
     },
+}
+
+impl CniError {
+    /// Whether a plugin, or the wait for one, took longer than it may.
+    #[must_use]
+    pub fn timed_out(&self) -> bool {
+        match self {
+            Self::TimedOut { .. } | Self::Busy { .. } => true,
+            Self::Undo { source, undo } => source.timed_out() || undo.timed_out(),
+            Self::Collect { source, .. } => source.timed_out(),
+            _ => false,
+        }
+    }
+
+    /// Whether the plugin ran to its end and reported a failure.
+    pub(crate) fn reported(&self) -> bool {
+        matches!(self, Self::Plugin { .. } | Self::Exit { .. })
+    }
 }
 
 /// Which plugin was asked for what.

@@ -2,7 +2,9 @@
 //! and time (CNI 1.1, section 2).
 
 use std::{
+    convert::Infallible,
     ffi::OsString,
+    future::pending,
     io,
     path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
@@ -17,6 +19,7 @@ use nix::{
 use serde::Deserialize;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWriteExt},
+    net::unix::pipe::{self, Receiver},
     process::{Child, ChildStdin, Command},
     time::{Instant, sleep, timeout},
 };
@@ -24,15 +27,18 @@ use tokio::{
 use super::{
     config::find_plugin,
     error::{Call, CniError},
+    lock::RunLock,
 };
 
 /// A result is a page of JSON.
 pub(crate) const MAX_OUTPUT: usize = 1024 * 1024;
 /// How much of the end of standard error is kept for the error's text.
 const STDERR_TAIL: usize = 4096;
+/// What a pipe holds at most, unless somebody enlarged it.
+const PIPE_BYTES: usize = 64 * 1024;
 /// A killed process is gone at once unless the kernel holds it; then it is
 /// left to the runtime to reap.
-const REAP_TIMEOUT: Duration = Duration::from_secs(2);
+pub(crate) const REAP_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often, and for how long, a file that is still being written by its
 /// installer is tried again.
 const BUSY_PAUSE: Duration = Duration::from_millis(50);
@@ -80,6 +86,13 @@ pub(crate) struct Target<'a> {
     pub(crate) args: &'a str,
 }
 
+/// The pod's side of a run.
+pub(crate) struct Pod<'a> {
+    pub(crate) target: Target<'a>,
+    /// Held by the plugin, too, until it ends.
+    pub(crate) lock: &'a mut RunLock,
+}
+
 impl Runner {
     /// Runs plugin `kind` and returns what it wrote. Dropping the future kills
     /// the plugin.
@@ -87,9 +100,10 @@ impl Runner {
         &self,
         verb: Verb,
         kind: &str,
-        target: Option<Target<'_>>,
+        pod: Option<Pod<'_>>,
         input: &[u8],
     ) -> Result<Vec<u8>, CniError> {
+        let target = pod.as_ref().map(|pod| pod.target);
         let call = Call {
             plugin: kind.to_owned(),
             verb,
@@ -99,13 +113,29 @@ impl Runner {
             plugin: kind.to_owned(),
             dirs: self.bin_dirs.clone(),
         })?;
+        let mut own;
+        let streams = match pod {
+            Some(pod) => pod.lock.stderr(),
+            None => match own_stderr() {
+                Ok((stdio, reader)) => {
+                    own = reader;
+                    Ok((stdio, &mut own))
+                }
+                Err(error) => Err(error),
+            },
+        };
+        let (stdio, stderr) = match streams {
+            Ok(streams) => streams,
+            Err(source) => return Err(CniError::Spawn { call, source }),
+        };
         let mut command = self.command(verb, &program, target);
+        command.stderr(stdio);
         let started = Instant::now();
         let mut running = match spawn(&mut command).await {
             Ok(child) => Running::new(child),
             Err(source) => return Err(CniError::Spawn { call, source }),
         };
-        let ended = timeout(self.timeout, running.talk(input)).await;
+        let ended = timeout(self.timeout, running.talk(input, stderr)).await;
         if !matches!(ended, Ok(Ok(_))) {
             running.kill().await;
         }
@@ -139,7 +169,6 @@ impl Runner {
         command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
             .process_group(0)
             .kill_on_drop(true)
             .env("CNI_COMMAND", verb.name())
@@ -156,6 +185,12 @@ impl Runner {
         }
         command
     }
+}
+
+/// A pipe of the same kind as a lock's.
+fn own_stderr() -> io::Result<(Stdio, Receiver)> {
+    let (sender, receiver) = pipe::pipe()?;
+    Ok((sender.into_blocking_fd()?.into(), receiver))
 }
 
 fn path_list(dirs: &[PathBuf]) -> OsString {
@@ -213,19 +248,29 @@ impl Running {
         Self { child, group }
     }
 
-    async fn talk(&mut self, input: &[u8]) -> Result<(ExitStatus, Vec<u8>, String), TalkError> {
+    async fn talk(
+        &mut self,
+        input: &[u8],
+        stderr: &mut Receiver,
+    ) -> Result<(ExitStatus, Vec<u8>, String), TalkError> {
         let missing = || io::Error::other("the plugin's standard streams are gone");
         let stdin = self.child.stdin.take().ok_or_else(missing)?;
         let stdout = self.child.stdout.take().ok_or_else(missing)?;
-        let stderr = self.child.stderr.take().ok_or_else(missing)?;
-        let ((), stdout, stderr) = tokio::try_join!(
-            async { write_all(stdin, input).await.map_err(TalkError::from) },
-            read_bounded(stdout),
-            async { read_tail(stderr).await.map_err(TalkError::from) },
-        )?;
-        let status = self.child.wait().await?;
+        let mut tail = Tail::default();
+        let ended = async {
+            let ((), stdout) = tokio::try_join!(
+                async { write_all(stdin, input).await.map_err(TalkError::from) },
+                read_bounded(stdout),
+            )?;
+            Ok::<_, TalkError>((self.child.wait().await?, stdout))
+        };
+        let (status, stdout) = tokio::select! {
+            ended = ended => ended?,
+            never = tail.follow(stderr) => match never? {},
+        };
         self.group = None;
-        Ok((status, stdout, stderr))
+        tail.take(stderr)?;
+        Ok((status, stdout, tail.text()))
     }
 
     async fn kill(&mut self) {
@@ -271,18 +316,57 @@ async fn read_bounded(stdout: impl AsyncRead + Unpin) -> Result<Vec<u8>, TalkErr
     Ok(bytes)
 }
 
-/// Reads all and keeps the end.
-async fn read_tail(mut stderr: impl AsyncRead + Unpin) -> io::Result<String> {
-    let mut tail = Vec::new();
+/// Reads to the end of file and keeps the last of it.
+pub(crate) async fn read_tail(mut stderr: Receiver) -> io::Result<String> {
+    let mut tail = Tail::default();
     let mut chunk = [0; STDERR_TAIL];
     loop {
-        let read = stderr.read(&mut chunk).await?;
-        if read == 0 {
-            return Ok(String::from_utf8_lossy(&tail).trim().to_owned());
+        match stderr.read(&mut chunk).await? {
+            0 => return Ok(tail.text()),
+            read => tail.push(&chunk[..read]),
         }
-        tail.extend_from_slice(&chunk[..read]);
-        let surplus = tail.len().saturating_sub(STDERR_TAIL);
-        tail.drain(..surplus);
+    }
+}
+
+/// The end of what a plugin wrote to its standard error.
+#[derive(Default)]
+struct Tail(Vec<u8>);
+
+impl Tail {
+    /// Reads while it is waited for; its end of file is no news.
+    async fn follow(&mut self, stderr: &mut Receiver) -> io::Result<Infallible> {
+        let mut chunk = [0; STDERR_TAIL];
+        loop {
+            match stderr.read(&mut chunk).await? {
+                0 => pending().await,
+                read => self.push(&chunk[..read]),
+            }
+        }
+    }
+
+    /// Reads what is left after the plugin's end.
+    fn take(&mut self, stderr: &Receiver) -> io::Result<()> {
+        let mut chunk = [0; STDERR_TAIL];
+        // A service that the plugin left behind may write without end.
+        for _ in 0..PIPE_BYTES / STDERR_TAIL {
+            match stderr.try_read(&mut chunk) {
+                Ok(0) => return Ok(()),
+                Ok(read) => self.push(&chunk[..read]),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn push(&mut self, bytes: &[u8]) {
+        self.0.extend_from_slice(bytes);
+        let surplus = self.0.len().saturating_sub(STDERR_TAIL);
+        self.0.drain(..surplus);
+    }
+
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.0).trim().to_owned()
     }
 }
 

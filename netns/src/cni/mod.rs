@@ -12,6 +12,9 @@
 //!     └────────────────────────┴───────────────────────────┘ del
 //! ```
 //!
+//! A plugin outlives a daemon that is killed: whoever calls plugins for a pod
+//! first waits for the run that may still go on (see `lock`).
+//!
 //! A driver that finds a sandbox after a restart calls [`Cni::del`] to undo it
 //! wherever it stood, or [`Cni::result`] to go on with it. [`Cni::gc`], called
 //! once the daemon knows its pods, detaches what nobody answers for. The
@@ -21,9 +24,12 @@
 mod config;
 mod error;
 mod exec;
+mod lock;
 mod pod;
 mod record;
 mod result;
+#[cfg(test)]
+mod restart_tests;
 #[cfg(test)]
 mod tests;
 mod watch;
@@ -46,7 +52,8 @@ pub use result::{AddResult, ResultDns, ResultInterface, ResultIp, ResultRoute};
 pub use watch::{CniWatcher, NetworkState};
 
 use crate::namespace::is_namespace;
-use exec::{Runner, Target};
+use exec::{Pod, REAP_TIMEOUT, Runner, Target};
+use lock::RunLock;
 use record::{Record, Records};
 
 pub const DEFAULT_CONF_DIR: &str = "/etc/cni/net.d";
@@ -104,7 +111,10 @@ impl Cni {
                 dirs: self.runner.bin_dirs.clone(),
             });
         }
-        if let Some(old) = self.records.find(&pod.sandbox_id, &pod.interface).await? {
+        let mut lock = self.lock(&pod.sandbox_id, &pod.interface).await?;
+        let found = self.records.find(&pod.sandbox_id, &pod.interface).await?;
+        if let Some(old) = found {
+            lock.release()?;
             return Err(CniError::AlreadyAttached {
                 sandbox: old.sandbox_id,
                 interface: old.interface,
@@ -120,16 +130,30 @@ impl Cni {
             result: None,
             complete: false,
         };
-        self.records.insert(&record).await?;
-        match self.add_chain(&mut record).await {
-            Ok(result) => Ok(result),
-            Err(source) => match self.undo(&record).await {
-                Ok(()) => Err(source),
-                Err(undo) => Err(CniError::Undo {
-                    source: Box::new(source),
-                    undo: Box::new(undo),
-                }),
-            },
+        if let Err(error) = self.records.insert(&record).await {
+            lock.unlink().await?;
+            return Err(error);
+        }
+        let source = match self.add_chain(&mut record, &mut lock).await {
+            Ok(result) => {
+                lock.release()?;
+                return Ok(result);
+            }
+            Err(source) => source,
+        };
+        // Not released: a plugin that was killed, or a child of it, may not be
+        // gone yet. DEL waits for it.
+        drop(lock);
+        let undone = match self.lock(&pod.sandbox_id, &pod.interface).await {
+            Ok(lock) => self.undo(&record, lock).await,
+            Err(error) => Err(error),
+        };
+        match undone {
+            Ok(()) => Err(source),
+            Err(undo) => Err(CniError::Undo {
+                source: Box::new(source),
+                undo: Box::new(undo),
+            }),
         }
     }
 
@@ -137,9 +161,14 @@ impl Cni {
     /// On an error the caller tries again later.
     pub async fn del(&self, sandbox_id: &str, interface: &str) -> Result<(), CniError> {
         pod::check_ids(sandbox_id, interface)?;
+        let lock = self.lock(sandbox_id, interface).await?;
         match self.records.find(sandbox_id, interface).await? {
-            Some(record) => self.undo(&record).await,
-            None => Ok(()),
+            Some(record) => self.undo(&record, lock).await,
+            // Of an ADD that was cut off before it wrote one.
+            None => {
+                lock.unlink().await?;
+                lock.release()
+            }
         }
     }
 
@@ -151,10 +180,11 @@ impl Cni {
         if record.network.disable_check || record.network.version < SpecVersion::V0_4_0 {
             return Ok(());
         }
+        let mut lock = self.lock(sandbox_id, interface).await?;
         for plugin in &record.network.plugins {
-            self.call(Verb::Check, plugin, &record).await?;
+            self.call(Verb::Check, plugin, &record, &mut lock).await?;
         }
-        Ok(())
+        lock.release()
     }
 
     /// The result of the attachment's ADD.
@@ -184,9 +214,9 @@ impl Cni {
         valid: &BTreeSet<Attachment>,
     ) -> Result<(), CniError> {
         let mut failures = Vec::new();
-        for record in self.records.all().await? {
-            if !valid.contains(&attachment_of(record.clone()))
-                && let Err(error) = self.undo(&record).await
+        for one in self.attachments().await? {
+            if !valid.contains(&one)
+                && let Err(error) = self.del(&one.sandbox_id, &one.interface).await
             {
                 failures.push(error);
             }
@@ -227,11 +257,21 @@ impl Cni {
         Ok(())
     }
 
-    async fn add_chain(&self, record: &mut Record) -> Result<AddResult, CniError> {
+    /// Waits for as long as a daemon that lived would have let a plugin run.
+    async fn lock(&self, sandbox_id: &str, interface: &str) -> Result<RunLock, CniError> {
+        let limit = self.runner.timeout + REAP_TIMEOUT;
+        RunLock::take(&self.records.dir, sandbox_id, interface, limit).await
+    }
+
+    async fn add_chain(
+        &self,
+        record: &mut Record,
+        lock: &mut RunLock,
+    ) -> Result<AddResult, CniError> {
         let mut last = None;
         for index in 0..record.network.plugins.len() {
             let plugin = &record.network.plugins[index];
-            let output = self.call(Verb::Add, plugin, record).await?;
+            let output = self.call(Verb::Add, plugin, record, lock).await?;
             let parsed =
                 parse_result(&output, &record.network).map_err(|source| CniError::Answer {
                     call: Call {
@@ -250,14 +290,33 @@ impl Cni {
         last.ok_or_else(|| not_attached(&record.sandbox_id, &record.interface))
     }
 
-    /// Runs the chain's DEL backwards, then forgets the attachment. Stops at a
-    /// failure: an address must not return to its pool while a rule of a later
-    /// plugin still leads to it.
-    async fn undo(&self, record: &Record) -> Result<(), CniError> {
+    /// Detaches, then forgets the attachment.
+    async fn undo(&self, record: &Record, mut lock: RunLock) -> Result<(), CniError> {
+        self.del_chain(record, &mut lock).await?;
+        // The record last: what still has one is found by `gc`.
+        lock.unlink().await?;
+        self.records.remove(record).await?;
+        lock.release()
+    }
+
+    /// Runs the chain's DEL backwards. Stops at a failure: an address must not
+    /// return to its pool while a rule of a later plugin still leads to it.
+    async fn del_chain(&self, record: &Record, lock: &mut RunLock) -> Result<(), CniError> {
         for plugin in record.network.plugins.iter().rev() {
-            self.call(Verb::Del, plugin, record).await?;
+            match self.call(Verb::Del, plugin, record, lock).await {
+                // Where an ADD was cut off, the bridge plugin's DEL removes the
+                // link and then fails for the masquerade chain that was not
+                // made yet; the next one finds no link and succeeds.
+                Err(error) if error.reported() => {
+                    tracing::warn!(%error, "CNI DEL is tried once more");
+                    self.call(Verb::Del, plugin, record, lock).await?;
+                }
+                result => {
+                    result?;
+                }
+            }
         }
-        self.records.remove(record).await
+        Ok(())
     }
 
     async fn complete_record(&self, sandbox_id: &str, interface: &str) -> Result<Record, CniError> {
@@ -274,6 +333,7 @@ impl Cni {
         verb: Verb,
         plugin: &Plugin,
         record: &Record,
+        lock: &mut RunLock,
     ) -> Result<Vec<u8>, CniError> {
         // DEL and CHECK have had the result since 0.4.0.
         let takes_result = verb == Verb::Add || record.network.version >= SpecVersion::V0_4_0;
@@ -290,7 +350,12 @@ impl Cni {
             args: &record.args,
         };
         self.runner
-            .run(verb, &plugin.kind, Some(target), &to_bytes(config))
+            .run(
+                verb,
+                &plugin.kind,
+                Some(Pod { target, lock }),
+                &to_bytes(config),
+            )
             .await
     }
 

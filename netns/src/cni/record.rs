@@ -181,14 +181,17 @@ fn temporary_of(path: &Path) -> PathBuf {
     path.with_extension("json.new")
 }
 
-fn remove_if_there(path: &Path) -> io::Result<()> {
+pub(crate) fn remove_if_there(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         result => result,
     }
 }
 
-fn failure(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CniError + use<> {
+pub(crate) fn failure(
+    action: &'static str,
+    path: &Path,
+) -> impl FnOnce(io::Error) -> CniError + use<> {
     let path = path.to_owned();
     move |source| CniError::Record {
         action,
@@ -197,7 +200,7 @@ fn failure(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CniEr
     }
 }
 
-async fn blocking<T: Send + 'static>(
+pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> io::Result<T> + Send + 'static,
 ) -> io::Result<T> {
     spawn_blocking(work).await.map_err(io::Error::other)?

@@ -12,7 +12,7 @@ use crate::{
 
 /// All that a pod's network may leave behind.
 #[derive(Debug, PartialEq, Eq)]
-struct Census {
+pub(super) struct Census {
     links: Vec<String>,
     leases: Vec<String>,
     rules: Vec<String>,
@@ -20,7 +20,7 @@ struct Census {
     mounts: String,
 }
 
-fn census(host: &Host) -> Census {
+pub(super) fn census(host: &Host) -> Census {
     let words = |text: String, n: usize| -> Vec<String> {
         text.lines()
             .filter_map(|line| line.split_whitespace().nth(n).map(str::to_owned))
@@ -46,7 +46,7 @@ fn census(host: &Host) -> Census {
     }
 }
 
-fn names(dir: &Path) -> Vec<String> {
+pub(super) fn names(dir: &Path) -> Vec<String> {
     let mut names: Vec<String> = fs::read_dir(dir)
         .into_iter()
         .flatten()
@@ -63,7 +63,7 @@ fn leases(host: &Host) -> Vec<String> {
     names
 }
 
-fn script(host: &Host, name: &str, text: &str) {
+pub(super) fn script(host: &Host, name: &str, text: &str) {
     let bin = host.dir().join("bin");
     fs::create_dir_all(&bin).unwrap();
     let path = bin.join(name);
@@ -76,19 +76,19 @@ fn script(host: &Host, name: &str, text: &str) {
 }
 
 /// `bridge_network`'s bridge followed by plugins of the test's own.
-fn bridge_then(host: &Host, version: &str, kinds: &[&str]) -> NetworkList {
+pub(super) fn bridge_then(host: &Host, version: &str, kinds: &[&str]) -> NetworkList {
     let bridge = bridge_network(host).plugins[0].config.clone();
     let mut plugins = vec![Value::Object(bridge)];
     plugins.extend(kinds.iter().map(|kind| json!({"type": kind})));
     only(version, &json!(plugins))
 }
 
-fn only(version: &str, plugins: &Value) -> NetworkList {
+pub(super) fn only(version: &str, plugins: &Value) -> NetworkList {
     let config = json!({"cniVersion": version, "name": "pods", "plugins": plugins});
     NetworkList::parse(Path::new("t.conflist"), config.to_string().as_bytes()).unwrap()
 }
 
-async fn netns(host: &Host, name: &str) -> Netns {
+pub(super) async fn netns(host: &Host, name: &str) -> Netns {
     Netns::create(&host.dir().join("netns"), name)
         .await
         .unwrap()
@@ -255,7 +255,7 @@ async fn a_failing_plugin_is_named_and_what_came_before_it_undone() {
     // The record was there before the plugin ran.
     assert_eq!(
         fs::read_to_string(host.dir().join("seen")).unwrap(),
-        "pods-p-eth0.json\n"
+        "p:eth0.lock\npods-p-eth0.json\n"
     );
 }
 
@@ -283,6 +283,28 @@ async fn a_failing_undo_is_told_and_can_be_tried_again() {
 }
 
 #[tokio::test]
+async fn a_del_that_fails_once_is_no_failure() {
+    let host = Host::enter();
+    let cni = cni(&host);
+    script(
+        &host,
+        "stumble",
+        r#"echo $CNI_COMMAND >> calls
+        case $CNI_COMMAND in
+        ADD) echo '{"cniVersion":"1.0.0"}' ;;
+        DEL) [ -e fell ] || { touch fell; exit 1; } ;;
+        esac"#,
+    );
+    let ns = netns(&host, "pod").await;
+    let network = only("1.0.0", &json!([{"type": "stumble"}]));
+    cni.add(&network, &pod("p", &ns)).await.unwrap();
+    cni.del("p", "eth0").await.unwrap();
+    let calls = fs::read_to_string(host.dir().join("calls")).unwrap();
+    assert_eq!(calls, "ADD\nDEL\nDEL\n");
+    assert!(names(&host.dir().join("records")).is_empty());
+}
+
+#[tokio::test]
 async fn a_hanging_plugin_and_its_children_are_killed_in_time() {
     let host = Host::enter();
     script(
@@ -300,6 +322,7 @@ async fn a_hanging_plugin_and_its_children_are_killed_in_time() {
     let started = Instant::now();
     let error = cni.add(&network, &pod("p", &ns)).await.unwrap_err();
     assert!(started.elapsed() < Duration::from_secs(3));
+    assert!(error.timed_out());
     assert_eq!(
         error.to_string(),
         "CNI plugin hang (ADD of pod p) did not end within 0.5 s and was killed"

@@ -180,12 +180,7 @@ impl Pod {
 
 impl Drop for Pod {
     fn drop(&mut self) {
-        // A test that failed: the VMM is still there or at least unreaped, so
-        // its PID is no other process's.
-        if std::thread::panicking() {
-            let pid = nix::unistd::Pid::from_raw(self.process.pid() as i32);
-            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
-        }
+        self.process.kill();
     }
 }
 

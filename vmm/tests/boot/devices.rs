@@ -218,8 +218,8 @@ async fn the_guest_reports_ready_and_its_ports_are_dialled() {
         script: r#"
             vsock echo 1024 > /tmp/echo &
             until grep -q listening /tmp/echo; do usleep 1000; done
-            vsock connect 1 </dev/null
-            echo said; vsock connect 77 </dev/null || echo refused
+            vsock connect 1 </dev/null &
+            vsock connect 77 </dev/null || echo refused
             sleep 1000
         "#,
         ..Setup::default()

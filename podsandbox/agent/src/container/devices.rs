@@ -172,6 +172,9 @@ const MAJOR: u8 = 4;
 const MINOR: u8 = 5;
 const SCRATCH: u8 = 6;
 
+/// Instructions of a block that does not test anything: set the result, exit.
+const VERDICT: usize = 2;
+
 /// The program for `rules`. Its context is `struct bpf_cgroup_dev_ctx`: access
 /// and kind in one word, then major, then minor.
 fn compile(rules: &[Rule]) -> Vec<Instruction> {
@@ -213,7 +216,12 @@ fn compile(rules: &[Rule]) -> Vec<Instruction> {
                 step.offset = (end - at - 1) as i16;
             }
         }
+        let matches_all = block.len() == VERDICT;
         program.extend(block);
+        if matches_all {
+            // The kernel refuses a program with instructions never reached.
+            return program;
+        }
     }
     program.push(instruction(MOVE, RESULT, 0, 0, 0));
     program.push(instruction(EXIT, 0, 0, 0, 0));

@@ -367,6 +367,19 @@ impl Guest {
         output
     }
 
+    /// Waits until a container has written `text`.
+    pub async fn until_output(&self, id: &str, text: &str) -> String {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let output = self.output(id, "stdout");
+            if output.contains(text) {
+                return output;
+            }
+            assert!(Instant::now() < deadline, "no {text:?} in {output:?}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
     /// Ends the guest by its own means and waits for the VMM.
     pub async fn shut_down(mut self) {
         let begun = Instant::now();

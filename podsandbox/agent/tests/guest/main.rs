@@ -4,6 +4,7 @@
 //! mkfs.erofs.
 
 mod harness;
+mod network;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -11,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use agent_api::container_state::Phase;
 use agent_api::{
-    ExecSyncRequest, StatsRequest, UpdateContainerRequest, User,
+    Dns, ExecSyncRequest, StatsRequest, UpdateContainerRequest, User,
     exec_sync_event::Event as ExecEvent,
 };
 use harness::{
@@ -19,6 +20,7 @@ use harness::{
 };
 use serde_json::json;
 use tonic::Code;
+use vmm_client::UmlMode;
 
 const FOREVER: &str = "trap 'exit 0' TERM; while :; do sleep 1; done";
 
@@ -575,6 +577,8 @@ async fn a_seccomp_profile_and_signals_reach_the_process() {
             .set("/linux/seccomp", profile.clone())
             .set("/process/noNewPrivileges", json!(nnp));
         guest.run(container).await;
+        let output = guest.until_output(&id, "Seccomp:\t").await;
+        assert!(output.contains("not implemented") && output.contains("Seccomp:\t2"), "{output}");
         let done = guest.exec(&id, &["mkdir", "/tmp/y"]).await.unwrap();
         assert_eq!(done.exit.code, 1);
         assert!(
@@ -584,10 +588,105 @@ async fn a_seccomp_profile_and_signals_reach_the_process() {
         let mut events = guest.events().await;
         guest.signal(&id, libc::SIGKILL, true).await;
         assert_eq!(exit_of(&mut events, &id).await.code, 137);
-        let output = guest.output(&id, "stdout");
-        assert!(output.contains("not implemented"), "{output}");
-        let status = guest.output(&id, "stderr");
-        assert!(status.contains("2"), "{status}");
     }
+    guest.shut_down().await;
+}
+
+#[tokio::test]
+async fn a_container_cannot_use_the_guests_disks() {
+    let Some(artifacts) = artifacts() else { return };
+    let mut guest = Guest::boot(&artifacts).await;
+    let root = guest.attach(&Image::busybox()).await;
+    let script = "mknod /dev/disk b $(cut -d: -f1 /sys/block/vda/dev) 0 && head -c 1 /dev/disk; \
+                  head -c 1 /dev/zero | wc -c; echo x > /dev/null && echo fine";
+    let (_, output) = guest.run_to_end(Container::sh("dev", &root, script)).await;
+    assert_eq!(output, "1\nfine\n");
+    let errors = guest.output("dev", "stderr");
+    assert!(errors.contains("/dev/disk: Operation not permitted"), "{errors}");
+
+    let root = guest.attach(&Image::busybox()).await;
+    let script = "mknod /dev/disk b $(cut -d: -f1 /sys/block/vda/dev) 0; head -c 1 /dev/disk | wc -c";
+    let all = json!({ "devices": [{ "allow": true, "access": "rwm" }] });
+    let container = Container::sh("all", &root, script).set("/linux/resources", all);
+    assert_eq!(guest.run_to_end(container).await.1, "1\n");
+    guest.shut_down().await;
+}
+
+#[tokio::test]
+async fn the_pod_has_its_address_and_routes() {
+    let Some(artifacts) = artifacts() else { return };
+    let network = network::Network::create();
+    let (netns, tap) = network.descriptors();
+    let options = Options { network: Some((netns, tap, network::MAC)), ..Options::default() };
+    let mut guest = Guest::start(&artifacts, options).await;
+    let mut pod = configuration();
+    pod.interface = Some(network::interface());
+    pod.dns = Some(Dns { servers: vec!["10.231.8.1".into()], ..Dns::default() });
+    pod.sysctls = [("net.ipv4.conf.eth0.arp_notify".into(), "1".into())].into();
+    guest.configure(pod).await;
+    let root = guest.attach(&Image::busybox()).await;
+    let script = "ip addr show eth0; ip route; ip -6 route; cat /etc/hosts /etc/resolv.conf; \
+                  cat /proc/sys/net/ipv4/conf/eth0/arp_notify; ping -c 1 -W 5 10.231.8.1; \
+                  ping -c 1 -W 5 fd07:231::1; ping -c 1 -W 5 127.0.0.1";
+    let (exit, output) = guest.run_to_end(Container::sh("net", &root, script)).await;
+    assert_eq!(exit.code, 0, "{output}");
+    for expected in [
+        "link/ether 02:d7:00:00:01:01",
+        "mtu 1400",
+        "inet 10.231.8.5/24",
+        "inet6 fd07:231::5/64",
+        "default via 10.231.8.1 dev eth0",
+        "192.0.2.1 dev eth0 scope link",
+        "198.51.100.0/24 via 192.0.2.1",
+        "default via fd07:231::1",
+        "10.231.8.5\ttest-pod\nfd07:231::5\ttest-pod\n",
+        "nameserver 10.231.8.1\n1\n",
+    ] {
+        assert!(output.contains(expected), "{expected}:\n{output}");
+    }
+    assert_eq!(output.matches(" 0% packet loss").count(), 3, "{output}");
+    network.ping("10.231.8.5");
+    let stats = guest.agent.stats(StatsRequest::default()).await.unwrap().into_inner();
+    let nic = stats.guest.unwrap().interfaces.into_iter().find(|nic| nic.name == "eth0").unwrap();
+    assert!(nic.rx_bytes > 0 && nic.tx_bytes > 0, "{nic:?}");
+    guest.shut_down().await;
+}
+
+#[tokio::test]
+async fn many_containers_one_after_another_leave_nothing_in_the_guest() {
+    let Some(artifacts) = artifacts() else { return };
+    let mut guest = Guest::boot(&artifacts).await;
+    let root = guest.attach(&Image::busybox()).await;
+    let mut rss = Vec::new();
+    for round in 0..40 {
+        let id = format!("round-{round}");
+        let quiet = Container { log: false, ..Container::sh(&id, &root, "echo x > /file") };
+        let mut events = guest.events().await;
+        guest.run(quiet).await;
+        assert_eq!(exit_of(&mut events, &id).await.code, 0);
+        guest.remove(&id).await;
+        let stats = guest.agent.stats(StatsRequest::default()).await.unwrap().into_inner();
+        rss.push(stats.guest.unwrap().agent_rss_bytes);
+    }
+    println!("agent RSS: {rss:?}");
+    assert!(rss[39] <= rss[9] + (512 << 10), "{rss:?}");
+    let look = Container::sh("look", &root, "ls /sys/block/vdb | grep -c vdb; ls /sys/fs/cgroup");
+    let output = guest.run_to_end(look).await.1;
+    assert!(output.starts_with("1\n"), "one partition, its own: {output}");
+    guest.shut_down().await;
+}
+
+#[tokio::test]
+async fn ptrace_mode_works_as_well() {
+    let Some(artifacts) = artifacts() else { return };
+    let options = Options { mode: UmlMode::Ptrace, ..Options::default() };
+    let mut guest = Guest::start(&artifacts, options).await;
+    guest.configure(configuration()).await;
+    let root = guest.attach(&Image::busybox()).await;
+    guest.run(Container::sh("slow", &root, FOREVER)).await;
+    for _ in 0..3 {
+        assert_eq!(guest.exec("slow", &["echo", "hi"]).await.unwrap().text(), "hi\n");
+    }
+    guest.remove("slow").await;
     guest.shut_down().await;
 }
