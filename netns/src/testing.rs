@@ -105,9 +105,14 @@ pub(crate) fn bridge_network(host: &Host) -> NetworkList {
 /// A runtime whose plugins are Debian's and those in `bin` of the test's
 /// directory.
 pub(crate) fn cni(host: &Host) -> Cni {
+    cni_in(host.dir())
+}
+
+/// The same in the directory of another process's test.
+pub(crate) fn cni_in(dir: &Path) -> Cni {
     Cni::new(CniOptions {
-        bin_dirs: vec![host.dir().join("bin"), PLUGINS.into()],
-        record_dir: host.dir().join("records"),
+        bin_dirs: vec![dir.join("bin"), PLUGINS.into()],
+        record_dir: dir.join("records"),
         timeout: Duration::from_secs(20),
     })
 }

@@ -27,9 +27,9 @@ mod exec;
 mod lock;
 mod pod;
 mod record;
-mod result;
 #[cfg(test)]
 mod restart_tests;
+mod result;
 #[cfg(test)]
 mod tests;
 mod watch;

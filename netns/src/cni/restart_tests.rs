@@ -3,72 +3,59 @@
 //! Debian's, held up at chosen points by scripts around them.
 
 use std::{
-    env,
+    env, fs,
     process::{Child, Command, Stdio},
 };
 
 use tokio::{
-    fs::File as AsyncFile,
-    io::{AsyncBufReadExt, AsyncReadExt, BufReader},
+    io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
     net::unix::pipe,
-    time::timeout,
+    time::{sleep, timeout},
 };
 
 use super::{
-    tests::{Census, bridge_then, census, names, netns, only, script},
+    tests::{Census, census, executable, leases, names, netns, only, script},
     *,
 };
 use crate::{
     Netns,
-    testing::{Host, PLUGINS, bridge_network, cni, cni_in, pod},
+    testing::{Host, bridge_network, cni, cni_in, pod, run},
 };
 
 const DIR: &str = "NETNS_TEST_DIR";
-const STEP: &str = "NETNS_TEST_STEP";
-/// For a step that a loaded machine takes.
+const VERB: &str = "NETNS_TEST_VERB";
+/// For what a loaded machine does in one second.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// How long a call that has to wait is watched waiting.
+/// How long a call that has to wait is seen to wait.
 const WATCHED: Duration = Duration::from_millis(300);
+/// In a script: tells that it got here and waits for the test, the first time.
+const HOLD: &str = "mkdir held 2>/dev/null && { echo here > at; read go < gate; }";
 
-/// What a script does where it is held up: tells `at`, waits for `gate`.
-const STOP: &str = "echo here > at; read open < gate";
-
+/// Not a test, but the daemon of those below.
 #[tokio::test]
-#[ignore = "the daemon of the tests in this file"]
+#[ignore = "run by other tests"]
 async fn daemon() {
-    let dir = PathBuf::from(env::var_os(DIR).unwrap());
+    let dir = PathBuf::from(env::var_os(DIR).expect("the test's directory"));
     let cni = cni_in(&dir);
-    if env::var(STEP).unwrap() == "DEL" {
+    if env::var(VERB).unwrap() == "DEL" {
         cni.del("p", "eth0").await.unwrap();
         return;
     }
-    let network = std::fs::read(dir.join("network")).unwrap();
-    let network: NetworkList = serde_json::from_slice(&network).unwrap();
-    cni.add(&network, &wants(&dir).await).await.unwrap();
-}
-
-async fn wants(dir: &Path) -> PodNetwork {
+    let network = fs::read(dir.join("network")).unwrap();
+    let network = serde_json::from_slice(&network).unwrap();
     let ns = Netns::open(&dir.join("netns"), "pod").await.unwrap();
-    let mut wants = pod("p", &ns);
-    wants.port_mappings = vec![PortMapping {
-        host_port: 8080.try_into().unwrap(),
-        container_port: 80.try_into().unwrap(),
-        protocol: Protocol::Tcp,
-        host_ip: None,
-    }];
-    wants
+    cni.add(&network, &with_port(pod("p", &ns))).await.unwrap();
 }
 
-/// Killed, with the test, if it is not sooner.
 struct Daemon(Child);
 
 impl Daemon {
-    fn start(host: &Host, step: &str) -> Self {
+    fn start(host: &Host, verb: Verb) -> Self {
         let path = env::var("PATH").unwrap();
         let child = Command::new(env::current_exe().unwrap())
             .args(["--exact", "cni::restart_tests::daemon", "--ignored"])
             .env(DIR, host.dir())
-            .env(STEP, step)
+            .env(VERB, verb.name())
             // Before the machine's own iptables.
             .env("PATH", format!("{}/sbin:{path}", host.dir().display()))
             .stdout(Stdio::null())
@@ -76,42 +63,35 @@ impl Daemon {
             .unwrap();
         Self(child)
     }
+}
 
-    fn kill(mut self) {
-        self.end();
-    }
-
-    fn end(&mut self) {
+impl Drop for Daemon {
+    /// `kill -9`.
+    fn drop(&mut self) {
         self.0.kill().unwrap();
         self.0.wait().unwrap();
     }
 }
 
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        self.end();
-    }
-}
-
-/// The test's ends of `at` and `gate`.
-struct Stop {
+/// The test's ends of what [`HOLD`] talks to.
+struct Held {
     at: BufReader<pipe::Receiver>,
-    gate: PathBuf,
+    gate: pipe::Sender,
 }
 
-impl Stop {
+impl Held {
     fn new(host: &Host) -> Self {
-        for name in ["at", "gate"] {
-            run_in(host, &format!("mkfifo {name}"));
-        }
-        // For reading and writing: there is no end of file before a writer.
-        let at = pipe::OpenOptions::new()
-            .read_write(true)
-            .open_receiver(host.dir().join("at"))
-            .unwrap();
+        let fifo = |name: &str| {
+            let path = host.dir().join(name);
+            run("mkfifo", &[path.to_str().unwrap()]);
+            path
+        };
+        // For reading and writing: nobody has to be at the other end yet.
+        let mut both = pipe::OpenOptions::new();
+        both.read_write(true);
         Self {
-            at: BufReader::new(at),
-            gate: host.dir().join("gate"),
+            at: BufReader::new(both.open_receiver(fifo("at")).unwrap()),
+            gate: both.open_sender(fifo("gate")).unwrap(),
         }
     }
 
@@ -119,38 +99,227 @@ impl Stop {
         let mut line = String::new();
         timeout(PATIENCE, self.at.read_line(&mut line))
             .await
-            .expect("the plugin reaches its stop")
+            .expect("a plugin tells where it is")
             .unwrap();
         assert_eq!(line, "here\n");
     }
 
-    /// Opens the gate for the one that waits at it.
-    fn open(&self) {
-        // Non-blocking: fails unless somebody waits.
-        let mut gate = pipe::OpenOptions::new().open_sender(&self.gate).unwrap();
-        assert_eq!(gate.try_write(b"go\n").unwrap(), 3);
-        let _ = &mut gate;
+    async fn let_go(&mut self) {
+        self.gate.write_all(b"go\n").await.unwrap();
     }
 }
 
-fn run_in(host: &Host, command: &str) {
-    let dir = host.dir().display();
-    crate::testing::run("sh", &["-c", &format!("cd {dir} && {command}")]);
+fn with_port(mut pod: PodNetwork) -> PodNetwork {
+    pod.port_mappings = vec![PortMapping {
+        host_port: 8080.try_into().unwrap(),
+        container_port: 80.try_into().unwrap(),
+        protocol: Protocol::Tcp,
+        host_ip: None,
+    }];
+    pod
 }
 
-/// A host on which a first pod has made what all pods share; with the
-/// configuration that the daemon is to use.
+/// Debian's bridge and portmap, under names that a test may give to scripts.
+fn network(host: &Host, bridge: &str, ipam: &str, portmap: &str) -> NetworkList {
+    let list = bridge_network(host);
+    let mut first = list.plugins[0].config.clone();
+    first["type"] = json!(bridge);
+    first["ipam"]["type"] = json!(ipam);
+    let second = json!({"type": portmap, "capabilities": {"portMappings": true}});
+    only("1.0.0", &json!([first, second]))
+}
+
+/// A plugin that is Debian's `real`, with something done before and after its
+/// `verb`.
+fn around(host: &Host, name: &str, real: &str, verb: &str, before: &str, after: &str) {
+    let text = format!(
+        r#"in=$(cat)
+        [ $CNI_COMMAND = {verb} ] && {{ {before}; }}
+        out=$(printf %s "$in" | /usr/lib/cni/{real}); code=$?
+        [ $CNI_COMMAND = {verb} ] && {{ {after}; }}
+        printf %s "$out"; exit $code"#
+    );
+    script(host, name, &text);
+}
+
+/// Makes what all pods share, the pod's namespace and the daemon's
+/// configuration; returns what is there without the pod.
 async fn prepare(host: &Host, network: &NetworkList) -> Census {
+    fs::write(
+        host.dir().join("network"),
+        serde_json::to_vec(network).unwrap(),
+    )
+    .unwrap();
     let cni = cni(host);
-    let first = netns(host, "first").await;
-    let mut wants = pod("first", &first);
-    wants.port_mappings = wants_ports();
-    cni.add(&bridge_network(host), &wants).await.unwrap();
+    let ns = netns(host, "pod").await;
+    let plain = bridge_network(host);
+    cni.add(&plain, &with_port(pod("first", &ns)))
+        .await
+        .unwrap();
     cni.del("first", "eth0").await.unwrap();
-    first.remove().await.unwrap();
-    let before = census(host);
-    netns(host, "pod").await;
-    let bytes = serde_json::to_vec(network).unwrap();
-    std::fs::write(host.dir().join("network"), bytes).unwrap();
-    before
+    let clean = census(host);
+    assert!(leases(host).is_empty());
+    assert!(names(&host.dir().join("records")).is_empty());
+    clean
+}
+
+/// Kills the daemon while its plugin is held up in `verb`. The next daemon's
+/// DEL has to wait for the plugin, and then leaves nothing.
+async fn killed_while_held(host: &Host, network: &NetworkList, verb: Verb) {
+    let clean = prepare(host, network).await;
+    if verb == Verb::Del {
+        let ns = Netns::open(&host.dir().join("netns"), "pod").await.unwrap();
+        let pod = with_port(pod("p", &ns));
+        cni(host).add(network, &pod).await.unwrap();
+    }
+    let mut held = Held::new(host);
+    let daemon = Daemon::start(host, verb);
+    held.reached().await;
+    drop(daemon);
+    let next = cni(host);
+    {
+        let mut del = std::pin::pin!(next.del("p", "eth0"));
+        let early = timeout(WATCHED, &mut del).await;
+        assert!(early.is_err(), "DEL beside a plugin: {early:?}");
+        held.let_go().await;
+        timeout(PATIENCE, del).await.unwrap().unwrap();
+    }
+    assert_eq!(census(host), clean);
+}
+
+#[tokio::test]
+async fn killed_before_the_bridge_plugin_began() {
+    let host = Host::enter();
+    around(&host, "held", "bridge", "ADD", HOLD, ":");
+    let network = network(&host, "held", "host-local", "portmap");
+    killed_while_held(&host, &network, Verb::Add).await;
+}
+
+#[tokio::test]
+async fn killed_before_an_address_was_given() {
+    let host = Host::enter();
+    around(&host, "held", "host-local", "ADD", HOLD, ":");
+    let network = network(&host, "bridge", "held", "portmap");
+    killed_while_held(&host, &network, Verb::Add).await;
+}
+
+#[tokio::test]
+async fn killed_after_an_address_was_given() {
+    let host = Host::enter();
+    around(&host, "held", "host-local", "ADD", ":", HOLD);
+    let network = network(&host, "bridge", "held", "portmap");
+    killed_while_held(&host, &network, Verb::Add).await;
+}
+
+/// The bridge plugin's DEL beside this ADD fails: "Chain does not exist".
+#[tokio::test]
+async fn killed_before_the_masquerade_chain_was_made() {
+    let host = Host::enter();
+    iptables_at(&host, "-N CNI-", HOLD);
+    let network = network(&host, "bridge", "host-local", "portmap");
+    killed_while_held(&host, &network, Verb::Add).await;
+}
+
+#[tokio::test]
+async fn killed_before_the_masquerade_rule_was_made() {
+    let host = Host::enter();
+    iptables_at(&host, "-A POSTROUTING", HOLD);
+    let network = network(&host, "bridge", "host-local", "portmap");
+    killed_while_held(&host, &network, Verb::Add).await;
+}
+
+/// The daemon's iptables, with something done before the command that has `at`.
+fn iptables_at(host: &Host, at: &str, before: &str) {
+    let dir = host.dir().display();
+    let text = format!(
+        r#"case "$*" in *"{at}"*) cd {dir}; {before} ;; esac
+        exec /usr/sbin/iptables "$@""#
+    );
+    executable(&host.dir().join("sbin/iptables"), &text);
+}
+
+#[tokio::test]
+async fn killed_before_the_bridge_plugin_answered() {
+    let host = Host::enter();
+    around(&host, "held", "bridge", "ADD", ":", HOLD);
+    let network = network(&host, "held", "host-local", "portmap");
+    killed_while_held(&host, &network, Verb::Add).await;
+}
+
+#[tokio::test]
+async fn killed_in_the_second_plugin() {
+    let host = Host::enter();
+    around(&host, "held", "portmap", "ADD", HOLD, ":");
+    let network = network(&host, "bridge", "host-local", "held");
+    killed_while_held(&host, &network, Verb::Add).await;
+}
+
+#[tokio::test]
+async fn killed_in_a_del() {
+    let host = Host::enter();
+    around(&host, "held", "bridge", "DEL", ":", HOLD);
+    let network = network(&host, "held", "host-local", "portmap");
+    killed_while_held(&host, &network, Verb::Del).await;
+}
+
+/// Here the plugin dies, not the daemon: nothing makes what is missing.
+#[tokio::test]
+async fn the_bridge_plugin_killed_before_its_masquerade_chain_is_undone() {
+    let host = Host::enter();
+    iptables_at(&host, "-N CNI-", "touch reached; kill -9 $PPID; exit 1");
+    let network = network(&host, "bridge", "host-local", "portmap");
+    let clean = prepare(&host, &network).await;
+    let mut daemon = Daemon::start(&host, Verb::Add);
+    assert!(!daemon.0.wait().unwrap().success(), "ADD has to fail");
+    assert!(host.dir().join("reached").exists());
+    assert_eq!(census(&host), clean);
+}
+
+/// Unaltered plugins, and no chosen point.
+#[tokio::test]
+async fn killed_at_any_time() {
+    let host = Host::enter();
+    script(
+        &host,
+        "tell",
+        "[ $CNI_COMMAND = ADD ] && echo here > at; exec /usr/lib/cni/bridge",
+    );
+    let network = network(&host, "tell", "host-local", "portmap");
+    let clean = prepare(&host, &network).await;
+    let mut held = Held::new(&host);
+    for millis in [0, 10, 20, 40, 60, 80, 110, 150, 200, 300] {
+        let daemon = Daemon::start(&host, Verb::Add);
+        held.reached().await;
+        sleep(Duration::from_millis(millis)).await;
+        drop(daemon);
+        cni(&host).del("p", "eth0").await.unwrap();
+        assert_eq!(census(&host), clean, "killed after {millis} ms");
+    }
+}
+
+#[tokio::test]
+async fn a_plugin_that_outlives_the_wait_is_told_and_undone_later() {
+    let host = Host::enter();
+    around(&host, "held", "bridge", "ADD", HOLD, ":");
+    let network = network(&host, "held", "host-local", "portmap");
+    let clean = prepare(&host, &network).await;
+    let mut held = Held::new(&host);
+    let daemon = Daemon::start(&host, Verb::Add);
+    held.reached().await;
+    drop(daemon);
+    let hasty = Cni::new(CniOptions {
+        bin_dirs: Vec::new(),
+        record_dir: host.dir().join("records"),
+        timeout: Duration::from_millis(500),
+    });
+    let error = hasty.del("p", "eth0").await.unwrap_err();
+    assert!(error.timed_out());
+    assert_eq!(
+        error.to_string(),
+        "an earlier CNI plugin run for pod p (eth0) still goes on after 2.5 s"
+    );
+    assert_eq!(cni(&host).attachments().await.unwrap().len(), 1);
+    held.let_go().await;
+    cni(&host).gc(None, &BTreeSet::new()).await.unwrap();
+    assert_eq!(census(&host), clean);
 }

@@ -17,7 +17,7 @@ pub(super) struct Census {
     leases: Vec<String>,
     rules: Vec<String>,
     records: Vec<String>,
-    mounts: String,
+    mounts: Vec<String>,
 }
 
 pub(super) fn census(host: &Host) -> Census {
@@ -42,7 +42,13 @@ pub(super) fn census(host: &Host) -> Census {
         leases: leases(host),
         rules,
         records: names(&host.dir().join("records")),
-        mounts: host.mounts(),
+        // Only this test's: others' go when their mount points are removed.
+        mounts: host
+            .mounts()
+            .lines()
+            .filter(|line| line.contains(host.dir().to_str().unwrap()))
+            .map(str::to_owned)
+            .collect(),
     }
 }
 
@@ -57,22 +63,21 @@ pub(super) fn names(dir: &Path) -> Vec<String> {
 }
 
 /// The addresses that host-local holds for the network `pods`.
-fn leases(host: &Host) -> Vec<String> {
+pub(super) fn leases(host: &Host) -> Vec<String> {
     let mut names = names(&host.dir().join("leases/pods"));
     names.retain(|name| !name.starts_with("last_reserved") && name != "lock");
     names
 }
 
 pub(super) fn script(host: &Host, name: &str, text: &str) {
-    let bin = host.dir().join("bin");
-    fs::create_dir_all(&bin).unwrap();
-    let path = bin.join(name);
-    fs::write(
-        &path,
-        format!("#!/bin/sh\ncd {}\n{text}\n", host.dir().display()),
-    )
-    .unwrap();
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    let text = format!("cd {}\n{text}", host.dir().display());
+    executable(&host.dir().join("bin").join(name), &text);
+}
+
+pub(super) fn executable(path: &Path, text: &str) {
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    fs::write(path, format!("#!/bin/sh\n{text}\n")).unwrap();
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
 }
 
 /// `bridge_network`'s bridge followed by plugins of the test's own.
@@ -302,6 +307,29 @@ async fn a_del_that_fails_once_is_no_failure() {
     let calls = fs::read_to_string(host.dir().join("calls")).unwrap();
     assert_eq!(calls, "ADD\nDEL\nDEL\n");
     assert!(names(&host.dir().join("records")).is_empty());
+}
+
+#[tokio::test]
+async fn a_service_that_a_plugin_leaves_holds_up_nobody() {
+    let host = Host::enter();
+    let cni = cni(&host);
+    script(
+        &host,
+        "serve",
+        r#"case $CNI_COMMAND in
+        ADD) sleep 300 > out & echo $! > child; echo '{"cniVersion":"1.0.0"}' ;;
+        CHECK) [ -d /proc/$(cat child) ] ;;
+        DEL) kill $(cat child) ;;
+        esac"#,
+    );
+    let ns = netns(&host, "pod").await;
+    let network = only("1.0.0", &json!([{"type": "serve"}]));
+    let started = Instant::now();
+    cni.add(&network, &pod("p", &ns)).await.unwrap();
+    cni.check("p", "eth0").await.unwrap();
+    cni.del("p", "eth0").await.unwrap();
+    assert!(started.elapsed() < Duration::from_secs(5));
+    assert_ended(&host, "child").await;
 }
 
 #[tokio::test]

@@ -79,6 +79,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(flavor = "current_thread")]
+    #[expect(clippy::zombie_processes, reason = "the reaper waits for them")]
     async fn exits_and_signals_reach_the_one_who_waits() {
         let reaper = Reaper::start().unwrap();
         let spawn = |script: &str| {

@@ -81,7 +81,7 @@ impl Driver {
             },
         );
         let outcome = match outcome {
-            Ok(()) => self.learn_user(&id).await,
+            Ok(()) => self.list_again().await,
             failed => failed,
         };
         let outcome = match outcome {
@@ -96,8 +96,8 @@ impl Driver {
         outcome.map(|()| id)
     }
 
-    /// Whom the guest found the container's user to be.
-    async fn learn_user(&mut self, id: &str) -> Result<()> {
+    /// What the agent says of its containers: of a new one, its user's ids.
+    async fn list_again(&mut self) -> Result<()> {
         let states = self.machine()?.agent.list().await?;
         self.learn_listing(states).await;
         Ok(())
@@ -203,7 +203,7 @@ impl Driver {
             Err(Error::AgentLink { .. } | Error::AgentTimeout { .. })
         ) {
             // Whether it runs is the agent's to say.
-            self.learn_user(id).await?;
+            self.list_again().await?;
         }
         let Some(record) = self.containers.get_mut(id) else {
             return Err(Error::ContainerNotFound(id.to_owned()));

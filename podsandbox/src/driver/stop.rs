@@ -15,9 +15,6 @@ use crate::{Error, Result, cgroup, scratch, volumes};
 
 /// A killed VMM takes its guest along at once; the kernel frees its memory.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
-/// A guest that has agreed to power off writes its disks; the VMM then writes
-/// what is left of the containers' logs.
-const POWER_OFF_TIMEOUT: Duration = Duration::from_secs(3);
 
 impl Driver {
     /// StopPodSandbox: ends the machine and frees network, volumes and disks.
@@ -34,13 +31,11 @@ impl Driver {
                     self.learn_exit(&container, exit).await;
                 }
             }
-            // So that what volumes were promised is written; a guest that
-            // hangs is not waited for.
-            match machine.agent.shutdown().await {
-                Ok(()) => self.await_power_off().await,
-                Err(error) => {
-                    tracing::debug!(pod = %self.record.id, error = %error.sentence(), "guest did not shut down");
-                }
+            // The answer comes when the containers are dead, the host has their
+            // output and the disks are written: from there on killing the
+            // machine loses nothing. A guest that hangs is not waited for.
+            if let Err(error) = machine.agent.shutdown().await {
+                tracing::debug!(pod = %self.record.id, error = %error.sentence(), "guest did not shut down");
             }
         }
         self.end_containers(ExitReason::Error, "the pod was stopped")
@@ -48,18 +43,6 @@ impl Driver {
         self.undo().await?;
         self.record.failure = None;
         self.enter(PodPhase::Stopped).await
-    }
-
-    async fn await_power_off(&self) {
-        let vmm = self
-            .record
-            .vmm_pid
-            .and_then(|pid| Process::open(pid, &self.record.id));
-        if let Some(vmm) = vmm
-            && !vmm.ended_within(POWER_OFF_TIMEOUT).await
-        {
-            tracing::debug!(pod = %self.record.id, "guest did not power off in time");
-        }
     }
 
     /// RemovePodSandbox: the pod stopped, its containers and records removed.
@@ -84,12 +67,18 @@ impl Driver {
     /// does not keep the others from being taken; the first error is returned.
     pub(super) async fn undo(&self) -> Result<()> {
         let id = &self.record.id;
-        let vmm = self.record.vmm_pid.and_then(|pid| Process::open(pid, id));
-        let mut outcome = end_machine(&self.paths.control, vmm).await;
-        if let Some(group) = &self.record.cgroup {
-            outcome = outcome.and(cgroup::remove(group, id).await);
-        }
-        let detached = match self.context.network.del(id).await {
+        let machine = async {
+            let vmm = self.record.vmm_pid.and_then(|pid| Process::open(pid, id));
+            let ended = end_machine(&self.paths.control, vmm).await;
+            match &self.record.cgroup {
+                Some(group) => ended.and(cgroup::remove(group, id).await),
+                None => ended,
+            }
+        };
+        // Neither needs the other: what the guest still sends goes nowhere.
+        let (ended, detached) = tokio::join!(machine, self.context.network.del(id));
+        let mut outcome = ended;
+        outcome = outcome.and(match detached {
             // The plugins may still need the namespace when DEL is tried again.
             Err(error) => Err(error),
             Ok(()) => {
@@ -97,8 +86,7 @@ impl Driver {
                     .await
                     .map_err(Error::from)
             }
-        };
-        outcome = outcome.and(detached);
+        });
         outcome = outcome.and(self.remove_dir());
         outcome.and(scratch::remove(&self.paths.scratch))
     }

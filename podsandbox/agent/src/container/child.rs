@@ -60,6 +60,9 @@ pub fn run(plan: &Plan) -> ! {
 
 fn execute(plan: &Plan) -> Result<Infallible> {
     reset_signals();
+    // Until `execve` this is a copy of the agent's memory, with what it knows
+    // of other containers, in sight of this container's processes.
+    sys::prctl(libc::PR_SET_DUMPABLE, 0, 0).at(Step::Session, 1)?;
     setsid().at(Step::Session, 0)?;
     let identity = &plan.identity;
     if let Some(score) = &identity.oom_score_adj {
@@ -430,11 +433,11 @@ fn terminal_path(buffer: &mut [u8; 32], number: u32) -> &CStr {
 
 /// `dup2` that also works, and clears close-on-exec, when both are the same.
 fn duplicate(from: RawFd, to: RawFd) -> sys::Result<()> {
-    // SAFETY: takes integers; 0 to 2 are owned by nothing in this process.
     let result = if from == to {
+        // SAFETY: takes integers and closes nothing.
         unsafe { libc::fcntl(to, libc::F_SETFD, 0) }
     } else {
-        // SAFETY: as above.
+        // SAFETY: takes integers; 0 to 2 are owned by nothing in this process.
         unsafe { libc::dup2(from, to) }
     };
     Errno::result(result).map(drop)

@@ -87,10 +87,10 @@ impl Containers {
             Err(error) => error,
         };
         // Last made, first undone; each is tried whatever became of the other.
-        if let Some(cgroup) = made {
-            if let Err(error) = cgroup.kill().await.and_then(|()| cgroup.remove()) {
-                eprintln!("drupe-agent: container {}: {error}", request.id);
-            }
+        if let Some(cgroup) = made
+            && let Err(error) = cgroup.kill().await.and_then(|()| cgroup.remove())
+        {
+            eprintln!("drupe-agent: container {}: {error}", request.id);
         }
         if let Err(error) = rootfs.remove().await {
             eprintln!("drupe-agent: container {}: {error}", request.id);
@@ -131,7 +131,8 @@ impl Containers {
         let (stdio, stdin, outputs) = match terminal {
             Some((rows, columns)) => (Stdio::Terminal { rows, columns }, None, Vec::new()),
             None => {
-                let streams = stdio::streams(request.stdin || request.stdin_once, request.log)?;
+                let streams =
+                    stdio::streams(user.uid, request.stdin || request.stdin_once, request.log)?;
                 (Stdio::Files(streams.child), streams.stdin, streams.outputs)
             }
         };

@@ -103,10 +103,6 @@ impl Containers {
         }
     }
 
-    #[expect(
-        clippy::type_complexity,
-        reason = "the parts of one Running, named there"
-    )]
     async fn begin(
         &self,
         container: &Container,
@@ -122,7 +118,7 @@ impl Containers {
         ),
         Error,
     > {
-        let streams = stdio::streams(false, true)?;
+        let streams = stdio::streams(container.identity.uid, false, true)?;
         let (ours, theirs) = launch::channel()?;
         let cgroup_namespace = if container.namespaces.cgroup {
             libc::CLONE_NEWCGROUP

@@ -388,12 +388,23 @@ impl Containers {
         Ok(())
     }
 
-    /// Ends every container; best effort, for the guest's own end.
+    /// Ends every container and waits until the host has taken its output;
+    /// best effort, for the guest's own end.
     pub async fn kill_all(&self) {
-        for container in self.all() {
+        let all = self.all();
+        for container in &all {
             if let Err(error) = container.cgroup.kill().await {
                 eprintln!("drupe-agent: container {}: {error}", container.id);
             }
+        }
+        let taken = async {
+            for container in &all {
+                // The container holds the sender.
+                let _ = container.published.subscribe().wait_for(|done| *done).await;
+            }
+        };
+        if timeout(EXIT_PUBLISHED, taken).await.is_err() {
+            eprintln!("drupe-agent: the host has not taken all output");
         }
     }
 }

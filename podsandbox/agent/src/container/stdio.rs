@@ -12,7 +12,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
 use nix::sys::stat::Mode;
-use nix::unistd::pipe2;
+use nix::unistd::{fchown, pipe2};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::sync::watch;
@@ -76,10 +76,16 @@ pub struct Streams {
 }
 
 /// Streams of a process without a terminal. `capture`: its output goes to
-/// pipes; else it is thrown away.
-pub fn streams(stdin: bool, capture: bool) -> Result<Streams, StdioError> {
+/// pipes; else it is thrown away. The pipes are user `uid`'s, who could not
+/// open /dev/stdout otherwise.
+pub fn streams(uid: u32, stdin: bool, capture: bool) -> Result<Streams, StdioError> {
+    let own = |pipe: &OwnedFd| match uid {
+        0 => Ok(()),
+        uid => fchown(pipe, Some(uid.into()), None).map_err(create),
+    };
     let (child_in, stdin) = if stdin {
         let (read, write) = pipe2(OFlag::O_CLOEXEC).map_err(create)?;
+        own(&read)?;
         (read, Some(write))
     } else {
         (null().map_err(create)?, None)
@@ -90,6 +96,7 @@ pub fn streams(stdin: bool, capture: bool) -> Result<Streams, StdioError> {
             return null().map_err(create);
         }
         let (read, write) = output_pipe().map_err(create)?;
+        own(&write)?;
         outputs.push((stream, read));
         Ok(write)
     };

@@ -3,6 +3,8 @@
 //! (`DRUPE_TEST_INITRAMFS`), drupe-vmm (`DRUPE_TEST_VMM`), a static busybox and
 //! mkfs.erofs.
 
+#![allow(clippy::unwrap_used, reason = "a test that fails says where")]
+
 mod harness;
 mod network;
 
@@ -219,7 +221,10 @@ async fn commands_run_in_a_container_and_end_in_time() {
     );
 
     let done = guest
-        .exec("web", &["sh", "-c", "id; echo $HOME; echo bad >&2; exit 5"])
+        .exec(
+            "web",
+            &["sh", "-c", "id; echo $HOME; echo bad > /dev/stderr; exit 5"],
+        )
         .await;
     let done = done.unwrap();
     assert_eq!(
@@ -559,7 +564,6 @@ async fn volumes_come_from_the_shared_directory() {
 async fn a_seccomp_profile_and_signals_reach_the_process() {
     let Some(artifacts) = artifacts() else { return };
     let mut guest = Guest::boot(&artifacts).await;
-    let root = guest.attach(&Image::busybox()).await;
     let profile = json!({
         "defaultAction": "SCMP_ACT_ALLOW",
         "syscalls": [{ "names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38 }]
@@ -578,7 +582,10 @@ async fn a_seccomp_profile_and_signals_reach_the_process() {
             .set("/process/noNewPrivileges", json!(nnp));
         guest.run(container).await;
         let output = guest.until_output(&id, "Seccomp:\t").await;
-        assert!(output.contains("not implemented") && output.contains("Seccomp:\t2"), "{output}");
+        assert!(
+            output.contains("not implemented") && output.contains("Seccomp:\t2"),
+            "{output}"
+        );
         let done = guest.exec(&id, &["mkdir", "/tmp/y"]).await.unwrap();
         assert_eq!(done.exit.code, 1);
         assert!(
@@ -602,10 +609,14 @@ async fn a_container_cannot_use_the_guests_disks() {
     let (_, output) = guest.run_to_end(Container::sh("dev", &root, script)).await;
     assert_eq!(output, "1\nfine\n");
     let errors = guest.output("dev", "stderr");
-    assert!(errors.contains("/dev/disk: Operation not permitted"), "{errors}");
+    assert!(
+        errors.contains("/dev/disk: Operation not permitted"),
+        "{errors}"
+    );
 
     let root = guest.attach(&Image::busybox()).await;
-    let script = "mknod /dev/disk b $(cut -d: -f1 /sys/block/vda/dev) 0; head -c 1 /dev/disk | wc -c";
+    let script =
+        "mknod /dev/disk b $(cut -d: -f1 /sys/block/vda/dev) 0; head -c 1 /dev/disk | wc -c";
     let all = json!({ "devices": [{ "allow": true, "access": "rwm" }] });
     let container = Container::sh("all", &root, script).set("/linux/resources", all);
     assert_eq!(guest.run_to_end(container).await.1, "1\n");
@@ -617,11 +628,17 @@ async fn the_pod_has_its_address_and_routes() {
     let Some(artifacts) = artifacts() else { return };
     let network = network::Network::create();
     let (netns, tap) = network.descriptors();
-    let options = Options { network: Some((netns, tap, network::MAC)), ..Options::default() };
+    let options = Options {
+        network: Some((netns, tap, network::MAC)),
+        ..Options::default()
+    };
     let mut guest = Guest::start(&artifacts, options).await;
     let mut pod = configuration();
     pod.interface = Some(network::interface());
-    pod.dns = Some(Dns { servers: vec!["10.231.8.1".into()], ..Dns::default() });
+    pod.dns = Some(Dns {
+        servers: vec!["10.231.8.1".into()],
+        ..Dns::default()
+    });
     pod.sysctls = [("net.ipv4.conf.eth0.arp_notify".into(), "1".into())].into();
     guest.configure(pod).await;
     let root = guest.attach(&Image::busybox()).await;
@@ -646,8 +663,19 @@ async fn the_pod_has_its_address_and_routes() {
     }
     assert_eq!(output.matches(" 0% packet loss").count(), 3, "{output}");
     network.ping("10.231.8.5");
-    let stats = guest.agent.stats(StatsRequest::default()).await.unwrap().into_inner();
-    let nic = stats.guest.unwrap().interfaces.into_iter().find(|nic| nic.name == "eth0").unwrap();
+    let stats = guest
+        .agent
+        .stats(StatsRequest::default())
+        .await
+        .unwrap()
+        .into_inner();
+    let nic = stats
+        .guest
+        .unwrap()
+        .interfaces
+        .into_iter()
+        .find(|nic| nic.name == "eth0")
+        .unwrap();
     assert!(nic.rx_bytes > 0 && nic.tx_bytes > 0, "{nic:?}");
     guest.shut_down().await;
 }
@@ -660,32 +688,53 @@ async fn many_containers_one_after_another_leave_nothing_in_the_guest() {
     let mut rss = Vec::new();
     for round in 0..40 {
         let id = format!("round-{round}");
-        let quiet = Container { log: false, ..Container::sh(&id, &root, "echo x > /file") };
+        let quiet = Container {
+            log: false,
+            ..Container::sh(&id, &root, "echo x > /file")
+        };
         let mut events = guest.events().await;
         guest.run(quiet).await;
         assert_eq!(exit_of(&mut events, &id).await.code, 0);
         guest.remove(&id).await;
-        let stats = guest.agent.stats(StatsRequest::default()).await.unwrap().into_inner();
+        let stats = guest
+            .agent
+            .stats(StatsRequest::default())
+            .await
+            .unwrap()
+            .into_inner();
         rss.push(stats.guest.unwrap().agent_rss_bytes);
     }
     println!("agent RSS: {rss:?}");
     assert!(rss[39] <= rss[9] + (512 << 10), "{rss:?}");
-    let look = Container::sh("look", &root, "ls /sys/block/vdb | grep -c vdb; ls /sys/fs/cgroup");
+    let look = Container::sh(
+        "look",
+        &root,
+        "ls /sys/block/vdb | grep -c vdb; ls /sys/fs/cgroup",
+    );
     let output = guest.run_to_end(look).await.1;
-    assert!(output.starts_with("1\n"), "one partition, its own: {output}");
+    assert!(
+        output.starts_with("1\n"),
+        "one partition, its own: {output}"
+    );
     guest.shut_down().await;
 }
 
 #[tokio::test]
 async fn ptrace_mode_works_as_well() {
     let Some(artifacts) = artifacts() else { return };
-    let options = Options { mode: UmlMode::Ptrace, ..Options::default() };
+    let options = Options {
+        mode: UmlMode::Ptrace,
+        ..Options::default()
+    };
     let mut guest = Guest::start(&artifacts, options).await;
     guest.configure(configuration()).await;
     let root = guest.attach(&Image::busybox()).await;
     guest.run(Container::sh("slow", &root, FOREVER)).await;
     for _ in 0..3 {
-        assert_eq!(guest.exec("slow", &["echo", "hi"]).await.unwrap().text(), "hi\n");
+        assert_eq!(
+            guest.exec("slow", &["echo", "hi"]).await.unwrap().text(),
+            "hi\n"
+        );
     }
     guest.remove("slow").await;
     guest.shut_down().await;

@@ -28,8 +28,14 @@ pub fn interface() -> Interface {
         addresses: vec!["10.231.8.5/24".into(), "fd07:231::5/64".into()],
         routes: vec![
             route("0.0.0.0/0", "10.231.8.1"),
-            Route { onlink: true, ..route("198.51.100.0/24", "192.0.2.1") },
-            Route { scope: 253, ..route("192.0.2.1/32", "") },
+            Route {
+                onlink: true,
+                ..route("198.51.100.0/24", "192.0.2.1")
+            },
+            Route {
+                scope: 253,
+                ..route("192.0.2.1/32", "")
+            },
             route("::/0", "fd07:231::1"),
         ],
     }
@@ -60,19 +66,27 @@ impl Network {
     }
 
     pub fn ping(&self, address: &str) {
-        let args = ["netns", "exec", &self.name, "busybox", "ping", "-c", "1", "-W", "5", address];
+        let args = [
+            "netns", "exec", &self.name, "busybox", "ping", "-c", "1", "-W", "5", address,
+        ];
         ip(&args);
     }
 }
 
 impl Drop for Network {
     fn drop(&mut self) {
-        let _ = Command::new("ip").args(["netns", "del", &self.name]).status();
+        let _ = Command::new("ip")
+            .args(["netns", "del", &self.name])
+            .status();
     }
 }
 
 fn open_tap(name: &str) -> OwnedFd {
-    let tun = File::options().read(true).write(true).open("/dev/net/tun").unwrap();
+    let tun = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun")
+        .unwrap();
     // SAFETY: all-zero bytes are a valid ifreq.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
@@ -88,5 +102,9 @@ fn open_tap(name: &str) -> OwnedFd {
 
 fn ip(args: &[&str]) {
     let output = Command::new("ip").args(args).output().unwrap();
-    assert!(output.status.success(), "ip {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "ip {args:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
