@@ -182,7 +182,7 @@ impl Error {
             | Self::Unkillable { .. } => ErrorKind::DeadlineExceeded,
             Self::Stopping => ErrorKind::FailedPrecondition,
             Self::Cni(netns::cni::CniError::Invalid { .. }) => ErrorKind::InvalidArgument,
-            Self::Cni(netns::cni::CniError::TimedOut { .. }) => ErrorKind::DeadlineExceeded,
+            Self::Cni(error) if error.timed_out() => ErrorKind::DeadlineExceeded,
             Self::Store(error) if error.is_full() => ErrorKind::ResourceExhausted,
             Self::Agent { code, .. } => match code {
                 tonic::Code::InvalidArgument => ErrorKind::InvalidArgument,

@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 use oci_spec::image::ImageConfiguration;
 use oci_spec::runtime::{
     Capabilities, Capability, LinuxBuilder, LinuxCapabilitiesBuilder, LinuxCpuBuilder,
-    LinuxMemoryBuilder, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources,
-    LinuxResourcesBuilder, Mount, MountBuilder, ProcessBuilder, RootBuilder, Spec, SpecBuilder,
+    LinuxDeviceCgroupBuilder, LinuxMemoryBuilder, LinuxNamespaceBuilder, LinuxNamespaceType,
+    LinuxResources, LinuxResourcesBuilder, Mount, MountBuilder, ProcessBuilder, RootBuilder, Spec,
+    SpecBuilder,
 };
 
 use crate::spec::{ContainerSpec, Propagation, Resources, Seccomp};
@@ -124,7 +125,7 @@ pub fn runtime_spec(
         .collect::<std::result::Result<Vec<_>, _>>()?;
     let mut linux = LinuxBuilder::default()
         .namespaces(namespaces)
-        .resources(linux_resources(&spec.resources)?)
+        .resources(container_resources(spec)?)
         .masked_paths(text(&spec.security.masked_paths))
         .readonly_paths(text(&spec.security.readonly_paths))
         .build()?;
@@ -345,6 +346,20 @@ fn root_propagation(spec: &ContainerSpec) -> &'static str {
     } else {
         "rprivate"
     }
+}
+
+/// A privileged container has every device of its guest; others those that the
+/// agent grants to all.
+fn container_resources(spec: &ContainerSpec) -> Result<LinuxResources> {
+    let mut resources = linux_resources(&spec.resources)?;
+    if spec.security.privileged {
+        let all = LinuxDeviceCgroupBuilder::default()
+            .allow(true)
+            .access("rwm")
+            .build()?;
+        resources.set_devices(Some(vec![all]));
+    }
+    Ok(resources)
 }
 
 /// CRI's resources in the terms of the OCI runtime spec.

@@ -266,7 +266,11 @@ async fn killed_in_a_del() {
 #[tokio::test]
 async fn the_bridge_plugin_killed_before_its_masquerade_chain_is_undone() {
     let host = Host::enter();
-    iptables_at(&host, "-N CNI-", "touch reached; kill -9 $PPID; exit 1");
+    iptables_at(
+        &host,
+        "-N CNI-",
+        "mkdir reached 2>/dev/null && kill -9 $PPID",
+    );
     let network = network(&host, "bridge", "host-local", "portmap");
     let clean = prepare(&host, &network).await;
     let mut daemon = Daemon::start(&host, Verb::Add);
