@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail};
 use imagesvc::ImageService;
 use k8s_cri::v1::image_service_server::ImageServiceServer;
 use k8s_cri::v1::runtime_service_server::RuntimeServiceServer;
+use podsandbox::config::MachineChoice;
 use podsandbox::{Network, NetworkOptions, PodManager};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::signal::unix::{SignalKind, signal};
@@ -66,6 +67,13 @@ async fn serve(config: Config) -> Result<()> {
         .await
         .context("pods")?;
 
+    for (name, runtime) in &config.runtimes {
+        let why = match runtime.machine {
+            MachineChoice::Auto => "auto: this version has no other machine",
+            MachineChoice::Uml | MachineChoice::Kvm => "as configured",
+        };
+        tracing::info!(handler = name, machine = "uml", mode = ?runtime.uml_mode, why, "handler");
+    }
     let listener = listen(&config.socket).await?;
     tracing::info!(
         socket = ?config.socket,

@@ -16,6 +16,7 @@ use crate::context::{Context, now_nanos};
 use crate::driver::{Command, Driver, Handle, max_vcpus};
 use crate::network::Network;
 use crate::record::{ContainerPhase, ContainerRecord, PodPhase, PodRecord};
+use crate::sizing::Bounds;
 use crate::snapshot::PodSnapshot;
 use crate::spec::{ContainerSpec, PodName, PodSpec};
 use crate::store::Store;
@@ -147,15 +148,8 @@ impl PodManager {
     /// one lock: of two requests for a name one begins and the other joins.
     fn join_or_begin(&self, spec: PodSpec, since: Instant) -> Result<(String, Handle)> {
         let (handler, runtime) = self.context.config.runtime(&spec.handler)?;
-        let host_cpus =
-            std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(1));
-        let size = sizing::size(
-            runtime,
-            &spec.resources,
-            &spec.overhead,
-            host_cpus,
-            max_vcpus(runtime),
-        );
+        let bounds = Bounds::of_this_node(max_vcpus(runtime));
+        let size = sizing::size(runtime, &spec.resources, &spec.overhead, bounds);
         let mut pods = self.pods();
         pods.retain(|_, handle| !handle.snapshot.borrow().gone);
         let taken = pods.iter().find(|(_, handle)| {

@@ -18,13 +18,34 @@ pub struct VmSize {
     pub memory_mib: u32,
 }
 
+/// The node, and how many vCPUs the handler's machine can have.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    pub host_cpus: u32,
+    pub host_memory_mib: u32,
+    pub max_vcpus: u32,
+}
+
+impl Bounds {
+    pub fn of_this_node(max_vcpus: u32) -> Self {
+        let cpus = std::thread::available_parallelism();
+        let memory = nix::sys::sysinfo::sysinfo().map_or(u64::MAX, |info| info.ram_total());
+        Self {
+            host_cpus: cpus.map_or(1, |n| u32::try_from(n.get()).unwrap_or(1)),
+            host_memory_mib: mib(memory),
+            max_vcpus,
+        }
+    }
+}
+
+/// A limit above what the node has is legal in Kubernetes and means no limit:
+/// the guest is then as large as the node, not larger.
 #[must_use]
 pub fn size(
     runtime: &RuntimeConfig,
     resources: &Resources,
     overhead: &Resources,
-    host_cpus: u32,
-    max_vcpus: u32,
+    bounds: Bounds,
 ) -> VmSize {
     let memory_mib = match resources.memory_limit_bytes {
         Some(limit) => {
@@ -47,8 +68,11 @@ pub fn size(
         _ => runtime.default_vcpus,
     };
     VmSize {
-        vcpus: vcpus.clamp(1, host_cpus.clamp(1, max_vcpus.min(MAX_VCPUS))),
-        memory_mib: memory_mib.max(MIN_MEMORY_MIB),
+        vcpus: vcpus.clamp(
+            1,
+            bounds.host_cpus.clamp(1, bounds.max_vcpus.min(MAX_VCPUS)),
+        ),
+        memory_mib: memory_mib.min(bounds.host_memory_mib).max(MIN_MEMORY_MIB),
     }
 }
 
@@ -60,6 +84,12 @@ fn mib(bytes: u64) -> u32 {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    const NODE: Bounds = Bounds {
+        host_cpus: 16,
+        host_memory_mib: 1 << 24,
+        max_vcpus: 32,
+    };
 
     fn limits(memory: Option<u64>, quota: Option<u64>) -> Resources {
         Resources {
@@ -74,7 +104,7 @@ mod tests {
     fn a_pod_without_limits_gets_the_handlers_defaults() {
         let runtime = RuntimeConfig::default();
         let none = Resources::default();
-        let size = size(&runtime, &none, &none, 16, 32);
+        let size = size(&runtime, &none, &none, NODE);
         assert_eq!(
             size,
             VmSize {
@@ -88,7 +118,7 @@ mod tests {
     fn half_a_cpu_needs_one_and_two_and_a_half_need_three() {
         let runtime = RuntimeConfig::default();
         let none = Resources::default();
-        let cpus = |quota| size(&runtime, &limits(None, Some(quota)), &none, 16, 32).vcpus;
+        let cpus = |quota| size(&runtime, &limits(None, Some(quota)), &none, NODE).vcpus;
         assert_eq!(cpus(50_000), 1);
         assert_eq!(cpus(250_000), 3);
     }
@@ -97,12 +127,14 @@ mod tests {
         #[test]
         fn a_container_can_use_all_it_was_promised(
             limit in 1u64..1 << 44, overhead in proptest::option::of(0u64..1 << 34),
-            quota in 0u64..1 << 40, host in 1u32..512, max in 1u32..64,
+            quota in 0u64..1 << 40, node in 64u32..1 << 24, host in 1u32..512, max in 1u32..64,
         ) {
             let runtime = RuntimeConfig::default();
             let declared = limits(overhead, None);
-            let size = size(&runtime, &limits(Some(limit), Some(quota)), &declared, host, max);
-            prop_assert!(u64::from(size.memory_mib) << 20 >= limit.min(1 << 50));
+            let bounds = Bounds { host_cpus: host, host_memory_mib: node, max_vcpus: max };
+            let size = size(&runtime, &limits(Some(limit), Some(quota)), &declared, bounds);
+            prop_assert!(u64::from(size.memory_mib) << 20 >= limit.min(u64::from(node) << 20));
+            prop_assert!(size.memory_mib <= node);
             prop_assert!(size.vcpus >= 1 && size.vcpus <= host && size.vcpus <= 32 && size.vcpus <= max);
         }
     }

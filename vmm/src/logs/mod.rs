@@ -23,6 +23,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Sender};
+use std::time::Duration;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
@@ -57,10 +58,14 @@ pub struct LogService;
 impl LogService {
     /// Starts the thread, which lives as long as a handle does.
     pub fn start() -> io::Result<LogHandle> {
+        Self::start_with(service::ROTATION_WAIT)
+    }
+
+    fn start_with(rotation_wait: Duration) -> io::Result<LogHandle> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let wake = Arc::new(EventFd::from_value_and_flags(0, flags)?);
         let (sender, commands) = mpsc::channel();
-        let service = Service::new(commands, wake.clone())?;
+        let service = Service::new(commands, wake.clone(), rotation_wait)?;
         std::thread::Builder::new()
             .name("logs".into())
             .spawn(move || service.run())?;

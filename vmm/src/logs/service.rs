@@ -32,7 +32,7 @@ const FINISH_READS: usize = 1024;
 
 /// How long a rotation waits for a line that was begun in the old file. A
 /// container that never ends its line must not keep it.
-const ROTATION_WAIT: Duration = Duration::from_secs(1);
+pub(super) const ROTATION_WAIT: Duration = Duration::from_secs(1);
 
 const TOKEN_WAKE: u64 = u64::MAX;
 
@@ -95,10 +95,16 @@ pub(super) struct Service {
     logs: HashMap<String, Log>,
     buffer: Vec<u8>,
     records: Vec<u8>,
+    /// How long a rotation waits for the end of a line.
+    rotation_wait: Duration,
 }
 
 impl Service {
-    pub(super) fn new(commands: Receiver<Command>, wake: Arc<EventFd>) -> io::Result<Self> {
+    pub(super) fn new(
+        commands: Receiver<Command>,
+        wake: Arc<EventFd>,
+        rotation_wait: Duration,
+    ) -> io::Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(&*wake, EpollEvent::new(EpollFlags::EPOLLIN, TOKEN_WAKE))?;
         Ok(Self {
@@ -109,6 +115,7 @@ impl Service {
             logs: HashMap::new(),
             buffer: vec![0; READ_BYTES],
             records: Vec::new(),
+            rotation_wait,
         })
     }
 
@@ -224,7 +231,7 @@ impl Service {
             log.old = Some(OldFile {
                 file: old,
                 unfinished,
-                deadline: Instant::now() + ROTATION_WAIT,
+                deadline: Instant::now() + self.rotation_wait,
                 reply,
             });
         }
