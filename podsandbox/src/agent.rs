@@ -52,14 +52,15 @@ impl AgentClient {
         Ok(())
     }
 
-    pub async fn create(&self, request: agent_api::CreateContainerRequest) -> Result<()> {
-        self.call(
-            "CreateContainer",
-            CALL_TIMEOUT,
-            self.grpc.clone().create_container(request),
-        )
-        .await?;
-        Ok(())
+    /// Returns the state of the new container.
+    pub async fn create(
+        &self,
+        request: agent_api::CreateContainerRequest,
+    ) -> Result<Option<agent_api::ContainerState>> {
+        let mut grpc = self.grpc.clone();
+        let call = grpc.create_container(request);
+        let reply = self.call("CreateContainer", CALL_TIMEOUT, call).await?;
+        Ok(reply.state)
     }
 
     /// Returns when it started, in nanoseconds since the epoch.

@@ -72,11 +72,14 @@ impl Agent for Service {
         if !self.sandbox.is_configured().await {
             return Err(container_status(Error::NotConfigured));
         }
-        self.containers
+        let state = self
+            .containers
             .create(request.into_inner())
             .await
             .map_err(container_status)?;
-        Ok(Response::new(CreateContainerResponse {}))
+        Ok(Response::new(CreateContainerResponse {
+            state: Some(state),
+        }))
     }
 
     async fn start_container(

@@ -81,12 +81,11 @@ impl Driver {
             },
         );
         let outcome = match outcome {
-            Ok(()) => self.list_again().await,
-            failed => failed,
-        };
-        let outcome = match outcome {
-            Ok(()) => self.save_container(&id).await,
-            failed => failed,
+            Ok(state) => {
+                self.learn_listing(state.into_iter().collect()).await;
+                self.save_container(&id).await
+            }
+            Err(error) => Err(error),
         };
         if outcome.is_err()
             && let Err(left) = self.remove_container(&id).await
@@ -96,7 +95,7 @@ impl Driver {
         outcome.map(|()| id)
     }
 
-    /// What the agent says of its containers: of a new one, its user's ids.
+    /// What the agent says of its containers, when an answer got lost.
     async fn list_again(&mut self) -> Result<()> {
         let states = self.machine()?.agent.list().await?;
         self.learn_listing(states).await;
@@ -108,7 +107,7 @@ impl Driver {
         record: &ContainerRecord,
         lease: &Lease,
         slot: u32,
-    ) -> Result<()> {
+    ) -> Result<Option<agent_api::ContainerState>> {
         let (id, spec) = (record.id.as_str(), &record.spec);
         let oci = oci::runtime_spec(
             spec,

@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use agent_api::{CreateContainerRequest, SHARED_DIR, User};
+use agent_api::{ContainerState, CreateContainerRequest, SHARED_DIR, User};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use tokio::sync::watch;
 use tokio::time::timeout;
@@ -46,16 +46,17 @@ impl Drop for Reservation {
 
 impl Containers {
     /// Runs to its end even when the caller gives up.
-    pub async fn create(&self, request: CreateContainerRequest) -> Result<(), Error> {
+    pub async fn create(&self, request: CreateContainerRequest) -> Result<ContainerState, Error> {
         check_id(&request.id)?;
         let reservation = self.reserve(&request.id)?;
         let containers = self.clone();
         tokio::spawn(async move {
             let container = containers.build(request).await?;
+            let state = container.to_api();
             let slot = Slot::Ready(container);
             containers.slots().insert(reservation.id.clone(), slot);
             drop(reservation);
-            Ok(())
+            Ok(state)
         })
         .await?
     }
