@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use e2e::eventually;
 use k8s_cri::v1::*;
 
 use crate::{shares_the_hosts_kernel, with_node};
@@ -247,9 +248,16 @@ fn stopping_asks_first_and_kills_only_who_does_not_listen() -> Result<()> {
             &[
                 "sh",
                 "-c",
-                "trap 'exit 7' TERM; while :; do sleep 1000 & wait $!; done",
+                "trap 'exit 7' TERM; echo listening; while :; do sleep 1000 & wait $!; done",
             ],
         )?;
+        // As the first process of its namespace it is not even sent a signal
+        // that it has not asked for yet.
+        eventually("the shell to listen", Duration::from_secs(10), || {
+            let output = polite.stdout()?;
+            ensure!(output.contains("listening"), "output: {output:?}");
+            Ok::<_, anyhow::Error>(())
+        })?;
         let begun = Instant::now();
         polite.stop(20)?;
         ensure!(
