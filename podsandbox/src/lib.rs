@@ -17,6 +17,7 @@ mod manager;
 mod network;
 mod oci;
 mod paths;
+mod phase;
 mod process;
 pub mod record;
 mod scratch;

@@ -70,7 +70,7 @@ impl PodManager {
 
     async fn recover(&self, found: crate::store::Found) -> Result<()> {
         let mut of_pod: HashMap<String, BTreeMap<String, ContainerRecord>> = HashMap::new();
-        let mut known = BTreeSet::new();
+        let mut known: BTreeSet<String> = found.unreadable.iter().cloned().collect();
         for container in found.containers {
             known.insert(container.id.clone());
             of_pod
@@ -83,6 +83,8 @@ impl PodManager {
             let handle = Driver::resume(Arc::clone(&self.context), pod.clone(), containers);
             self.pods().insert(pod.id, handle);
         }
+        // Nor are the containers of a pod that cannot be read touched.
+        of_pod.retain(|pod, _| !known.contains(pod));
         for container in of_pod.into_values().flatten().map(|(_, c)| c) {
             self.context.images.release(&container.id).await?;
             self.context.store.delete_container(&container.id).await?;
@@ -100,7 +102,8 @@ impl PodManager {
             }
         }
         self.forget_gone();
-        let live: Vec<String> = self.pods().keys().cloned().collect();
+        let mut live: Vec<String> = self.pods().keys().cloned().collect();
+        live.extend(found.unreadable);
         if let Err(error) = self.context.network.gc(live.into_iter()).await {
             // A plugin that fails now must not keep pods from being served.
             tracing::warn!(error = %error.sentence(), "cannot collect attachments of pods that are gone");

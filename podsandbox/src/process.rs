@@ -7,6 +7,11 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
+/// An exec takes well under a millisecond of its process's own time; a busy
+/// node may not give it that for a while. Kernel threads never have arguments.
+const EXEC_LOOK: u8 = 2; // ms
+const EXEC_LOOKS: usize = 250;
+
 /// A VMM, held so that its process id cannot come to mean another process.
 pub struct Process {
     pidfd: OwnedFd,
@@ -18,11 +23,27 @@ impl Process {
         let pid = i32::try_from(pid).ok().and_then(Pid::from_raw)?;
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).ok()?;
         // Looked at after the descriptor is held, so it is of that process.
-        let cmdline = fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero())).ok()?;
-        let is_ours = cmdline
-            .split(|&byte| byte == 0)
-            .any(|word| word == id.as_bytes());
-        is_ours.then_some(Self { pidfd })
+        let path = format!("/proc/{}/cmdline", pid.as_raw_nonzero());
+        // In the middle of its exec a process shows no arguments, and the
+        // kernel reports no event for its end.
+        for _ in 0..EXEC_LOOKS {
+            let cmdline = fs::read(&path).ok()?;
+            if !cmdline.is_empty() {
+                let is_ours = cmdline
+                    .split(|&byte| byte == 0)
+                    .any(|word| word == id.as_bytes());
+                return is_ours.then_some(Self { pidfd });
+            }
+            // Nor does one that has ended; that can be waited for.
+            let ended = poll(
+                &mut [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)],
+                EXEC_LOOK,
+            );
+            if matches!(ended, Ok(1)) {
+                return None;
+            }
+        }
+        None
     }
 
     pub fn kill(&self) {
@@ -60,6 +81,22 @@ mod tests {
         let process = Process::open(child.id(), "1000").unwrap();
         process.kill();
         assert!(process.ended_within(Duration::from_secs(10)).await);
+        // Ended but not yet collected: it has no arguments any more.
+        assert!(Process::open(child.id(), "1000").is_none());
         child.wait().unwrap();
+    }
+
+    #[test]
+    fn a_process_is_known_from_the_moment_it_was_spawned() {
+        for _ in 0..200 {
+            let mut child = std::process::Command::new("sleep")
+                .arg("1000")
+                .spawn()
+                .unwrap();
+            let process = Process::open(child.id(), "1000");
+            child.kill().unwrap();
+            child.wait().unwrap();
+            assert!(process.is_some());
+        }
     }
 }

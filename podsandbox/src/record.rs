@@ -1,31 +1,16 @@
 //! What is on disk about a pod and its containers.
 //!
 //! A record is written before the step it announces is taken. A daemon that
-//! finds a pod [`PodPhase::Reserved`] or [`PodPhase::Starting`] undoes it; every resource's name follows from the id, so the id is enough.
+//! finds a pod [`PodPhase::Reserved`] or [`PodPhase::Starting`] undoes it; every
+//! resource's name follows from the id, so the id is enough.
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::Step;
+pub use crate::phase::PodPhase;
 use crate::spec::{ContainerSpec, PodSpec};
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum PodPhase {
-    /// The name, id and uid are taken; nothing else may exist yet, anything
-    /// may from here on.
-    Reserved,
-    /// CNI ADD is about to run and the VMM to be spawned, side by side.
-    Starting,
-    /// The pod serves.
-    Ready,
-    /// StopPodSandbox has begun; what is left is being freed.
-    Stopping,
-    Stopped,
-    /// RemovePodSandbox has begun.
-    Removing,
-}
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PodRecord {

@@ -22,7 +22,7 @@ impl PodSnapshot {
     /// been promised to anyone.
     #[must_use]
     pub fn is_listed(&self) -> bool {
-        !self.gone && !matches!(self.pod.phase, PodPhase::Reserved | PodPhase::Starting)
+        !self.gone && self.pod.phase.is_shown()
     }
 
     /// SANDBOX_READY of CRI.

@@ -20,11 +20,6 @@ pub enum StoreError {
     },
     #[error("transaction failed")]
     Transaction(#[source] Box<redb::Error>),
-    #[error("record {id} is not readable: {source}")]
-    Decode {
-        id: String,
-        source: serde_json::Error,
-    },
     #[error("record {id} cannot be encoded: {source}")]
     Encode {
         id: String,
@@ -58,6 +53,9 @@ pub struct Store {
 pub struct Found {
     pub pods: Vec<PodRecord>,
     pub containers: Vec<ContainerRecord>,
+    /// Ids whose records this version cannot read, after a downgrade perhaps.
+    /// They are kept, and so is what they stand for.
+    pub unreadable: Vec<String>,
 }
 
 impl Store {
@@ -94,9 +92,11 @@ impl Store {
 
     pub fn load(&self) -> Result<Found, StoreError> {
         let read = self.database.begin_read().map_err(db)?;
+        let mut unreadable = Vec::new();
         Ok(Found {
-            pods: all(&read, PODS)?,
-            containers: all(&read, CONTAINERS)?,
+            pods: all(&read, PODS, &mut unreadable)?,
+            containers: all(&read, CONTAINERS, &mut unreadable)?,
+            unreadable,
         })
     }
 
@@ -148,20 +148,50 @@ impl Store {
     }
 }
 
+/// One record that cannot be read must not keep the node from serving all
+/// others, nor may it be thrown away: a machine may still run for it.
 fn all<T: serde::de::DeserializeOwned>(
     read: &redb::ReadTransaction,
     table: TableDefinition<&'static str, &'static [u8]>,
+    unreadable: &mut Vec<String>,
 ) -> Result<Vec<T>, StoreError> {
-    let table = read.open_table(table).map_err(db)?;
+    let rows = read.open_table(table).map_err(db)?;
     let mut records = Vec::new();
-    for entry in table.iter().map_err(db)? {
+    for entry in rows.iter().map_err(db)? {
         let (id, bytes) = entry.map_err(db)?;
-        records.push(serde_json::from_slice(bytes.value()).map_err(|source| {
-            StoreError::Decode {
-                id: id.value().to_owned(),
-                source,
+        match serde_json::from_slice(bytes.value()) {
+            Ok(record) => records.push(record),
+            Err(error) => {
+                let (table, id) = (redb::TableHandle::name(&table), id.value());
+                tracing::error!(
+                    table, id, %error,
+                    "this record cannot be read; what it stands for is left alone until a version that wrote it runs again"
+                );
+                unreadable.push(id.to_owned());
             }
-        })?);
+        }
     }
     Ok(records)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_of_another_version_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("state.redb")).unwrap();
+        let write = store.database.begin_write().unwrap();
+        let mut pods = write.open_table(PODS).unwrap();
+        pods.insert("abc", b"{\"from\": \"the future\"}".as_slice())
+            .unwrap();
+        drop(pods);
+        write.commit().unwrap();
+        for _ in 0..2 {
+            let found = store.load().unwrap();
+            assert!(found.pods.is_empty());
+            assert_eq!(found.unreadable, ["abc"]);
+        }
+    }
 }

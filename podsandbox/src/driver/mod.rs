@@ -1,10 +1,7 @@
 //! The task that owns one pod's mutable state.
 //!
-//! ```text
-//! Reserved → Starting → Ready → Stopping → Stopped → Removing → (gone)
-//!     └──────────┴── start fails: everything undone → (gone), or, while
-//!                    something resists, Stopping until it does not
-//! ```
+//! Its phases are those of [`crate::phase`]; a start that fails is undone, and
+//! what resists is tried again.
 //!
 //! Requests reach it as [`Command`]s and wait for the answer; a caller that
 //! goes away changes nothing. What it knows it publishes as a
@@ -27,7 +24,8 @@ use vmm_client::Control;
 use crate::agent::AgentClient;
 use crate::context::Context;
 use crate::paths::PodPaths;
-use crate::record::{ContainerPhase, ContainerRecord, PodPhase, PodRecord};
+use crate::phase::{PodEvent, PodPhase};
+use crate::record::{ContainerPhase, ContainerRecord, PodRecord};
 use crate::snapshot::PodSnapshot;
 use crate::spec::ContainerSpec;
 use crate::{Error, Result};
@@ -242,14 +240,9 @@ impl Driver {
             }
             Command::ReopenLog { id, reply } => drop(reply.send(self.reopen_log(&id).await)),
             Command::Stop { reply } => drop(reply.send(self.stop().await)),
-            Command::Remove { reply } => {
-                let result = self.remove().await;
-                let gone = result.is_ok();
-                drop(reply.send(result));
-                return gone;
-            }
+            Command::Remove { reply } => drop(reply.send(self.remove().await)),
         }
-        false
+        self.publish.borrow().gone
     }
 
     fn publish(&self) {
@@ -265,17 +258,10 @@ impl Driver {
         });
     }
 
-    fn finish_gone(&self) {
-        self.publish.send_modify(|snapshot| {
-            snapshot.gone = true;
-            snapshot.agent = None;
-        });
-    }
-
     /// Whether a stop or removal of the pod or of a container was begun and
     /// something resisted.
     fn is_unfinished(&self) -> bool {
-        matches!(self.record.phase, PodPhase::Stopping | PodPhase::Removing)
+        self.record.phase.is_unfinished()
             || self
                 .containers
                 .values()
@@ -295,21 +281,34 @@ impl Driver {
         self.publish.borrow().gone
     }
 
-    /// Writes the phase down, then shows it.
-    async fn enter(&mut self, phase: PodPhase) -> Result<()> {
+    /// Takes the pod where `event` leads: written down, then shown.
+    async fn advance(&mut self, event: PodEvent) -> Result<()> {
+        let Some(phase) = self.record.phase.after(event) else {
+            return self.forget().await;
+        };
         self.record.phase = phase;
         self.context.store.put_pod(&self.record).await?;
         self.publish();
         Ok(())
     }
 
-    /// For phases that free something: a record that cannot be written, for
-    /// want of space perhaps, must not keep the space from being freed.
-    async fn enter_anyway(&mut self, phase: PodPhase) {
-        if let Err(error) = self.enter(phase).await {
+    /// For events after which something is freed: a record that cannot be
+    /// written, for want of space perhaps, must not keep the space from being
+    /// freed.
+    async fn advance_anyway(&mut self, event: PodEvent) {
+        if let Err(error) = self.advance(event).await {
             tracing::error!(pod = %self.record.id, error = %error.sentence(), "cannot record the pod's phase");
             self.publish();
         }
+    }
+
+    async fn forget(&self) -> Result<()> {
+        self.context.store.delete_pod(&self.record.id).await?;
+        self.publish.send_modify(|snapshot| {
+            snapshot.gone = true;
+            snapshot.agent = None;
+        });
+        Ok(())
     }
 
     /// Writes a container's record down; what is shown is true either way.

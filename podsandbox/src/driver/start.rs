@@ -22,7 +22,8 @@ use crate::agent::AgentClient;
 use crate::config::{MachineChoice, RuntimeConfig};
 use crate::context::now_nanos;
 use crate::error::Step;
-use crate::record::{PhaseTime, PodNetworkRecord, PodPhase};
+use crate::phase::PodEvent;
+use crate::record::{PhaseTime, PodNetworkRecord};
 use crate::{Error, Result, cgroup, network, scratch, volumes};
 
 /// The console keeps its newest half of this.
@@ -89,7 +90,7 @@ impl Driver {
         let outcome = self.try_start(&timeline).await;
         self.record.timeline = timeline.steps.into_inner().unwrap_or_default();
         let outcome = match outcome {
-            Ok(()) => self.enter(PodPhase::Ready).await,
+            Ok(()) => self.advance(PodEvent::Serves).await,
             Err(error) => Err(error),
         };
         let Err(error) = outcome else { return Ok(()) };
@@ -114,16 +115,10 @@ impl Driver {
         // The watchers of a machine that is about to be ended.
         stopping.cancel();
         self.machine = None;
-        match self.undo().await {
-            Ok(()) => {
-                self.context.store.delete_pod(&self.record.id).await?;
-                self.finish_gone();
-            }
-            Err(left) => {
-                tracing::error!(pod = %self.record.id, error = %left.sentence(), "cannot undo a failed start yet");
-                self.record.failure = Some(error.sentence());
-                self.enter_anyway(PodPhase::Removing).await;
-            }
+        if let Err(left) = self.undo_and_forget().await {
+            tracing::error!(pod = %self.record.id, error = %left.sentence(), "cannot undo a failed start yet");
+            self.record.failure = Some(error.sentence());
+            self.advance_anyway(PodEvent::StartFailed).await;
         }
         Err(if stopped { Error::Stopping } else { error })
     }
@@ -131,7 +126,8 @@ impl Driver {
     async fn try_start(&mut self, timeline: &Timeline) -> Result<()> {
         let (_, runtime) = self.context.config.runtime(&self.record.handler)?;
         let runtime = runtime.clone();
-        self.enter(PodPhase::Reserved).await?;
+        self.context.store.put_pod(&self.record).await?;
+        self.publish();
         let netns = timeline.time(Step::Netns, self.make_netns()).await?;
         let scratch = timeline
             .time(Step::Scratch, self.make_scratch(&runtime))
@@ -148,7 +144,7 @@ impl Driver {
             vmm_pid: OnceLock::new(),
         };
 
-        self.enter(PodPhase::Starting).await?;
+        self.advance(PodEvent::PartsBegin).await?;
         self.context.network.ready()?;
         let cni_failed = CancellationToken::new();
         let boot = async {

@@ -9,8 +9,9 @@ use vmm_client::{Control, ControlError};
 
 use super::Driver;
 use super::watch_vm::VmEvent;
+use crate::phase::{PodEvent, PodPhase};
 use crate::process::Process;
-use crate::record::{ExitReason, PodPhase};
+use crate::record::ExitReason;
 use crate::{Error, Result, cgroup, scratch, volumes};
 
 /// A killed VMM takes its guest along at once; the kernel frees its memory.
@@ -20,10 +21,12 @@ impl Driver {
     /// StopPodSandbox: ends the machine and frees network, volumes and disks.
     /// Done again for a pod that is stopped, it does nothing.
     pub(super) async fn stop(&mut self) -> Result<()> {
-        if self.record.phase == PodPhase::Stopped {
-            return Ok(());
+        match self.record.phase {
+            PodPhase::Stopped => return Ok(()),
+            // Stopping is part of it.
+            PodPhase::Removing => return self.remove_rest().await,
+            _ => self.advance_anyway(PodEvent::StopAsked).await,
         }
-        self.enter_anyway(PodPhase::Stopping).await;
         if let Some(mut machine) = self.machine.take() {
             // Exits that were told before the stop are the true ones.
             while let Ok(event) = machine.events.try_recv() {
@@ -42,7 +45,7 @@ impl Driver {
             .await;
         self.undo().await?;
         self.record.failure = None;
-        self.enter(PodPhase::Stopped).await
+        self.advance(PodEvent::Freed).await
     }
 
     /// RemovePodSandbox: the pod stopped, its containers and records removed.
@@ -50,15 +53,23 @@ impl Driver {
         if !matches!(self.record.phase, PodPhase::Stopped | PodPhase::Removing) {
             self.stop().await?;
         }
-        self.enter_anyway(PodPhase::Removing).await;
+        self.advance_anyway(PodEvent::RemoveAsked).await;
+        self.remove_rest().await
+    }
+
+    async fn remove_rest(&mut self) -> Result<()> {
         let ids: Vec<String> = self.containers.keys().cloned().collect();
         for id in ids {
             self.remove_container(&id).await?;
         }
         self.undo().await?;
-        self.context.store.delete_pod(&self.record.id).await?;
-        self.finish_gone();
-        Ok(())
+        self.advance(PodEvent::Freed).await
+    }
+
+    /// For a pod that nobody was promised.
+    pub(super) async fn undo_and_forget(&self) -> Result<()> {
+        self.undo().await?;
+        self.forget().await
     }
 
     /// Frees everything a pod of this id may hold outside its record. Every

@@ -7,8 +7,9 @@ use vmm_client::protocol::VmState;
 use super::{Driver, Machine, watch_vm};
 use crate::Result;
 use crate::agent::AgentClient;
+use crate::phase::{PodEvent, PodPhase};
 use crate::process::Process;
-use crate::record::{ContainerPhase, ExitReason, PodPhase};
+use crate::record::{ContainerPhase, ExitReason};
 
 /// Each try waits for as long as a call to the VMM may take.
 const CONNECT_TRIES: u32 = 3;
@@ -29,20 +30,13 @@ impl Driver {
             // The pod stays listed as not ready; the driver tries again.
             tracing::error!(pod = %self.record.id, error = %error.sentence(), "cannot take up the pod");
             self.record.failure = Some(error.sentence());
-            if matches!(self.record.phase, PodPhase::Reserved | PodPhase::Starting) {
-                // Nobody was promised this pod.
-                self.record.phase = PodPhase::Removing;
-            }
-            self.publish();
+            self.advance_anyway(PodEvent::DaemonRestarted).await;
         }
     }
 
     async fn forget_half_made(&mut self) -> Result<()> {
         tracing::info!(pod = %self.record.id, "undoing a pod that was being started when the daemon ended");
-        self.undo().await?;
-        self.context.store.delete_pod(&self.record.id).await?;
-        self.finish_gone();
-        Ok(())
+        self.undo_and_forget().await
     }
 
     async fn reconnect(&mut self) -> Result<()> {
