@@ -30,6 +30,16 @@ impl Digest {
         hasher.finish()
     }
 
+    /// The ChainID of the layers with these DiffIDs, lowest first (OCI image
+    /// spec, "Layer ChainID"). None: there are none.
+    pub(crate) fn chain<'a>(diff_ids: impl IntoIterator<Item = &'a Self>) -> Option<Self> {
+        let mut diff_ids = diff_ids.into_iter();
+        let lowest = diff_ids.next()?.clone();
+        Some(diff_ids.fold(lowest, |below, diff_id| {
+            Self::of(format!("{below} {diff_id}").as_bytes())
+        }))
+    }
+
     pub(crate) fn from_sha256(bytes: &[u8; 32]) -> Self {
         written("sha256:", bytes)
     }
@@ -155,6 +165,17 @@ fn written(prefix: &str, bytes: &[u8]) -> Digest {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_chain_of_one_layer_is_the_layer() {
+        let layers: Vec<Digest> = (b"abc").iter().map(|b| Digest::of(&[*b])).collect();
+        assert_eq!(Digest::chain(&layers[..0]), None);
+        assert_eq!(Digest::chain(&layers[..1]), Some(layers[0].clone()));
+        let two = Digest::of(format!("{} {}", layers[0], layers[1]).as_bytes());
+        assert_eq!(Digest::chain(&layers[..2]), Some(two.clone()));
+        let three = Digest::of(format!("{two} {}", layers[2]).as_bytes());
+        assert_eq!(Digest::chain(&layers), Some(three));
+    }
 
     #[test]
     fn digests_of_known_content() {

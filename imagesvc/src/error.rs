@@ -59,6 +59,11 @@ pub enum Error {
         digest: Digest,
         source: Box<LayerError>,
     },
+    #[error("image {image}: the directories that no archive describes: {source}")]
+    Directories {
+        image: String,
+        source: Box<LayerError>,
+    },
     #[error("image store: {0}")]
     Store(#[from] StoreError),
     #[error("the pull of image {image} was stopped")]
@@ -108,7 +113,7 @@ impl Error {
             Self::NoSuchImage { .. } => ErrorKind::NotFound,
             Self::Registry { source, .. } => source.kind(),
             Self::Manifest { source, .. } => manifest_kind(source),
-            Self::Layer { source, .. } => source.kind(),
+            Self::Layer { source, .. } | Self::Directories { source, .. } => source.kind(),
             Self::Store(error) => error.kind(),
             Self::Stopped { .. } => ErrorKind::Cancelled,
         }
@@ -221,6 +226,10 @@ fn resource_fault(error: &(dyn std::error::Error + 'static)) -> Option<ErrorKind
     }
     if let Some(error) = error.downcast_ref::<erofs::Error>() {
         return image_fault(error);
+    }
+    if error.is::<erofs::ReadError>() {
+        // The store wrote that image itself.
+        return Some(ErrorKind::Internal);
     }
     let io = error.downcast_ref::<io::Error>()?;
     is_full(io).then_some(ErrorKind::ResourceExhausted)

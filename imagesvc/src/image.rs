@@ -60,7 +60,8 @@ pub struct Lease {
     pub image: Image,
     /// What to stack, lowest first: the image's layers, without those that a
     /// layer with an opaque root hides altogether (overlayfs does not heed
-    /// the mark there).
+    /// the mark there), and on top of them, where the image needs it, one with
+    /// the attributes of directories that its archives do not describe.
     pub layers: Vec<LayerFile>,
     pub config: ImageConfiguration,
 }

@@ -101,6 +101,49 @@ fn upper_layers_hide_and_replace_what_is_below() -> Result<()> {
 }
 
 #[test]
+fn a_directory_that_a_layer_does_not_describe_stays_what_it_was() -> Result<()> {
+    with_node(|node| {
+        let lower = LayerBuilder::default()
+            .dir("shared", 0o1777)?
+            .file("shared/low", 0o644, b"low")?
+            .dir("opaque", 0o750)?
+            .file("opaque/below", 0o644, b"x")?
+            .build(Compression::Gzip)?;
+        let upper = LayerBuilder::default()
+            .file("tmp/x", 0o644, b"x")?
+            .file("shared/high", 0o644, b"high")?
+            .file("opaque/.wh..wh..opq", 0o644, b"")?
+            .file("new/dir/x", 0o644, b"")?
+            .build(Compression::Zstd)?;
+        let base = image::busybox_layer(Compression::Gzip)?;
+        let image = Image::new(vec![base, lower, upper], busybox_config());
+        let container = container_of(node, "implied", &image)?;
+        assert_eq!(
+            container.exec(&["stat", "-c", "%a", "/tmp", "/shared", "/opaque"])?,
+            "1777\n1777\n750"
+        );
+        assert_eq!(
+            container.exec(&["stat", "-c", "%a", "/new", "/new/dir"])?,
+            "755\n755"
+        );
+        assert_eq!(container.exec(&["ls", "-A", "/shared"])?, "high\nlow");
+        assert_eq!(container.exec(&["cat", "/tmp/x", "/shared/low"])?, "xlow");
+        assert_eq!(container.exec(&["ls", "-A", "/opaque"])?, "");
+        // Once changed, it is the container's own.
+        container.exec(&["sh", "-c", "touch /tmp/mine && chmod 700 /shared"])?;
+        assert_eq!(
+            container.exec(&["stat", "-c", "%a", "/tmp", "/shared"])?,
+            "1777\n700"
+        );
+        Ok(())
+    })
+}
+
+/// `cap_net_bind_service=ep` as the kernel keeps it (VFS_CAP_REVISION_2 with
+/// the effective bit; permitted and inheritable of either half).
+const CAP_NET_BIND_SERVICE: &[u8] = b"\x01\0\0\x02\0\x04\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
+
+#[test]
 fn links_devices_attributes_and_odd_names_are_kept() -> Result<()> {
     with_node(|node| {
         let long = "n".repeat(200);
@@ -112,7 +155,12 @@ fn links_devices_attributes_and_odd_names_are_kept() -> Result<()> {
             .symlink("dangling", "../../nowhere")?
             .char_device("null-device", 1, 3)?
             .raw(b"fifo", EntryType::Fifo, b"")?
-            .file_with_xattr("with-attribute", b"x", "user.note", b"kept")?
+            .file_with_xattr(
+                "capable/grep",
+                &std::fs::read("/bin/busybox").context("busybox-static")?,
+                "security.capability",
+                CAP_NET_BIND_SERVICE,
+            )?
             .file(&long, 0o644, b"long")?
             .file(&format!("{deep}file"), 0o644, b"deep")?
             .file("sp ace\n\"'\\\u{e9}\u{1f352}", 0o644, b"odd")?
@@ -147,6 +195,20 @@ fn links_devices_attributes_and_odd_names_are_kept() -> Result<()> {
             container.exec(&["stat", "-c", "%u:%g %a", "/owned"])?,
             "1000000:1000000 640"
         );
+        // What the attribute is for: a capability without being root.
+        let pod = node.run_pod("capable")?;
+        let script = ["/capable/grep", "CapEff", "/proc/self/status"];
+        let mut config = pod.container_config("c", &script);
+        config.image.get_or_insert_default().image = "127.0.0.1:5000/odd:latest".to_owned();
+        config
+            .linux
+            .get_or_insert_default()
+            .security_context
+            .get_or_insert_default()
+            .run_as_user = Some(Int64Value { value: 1000 });
+        let capable = pod.start_with(config)?;
+        capable.wait_exit()?;
+        assert_eq!(capable.output()?, "CapEff:\t0000000000000400\n");
         Ok(())
     })
 }

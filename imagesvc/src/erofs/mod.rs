@@ -13,13 +13,15 @@
 //! ```
 //!
 //! The bytes depend on nothing but the calls made: no clock, no random UUID.
-//! Called by [`crate::layer`], which turns tar streams into trees.
+//! [`Reader`] reads directories back. Called by [`crate::layer`], which turns
+//! tar streams into trees and looks at what several of them make together.
 
 mod chunk;
 mod data;
 mod dirent;
 mod inode;
 mod layout;
+mod read;
 mod superblock;
 mod tree;
 mod writer;
@@ -31,6 +33,7 @@ mod tests;
 use std::io;
 
 pub use data::{Content, FileWriter};
+pub use read::{Directory, Entry, Nid, ReadError, Reader};
 pub use tree::{Attr, Device, InodeId, Node, Timestamp, Tree};
 pub use writer::Writer;
 pub use xattr::{XattrError, Xattrs};

@@ -10,6 +10,7 @@ const BLOCK_BITS: u8 = BLOCK_SIZE.trailing_zeros() as u8;
 const FEATURE_COMPAT: u32 = 0x1 | 0x2;
 const FEATURE_INCOMPAT_CHUNKED_FILE: u32 = 0x4;
 
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Superblock {
     /// Inode number of the root.
     pub(super) root_nid: u16,
@@ -54,6 +55,25 @@ impl Superblock {
         block[checksum_at..checksum_at + 4].copy_from_slice(&checksum.to_le_bytes());
         block
     }
+
+    /// None: this is not block 0 as [`Self::encode`] writes it.
+    pub(super) fn decode(block: &[u8]) -> Option<Self> {
+        let at = |offset: usize| block.get(OFFSET + offset..);
+        let u32_at = |offset| Some(u32::from_le_bytes(*at(offset)?.first_chunk()?));
+        let superblock = Self {
+            root_nid: u16::from_le_bytes(*at(14)?.first_chunk()?),
+            inodes: u64::from_le_bytes(*at(16)?.first_chunk()?),
+            epoch: Timestamp {
+                seconds: i64::from_le_bytes(*at(24)?.first_chunk()?),
+                nanos: u32_at(32)?,
+            },
+            blocks: u32_at(36)?,
+            meta_block: u32_at(40)?,
+            uuid: *at(48)?.first_chunk()?,
+            chunked_files: u32_at(80)? == FEATURE_INCOMPAT_CHUNKED_FILE,
+        };
+        (superblock.encode() == block).then_some(superblock)
+    }
 }
 
 /// CRC-32C as the kernel's `crc32c(~0, ..)`: not inverted at the end. Bit by
@@ -69,6 +89,27 @@ fn crc32c(bytes: &[u8]) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_decoded_is_what_was_encoded() {
+        let superblock = Superblock {
+            root_nid: 2,
+            inodes: 3,
+            epoch: Timestamp {
+                seconds: -4,
+                nanos: 5,
+            },
+            blocks: 6,
+            meta_block: 7,
+            uuid: [8; 16],
+            chunked_files: true,
+        };
+        let mut block = superblock.encode();
+        assert_eq!(Superblock::decode(&block), Some(superblock));
+        block[OFFSET + 16] ^= 1;
+        assert_eq!(Superblock::decode(&block), None);
+        assert_eq!(Superblock::decode(&[]), None);
+    }
 
     #[test]
     fn checksum_is_crc32c_without_the_last_inversion() {

@@ -98,6 +98,34 @@ impl Xattrs {
     }
 }
 
+/// Length beside an inode whose `i_xattr_icount` is `icount`.
+pub(super) fn len_of(icount: usize) -> usize {
+    match icount {
+        0 => 0,
+        words => HEADER_LEN + (words - 1) * 4,
+    }
+}
+
+/// Whole names and values out of what lies beside an inode; None: malformed.
+pub(super) fn decode(bytes: &[u8]) -> Option<Vec<(Vec<u8>, Vec<u8>)>> {
+    let mut found = Vec::new();
+    let mut rest = bytes.get(HEADER_LEN..).unwrap_or_default();
+    while let [suffix_len, index, low, high, entry @ ..] = rest {
+        let (suffix_len, value_len) = (
+            usize::from(*suffix_len),
+            usize::from(u16::from_le_bytes([*low, *high])),
+        );
+        let prefix = PREFIXES.iter().chain(&WHOLE_NAMES);
+        let (prefix, _) = prefix.into_iter().find(|(_, number)| number == index)?;
+        let name = [prefix, entry.get(..suffix_len)?].concat();
+        let value = entry.get(suffix_len..suffix_len + value_len)?;
+        found.push((name, value.to_vec()));
+        let len = (4 + suffix_len + value_len).next_multiple_of(4);
+        rest = rest.get(len..)?;
+    }
+    rest.is_empty().then_some(found)
+}
+
 fn split(name: &[u8]) -> Option<(u8, &[u8])> {
     if let Some((_, index)) = WHOLE_NAMES.iter().find(|(whole, _)| *whole == name) {
         return Some((*index, &[]));
@@ -121,6 +149,29 @@ mod tests {
         assert_eq!(xattrs.entries[8..], [0, 2, 1, 0, b'q', 0, 0, 0]);
         assert_eq!(xattrs.encoded_len(), 28);
         assert_eq!(xattrs.icount(), 5);
+        assert_eq!(len_of(5), 28);
+    }
+
+    #[test]
+    fn decodes_what_it_encodes_and_nothing_else() {
+        let given: [(&[u8], &[u8]); 3] = [
+            (b"user.a", b"xyz"),
+            (b"system.posix_acl_access", b""),
+            (b"security.capability", &[7; 300]),
+        ];
+        let mut xattrs = Xattrs::default();
+        for (name, value) in given {
+            assert!(xattrs.push(name, value).unwrap());
+        }
+        let mut bytes = Vec::new();
+        xattrs.encode(&mut bytes);
+        let decoded = decode(&bytes).unwrap();
+        let decoded: Vec<(&[u8], &[u8])> = decoded.iter().map(|(n, v)| (&n[..], &v[..])).collect();
+        assert_eq!(decoded, given);
+        assert_eq!(decode(&[]), Some(Vec::new()));
+        assert_eq!(decode(&bytes[..bytes.len() - 4]), None);
+        bytes[HEADER_LEN + 1] = 9;
+        assert_eq!(decode(&bytes), None);
     }
 
     #[test]

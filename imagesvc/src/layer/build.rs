@@ -6,36 +6,23 @@
 //! the container would follow it: within the tree, whose root is `/`, and
 //! above which there is nothing.
 
-use std::collections::BTreeSet;
 use std::io::{Read, Seek, Write};
 
 use super::archive::{Archive, Kind, Member};
 use super::error::{EntryError, Error, HardLinkReason};
 use super::limits::Limits;
+use super::mark::{MarkError, Marks, OVERLAY_XATTRS, implied_directory};
 use super::path::{EntryPath, Meaning, PathError, show};
 use super::resolve;
 use crate::erofs::{
     self, Attr, Content, Device, InodeId, MAX_SYMLINK_LEN, Node, Tree, Writer, Xattrs,
 };
 
-/// overlayfs's own attributes: from an archive they could redirect a lookup
-/// to another part of a lower layer.
-const OVERLAY_XATTRS: &[u8] = b"trusted.overlay.";
-const OPAQUE_XATTR: (&[u8], &[u8]) = (b"trusted.overlay.opaque", b"y");
-
-/// Of the directories that no member describes.
-pub(super) fn implied_directory() -> Attr {
-    Attr {
-        mode: 0o755,
-        ..Attr::default()
-    }
-}
-
 pub(super) struct Builder<W: Write + Seek> {
     tree: Tree,
     image: Writer<W>,
     limits: Limits,
-    opaque: BTreeSet<InodeId>,
+    marks: Marks,
     dropped_xattrs: u64,
 }
 
@@ -53,7 +40,7 @@ impl<W: Write + Seek> Builder<W> {
             tree: Tree::new(implied_directory(), budget),
             image: Writer::new(out, &budget)?,
             limits,
-            opaque: BTreeSet::new(),
+            marks: Marks::default(),
             dropped_xattrs: 0,
         })
     }
@@ -83,7 +70,7 @@ impl<W: Write + Seek> Builder<W> {
             }
             (Meaning::Opaque, Some((parent, _))) => {
                 let directory = self.parent(parent).map_err(fail)?;
-                self.opaque.insert(directory);
+                self.marks.hides_content(directory);
                 Ok(())
             }
             (Meaning::Whiteout(_) | Meaning::Opaque, None) => {
@@ -138,12 +125,13 @@ impl<W: Write + Seek> Builder<W> {
         if let Some(id) = present
             && matches!(self.tree.node(id), Node::Directory { .. })
         {
+            self.marks.is_described(id);
             return Ok(self.tree.set_directory_attr(id, attr)?);
         }
         let hides = present.is_some_and(|id| is_whiteout(self.tree.node(id)));
         let id = self.tree.insert_directory(parent, name, attr)?;
         if hides {
-            self.opaque.insert(id);
+            self.marks.replaces(id);
         }
         Ok(())
     }
@@ -217,13 +205,13 @@ impl<W: Write + Seek> Builder<W> {
             return Ok(());
         };
         if let Node::Directory { .. } = self.tree.node(present) {
-            self.opaque.insert(present);
+            self.marks.replaces(present);
         }
         Ok(())
     }
 
     fn parent(&mut self, directories: &[&[u8]]) -> Result<InodeId, EntryError> {
-        resolve::make(&mut self.tree, &mut self.opaque, directories)
+        resolve::make(&mut self.tree, &mut self.marks, directories)
     }
 
     fn attr(&mut self, member: &Member) -> Result<Attr, EntryError> {
@@ -251,22 +239,20 @@ impl<W: Write + Seek> Builder<W> {
     }
 
     pub(super) fn finish(mut self, uuid: [u8; 16]) -> Result<Built, Error> {
-        for id in &self.opaque {
-            let mut attr = self.tree.attr(*id).clone();
-            let (name, value) = OPAQUE_XATTR;
-            attr.xattrs.push(name, value).map_err(|source| {
-                let name = show(name);
-                EntryError::Xattr { name, source }.at(b"an opaque directory")
+        self.marks
+            .apply(&mut self.tree)
+            .map_err(|error| match error {
+                MarkError::Xattr { name, source } => {
+                    let name = show(name);
+                    EntryError::Xattr { name, source }.at(b"a directory")
+                }
+                MarkError::Tree(source) => Error::Image(source),
             })?;
-            self.tree
-                .set_directory_attr(*id, attr)
-                .map_err(Error::Image)?;
-        }
         let (_, erofs_len) = self.image.finish(&self.tree, uuid).map_err(Error::Image)?;
         Ok(Built {
             erofs_len,
             dropped_xattrs: self.dropped_xattrs,
-            opaque_root: self.opaque.contains(&Tree::ROOT),
+            opaque_root: self.marks.is_opaque(Tree::ROOT),
         })
     }
 }

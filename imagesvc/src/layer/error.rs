@@ -29,6 +29,8 @@ pub enum Error {
     Entry { path: String, source: EntryError },
     #[error("cannot finish the layer's image")]
     Image(#[source] erofs::Error),
+    #[error("cannot read a converted layer")]
+    Converted(#[source] erofs::ReadError),
 }
 
 #[derive(Debug, thiserror::Error)]

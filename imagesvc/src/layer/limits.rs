@@ -96,6 +96,8 @@ pub enum LimitError {
     },
     #[error("the layer has more than {limit} entries")]
     TooManyEntries { limit: u64 },
+    #[error("the image's layers have more than {limit} directories that no archive describes")]
+    TooManyImplied { limit: u64 },
 }
 
 #[cfg(test)]

@@ -10,16 +10,19 @@
 //! character device, an opaque directory has `trusted.overlay.opaque=y`. The
 //! same archive gives the same bytes, however it was compressed.
 //!
-//! A layer is converted without the layers below it, so two things differ
-//! from unpacking one onto the other: a path through a symbolic link that
-//! only a lower layer has makes a directory of that name, and a directory
-//! that only appears as the parent of another entry gets mode 0755.
+//! A layer is converted without the layers below it, so a path through a
+//! symbolic link that only a lower layer has makes a directory of that name. A
+//! directory that only appears as the parent of another entry gets mode 0755
+//! and a mark; once an image's layers are all there, [`Restored`] gives such
+//! directories what the lower layers say of them.
 
 mod archive;
 mod build;
 mod error;
 mod header;
+mod inherit;
 mod limits;
+mod mark;
 mod path;
 mod pax;
 mod resolve;
@@ -32,6 +35,7 @@ mod tests;
 use std::io::{Read, Seek, Write};
 
 pub use error::{EntryError, Error, HardLinkReason};
+pub(crate) use inherit::Restored;
 pub use limits::{LimitError, Limits};
 pub use path::PathError;
 pub use pax::PaxError;

@@ -2,10 +2,10 @@
 //! root.
 
 use std::borrow::Cow;
-use std::collections::BTreeSet;
 
-use super::build::{implied_directory, is_whiteout};
+use super::build::is_whiteout;
 use super::error::EntryError;
+use super::mark::{Marks, implied_directory};
 use super::path::{PathError, show};
 use crate::erofs::{InodeId, MAX_NAME_LEN, Node, Tree};
 
@@ -101,11 +101,11 @@ pub(super) fn find(tree: &Tree, directories: &[&[u8]]) -> Result<Option<InodeId>
     }
 }
 
-/// The directory at a path. What is missing of it is made; in place of a
-/// whiteout it becomes opaque.
+/// The directory at a path. What is missing of it is made, and is implied; in
+/// place of a whiteout it hides what the layers below have there.
 pub(super) fn make(
     tree: &mut Tree,
-    opaque: &mut BTreeSet<InodeId>,
+    marks: &mut Marks,
     directories: &[&[u8]],
 ) -> Result<InodeId, EntryError> {
     let mut walk = Walk::new(directories);
@@ -122,7 +122,9 @@ pub(super) fn make(
         }
         walk.at = tree.insert_directory(walk.at, &name, implied_directory())?;
         if hides {
-            opaque.insert(walk.at);
+            marks.replaces(walk.at);
+        } else {
+            marks.is_implied(walk.at);
         }
     }
 }

@@ -38,6 +38,10 @@ impl Layers {
         }
     }
 
+    pub(super) fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
     /// The layer's file, fetched over `session` if nobody else is at it.
     pub(super) async fn fetch(
         &self,

@@ -1,6 +1,7 @@
-//! Pulling an image: manifest, configuration, layers, and the commit that
-//! makes it visible.
+//! Pulling an image: manifest, configuration, layers, what they need on top,
+//! and the commit that makes it visible.
 
+mod directories;
 mod ingest;
 mod layers;
 
@@ -291,7 +292,14 @@ impl Pull {
         ticket: PullTicket,
         documents: Documents,
         layers: Vec<LayerRecord>,
-    ) -> Result<(), StoreError> {
+    ) -> Result<(), Error> {
+        let directories_len = match self.restore_directories(&layers).await {
+            Ok(len) => len,
+            Err(error) => {
+                blocking(move || ticket.discard()).await?;
+                return Err(error);
+            }
+        };
         let mut names = vec![format!("{}@{}", self.reference.name(), documents.top)];
         if matches!(self.reference.selector(), Selector::Tag(_)) {
             names.push(self.reference.to_string());
@@ -302,17 +310,30 @@ impl Pull {
             manifest: documents.manifest_text,
             config: documents.config_text,
             layers,
+            directories_len,
         };
         let store = Arc::clone(&self.store);
-        blocking(move || {
+        let committed = blocking(move || {
             let committed = store.commit(&ticket, image);
             match committed {
                 // Without room for a record there is none for its layers.
                 Err(_) => ticket.discard().and(committed),
                 Ok(()) => Ok(()),
             }
+        });
+        Ok(committed.await?)
+    }
+
+    /// Length of the layer that goes on top of `layers`, if they need one.
+    async fn restore_directories(&self, layers: &[LayerRecord]) -> Result<Option<u64>, Error> {
+        let (store, limits) = (Arc::clone(&self.store), *self.layers.limits());
+        let diff_ids: Vec<Digest> = layers.iter().map(|l| l.diff_id.clone()).collect();
+        let work = move || Ok(directories::restore(store.files(), &limits, &diff_ids));
+        let restored = blocking(work).await?;
+        restored.map_err(|source| Error::Directories {
+            image: self.reference.to_string(),
+            source: Box::new(source),
         })
-        .await
     }
 }
 

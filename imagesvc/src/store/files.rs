@@ -20,8 +20,9 @@ use crate::{digest::Digest, error::StoreError};
 /// images/HEX.json               one record an image, HEX of its id
 /// leases/HEX.json               one an owner, HEX of the owner's sha256
 /// pulls/N.json                  one a pull under way or interrupted
-/// layers/sha256/HEX.erofs       HEX of the layer's diff id
-/// layers/sha256/HEX.opaque.erofs    one that hides all layers below it
+/// layers/v2/HEX.erofs           HEX of the layer's diff id
+/// layers/v2/HEX.opaque.erofs    one that hides all layers below it
+/// layers/v2/HEX.directories.erofs   put on top of layers, HEX of their chain id
 /// ingest/sha256-HEX             compressed bytes of an unfinished layer
 /// tmp/                          files that are being written
 /// ```
@@ -30,7 +31,14 @@ pub(crate) struct Files {
     root: PathBuf,
 }
 
+/// Of how layers are converted. Those of another version are deleted, and
+/// their images pulled again: their archives are not kept.
+///
+/// 1, which was `layers/sha256`, did not mark implied directories.
+const LAYERS_VERSION: &str = "v2";
+
 const OPAQUE_SUFFIX: &str = ".opaque.erofs";
+const DIRECTORIES_SUFFIX: &str = ".directories.erofs";
 const LAYER_SUFFIX: &str = ".erofs";
 
 /// A converted layer on disk.
@@ -88,7 +96,28 @@ impl Files {
 
     /// DiffIDs are sha256 here: that is what the conversion computes.
     pub(super) fn layers(&self) -> PathBuf {
-        self.root.join("layers/sha256")
+        self.all_layers().join(LAYERS_VERSION)
+    }
+
+    fn all_layers(&self) -> PathBuf {
+        self.root.join("layers")
+    }
+
+    /// Deletes the layers that an earlier or later version has converted.
+    pub(super) fn remove_other_versions(&self) -> Result<(), StoreError> {
+        for path in list(&self.all_layers())? {
+            if path == self.layers() {
+                continue;
+            }
+            tracing::warn!(path = %path.display(), "layers of another format removed: their images have to be pulled again");
+            let removed = match fs::symlink_metadata(&path) {
+                Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(&path),
+                Ok(_) => fs::remove_file(&path),
+                Err(e) => Err(e),
+            };
+            removed.map_err(|e| StoreError::io(path, e))?;
+        }
+        Ok(())
     }
 
     pub(super) fn ingest_dir(&self) -> PathBuf {
@@ -106,6 +135,23 @@ impl Files {
     pub(crate) fn layer(&self, diff_id: &Digest, opaque: bool) -> PathBuf {
         let suffix = if opaque { OPAQUE_SUFFIX } else { LAYER_SUFFIX };
         self.layers().join(format!("{}{suffix}", diff_id.hex()))
+    }
+
+    /// The layer that goes on top of those with `chain_id`, for the images that
+    /// need one: see [`crate::layer::Restored`].
+    pub(crate) fn directories(&self, chain_id: &Digest) -> PathBuf {
+        let name = format!("{}{DIRECTORIES_SUFFIX}", chain_id.hex());
+        self.layers().join(name)
+    }
+
+    /// Its length, if it is there; one that is there is whole.
+    pub(crate) fn find_directories(&self, chain_id: &Digest) -> Result<Option<u64>, StoreError> {
+        let path = self.directories(chain_id);
+        match fs::metadata(&path) {
+            Ok(metadata) => Ok(Some(metadata.len())),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(StoreError::io(path, e)),
+        }
     }
 
     /// The layer, if it is there; a layer that is there is whole.
@@ -199,12 +245,26 @@ pub(super) fn ingest_name(digest: &Digest) -> String {
     digest.as_str().replace(':', "-")
 }
 
-/// The DiffID of a file in the layers' directory.
-pub(super) fn layer_of(name: &str) -> Option<Digest> {
-    let hex = name
-        .strip_suffix(OPAQUE_SUFFIX)
-        .or_else(|| name.strip_suffix(LAYER_SUFFIX))?;
-    format!("sha256:{hex}").parse().ok()
+/// What a file in the layers' directory is.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) enum LayerName {
+    /// By its DiffID.
+    Layer(Digest),
+    /// By the ChainID of the layers below.
+    Directories(Digest),
+}
+
+impl LayerName {
+    pub(super) fn parse(name: &str) -> Option<Self> {
+        let digest = |hex: &str| format!("sha256:{hex}").parse().ok();
+        if let Some(hex) = name.strip_suffix(DIRECTORIES_SUFFIX) {
+            return digest(hex).map(Self::Directories);
+        }
+        let hex = name
+            .strip_suffix(OPAQUE_SUFFIX)
+            .or_else(|| name.strip_suffix(LAYER_SUFFIX))?;
+        digest(hex).map(Self::Layer)
+    }
 }
 
 /// A file that is not there is no error.

@@ -24,6 +24,7 @@ use std::{
 pub(crate) use files::{Files, LayerOnDisk, remove_file};
 
 use crate::{digest::Digest, error::StoreError};
+use files::LayerName;
 use record::{ImageRecord, LayerRecord, LeaseRecord, Name, PullRecord, PulledLayer, Stored};
 
 /// How long an interrupted pull's bytes wait for the next try. The kubelet's
@@ -63,7 +64,7 @@ pub(crate) struct PullTicket {
 /// An image whose layers stay.
 pub(crate) struct Leased {
     pub(crate) image: Arc<Stored>,
-    /// Lowest first.
+    /// Lowest first, the one that restores directories included.
     pub(crate) layers: Vec<LayerOnDisk>,
 }
 
@@ -74,6 +75,7 @@ pub(crate) struct NewImage {
     pub(crate) manifest: String,
     pub(crate) config: String,
     pub(crate) layers: Vec<LayerRecord>,
+    pub(crate) directories_len: Option<u64>,
 }
 
 impl Store {
@@ -188,6 +190,7 @@ impl Store {
             manifest: new.manifest,
             config: new.config,
             layers: new.layers,
+            directories_len: new.directories_len,
         })?;
         state.images.insert(new.id.clone(), image);
         for other in state.images.values_mut() {
@@ -266,6 +269,14 @@ impl Store {
             };
             layers.push(on_disk);
         }
+        if let (Some(len), Some(chain_id)) = (image.record.directories_len, image.record.chain_id())
+        {
+            layers.push(LayerOnDisk {
+                path: self.files.directories(&chain_id),
+                len,
+                opaque: false,
+            });
+        }
         let lease = LeaseRecord {
             owner: owner.to_owned(),
             image: image.record.id.clone(),
@@ -323,19 +334,22 @@ impl Store {
         self.end_stale_pulls(state, |pull| {
             now.saturating_sub(pull.begun_unix_seconds) > PULL_KEEP.as_secs()
         })?;
-        let images = state.images.values().flat_map(|i| &i.record.layers);
-        let leases = state.leases.values().flat_map(|l| &l.diff_ids);
-        let pulls = state.pulls.values().flat_map(|p| &p.layers);
-        let layers: HashSet<&Digest> = images
-            .map(|l| &l.diff_id)
-            .chain(leases)
-            .chain(pulls.clone().map(|l| &l.diff_id))
-            .collect();
-        let ingests: HashSet<String> = pulls.map(|l| files::ingest_name(&l.digest)).collect();
+        let mut claimed = HashSet::new();
+        for image in state.images.values() {
+            claim(&mut claimed, image.record.layers.iter().map(|l| &l.diff_id));
+        }
+        for lease in state.leases.values() {
+            claim(&mut claimed, &lease.diff_ids);
+        }
+        for pull in state.pulls.values() {
+            claim(&mut claimed, pull.layers.iter().map(|l| &l.diff_id));
+        }
+        let pulled = state.pulls.values().flat_map(|p| &p.layers);
+        let ingests: HashSet<String> = pulled.map(|l| files::ingest_name(&l.digest)).collect();
 
         for path in files::list(&self.files.layers())? {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
-            if !files::layer_of(&name).is_some_and(|diff_id| layers.contains(&diff_id)) {
+            if !LayerName::parse(&name).is_some_and(|name| claimed.contains(&name)) {
                 files::remove_file(&path)?;
             }
         }
@@ -362,6 +376,16 @@ impl Drop for PullTicket {
     fn drop(&mut self) {
         self.store.live().remove(&self.id);
     }
+}
+
+/// Whoever has these layers, lowest first, has what goes on top of them.
+fn claim<'a>(
+    claimed: &mut HashSet<LayerName>,
+    diff_ids: impl IntoIterator<Item = &'a Digest> + Clone,
+) {
+    claimed.extend(Digest::chain(diff_ids.clone()).map(LayerName::Directories));
+    let layers = diff_ids.into_iter().cloned();
+    claimed.extend(layers.map(LayerName::Layer));
 }
 
 fn unix_seconds() -> u64 {

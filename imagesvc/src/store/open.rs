@@ -34,6 +34,7 @@ impl Store {
         for path in files::list(&files.tmp())? {
             files::remove_file(&path)?;
         }
+        files.remove_other_versions()?;
         let mut state = State::default();
         load_images(&files, &mut state)?;
         for (path, lease) in records::<LeaseRecord>(&files, &files.leases())? {
@@ -110,6 +111,11 @@ fn check(
             Some(_) => continue,
         };
         return Ok(Err(format!("its layer {} {reason}", layer.diff_id)));
+    }
+    if let (Some(len), Some(chain_id)) = (record.directories_len, record.chain_id())
+        && files.find_directories(&chain_id)? != Some(len)
+    {
+        return Ok(Err("the layer of its directories is missing or cut".into()));
     }
     Ok(Stored::new(record))
 }

@@ -16,6 +16,15 @@ pub(crate) struct ImageRecord {
     pub(crate) config: String,
     /// Lowest first.
     pub(crate) layers: Vec<LayerRecord>,
+    /// Bytes of the layer that goes on top of them, if the image needs one:
+    /// see [`crate::layer::Restored`]. It is found by [`Self::chain_id`].
+    pub(crate) directories_len: Option<u64>,
+}
+
+impl ImageRecord {
+    pub(crate) fn chain_id(&self) -> Option<Digest> {
+        Digest::chain(self.layers.iter().map(|layer| &layer.diff_id))
+    }
 }
 
 /// A normalised reference, by tag or by digest, that leads to the image.
@@ -86,7 +95,8 @@ impl Stored {
     /// What the image takes on this node, counting shared layers in full.
     pub(crate) fn size(&self) -> u64 {
         let texts = self.record.manifest.len() + self.record.config.len();
-        texts as u64 + self.record.layers.iter().map(|l| l.len).sum::<u64>()
+        let layers = self.record.layers.iter().map(|l| l.len).sum::<u64>();
+        texts as u64 + layers + self.record.directories_len.unwrap_or(0)
     }
 }
 

@@ -169,6 +169,103 @@ async fn layers_below_an_opaque_root_are_not_stacked() {
     assert_eq!(again.layers, lease.layers);
 }
 
+/// `tmp`, sticky, with a file in it.
+fn sticky_layer() -> Layer {
+    let mut archive = tar::Builder::new(Vec::new());
+    let mut header = tar::Header::new_ustar();
+    header.set_entry_type(tar::EntryType::Directory);
+    header.set_mode(0o1777);
+    header.set_size(0);
+    archive
+        .append_data(&mut header, "tmp", std::io::empty())
+        .unwrap();
+    Layer::of_archive(Packing::Gzip, &archive.into_inner().unwrap())
+}
+
+fn directory_files(root: &Path) -> Vec<String> {
+    let mut found = files(&root.join("layers"));
+    found.retain(|name| name.ends_with(".directories.erofs"));
+    found
+}
+
+#[tokio::test]
+async fn directories_that_a_layer_only_implies_are_restored_by_one_more() {
+    let shelf = Shelf::new().await;
+    let root = tempfile::tempdir().unwrap();
+    let service = open(root.path()).await;
+    let inside = Layer::new(Packing::Gzip, &[("tmp/x", b"x")]);
+    let image = TestImage::new(vec![sticky_layer(), inside.clone()]);
+    let reversed = TestImage::new(vec![inside, sticky_layer()]);
+    let name = shelf.put("app", &image);
+    let needs_none = shelf.put("reversed", &reversed);
+    service.pull(&name, None).await.unwrap();
+    service.pull(&needs_none, None).await.unwrap();
+    let lease = service.lease(&needs_none, "other").await.unwrap();
+    assert_eq!(lease.layers.len(), 2);
+    let [restored] = &directory_files(root.path())[..] else {
+        panic!("{:?}", files(root.path()));
+    };
+
+    let lease = service.lease(&name, "owner").await.unwrap();
+    assert_eq!(lease.image.layers.len(), 2);
+    let [_, _, top] = &lease.layers[..] else {
+        panic!("{:?}", lease.layers);
+    };
+    assert_eq!(top.path, root.path().join("layers").join(restored));
+    let bytes = std::fs::read(&top.path).unwrap();
+    assert_eq!(bytes.len() as u64, top.len);
+    let layers: u64 = lease.image.layers.iter().map(|l| l.size).sum();
+    assert!(lease.image.size > layers + top.len);
+
+    // It stays for the lease, over a restart, and goes with it.
+    service.remove(&image.id()).await.unwrap();
+    drop(service);
+    let service = open(root.path()).await;
+    assert_eq!(std::fs::read(&top.path).unwrap(), bytes);
+    service.release("owner").await.unwrap();
+    assert!(directory_files(root.path()).is_empty());
+
+    // The same layers, the same bytes.
+    service.pull(&name, None).await.unwrap();
+    assert_eq!(std::fs::read(&top.path).unwrap(), bytes);
+    drop(service);
+    // Without it the image is not whole.
+    std::fs::remove_file(&top.path).unwrap();
+    let service = open(root.path()).await;
+    assert!(service.status(&name).is_none());
+    service.pull(&name, None).await.unwrap();
+    assert_eq!(std::fs::read(&top.path).unwrap(), bytes);
+}
+
+#[tokio::test]
+async fn layers_of_another_format_are_removed_and_pulled_again() {
+    let shelf = Shelf::new().await;
+    let root = tempfile::tempdir().unwrap();
+    let image = TestImage::new(vec![sticky_layer(), layer(b"x")]);
+    let name = shelf.put("app", &image);
+    let service = open(root.path()).await;
+    service.pull(&name, None).await.unwrap();
+    service.lease(&name, "owner").await.unwrap();
+    drop(service);
+    // As the first format left them: other directory, shorter record.
+    let layers = root.path().join("layers");
+    std::fs::rename(layers.join("v2"), layers.join("sha256")).unwrap();
+    let hex = image.id().trim_start_matches("sha256:").to_owned();
+    let path = root.path().join(format!("images/{hex}.json"));
+    let record = std::fs::read_to_string(&path).unwrap();
+    let older = record.replace(",\"directories_len\":null", "");
+    assert_ne!(older, record);
+    std::fs::write(&path, older).unwrap();
+
+    let service = open(root.path()).await;
+    assert!(service.list(None).is_empty());
+    assert!(!layers.join("sha256").exists());
+    assert_eq!(service.leases().len(), 1);
+    service.release("owner").await.unwrap();
+    service.pull(&name, None).await.unwrap();
+    assert_eq!(service.lease(&name, "owner").await.unwrap().layers.len(), 2);
+}
+
 #[tokio::test]
 async fn an_image_without_layers_is_an_image() {
     let shelf = Shelf::new().await;
@@ -203,7 +300,7 @@ async fn a_restart_puts_in_order_what_is_broken() {
     let path = |name: &str| root.path().join(name);
     let layer_path = |image: &TestImage| {
         let diff_id = image.layers[0].diff_id.hex().to_owned();
-        path(&format!("layers/sha256/{diff_id}.erofs"))
+        path(&format!("layers/v2/{diff_id}.erofs"))
     };
     std::fs::remove_file(layer_path(&torn)).unwrap();
     std::fs::write(layer_path(&cut), "short").unwrap();
@@ -212,7 +309,7 @@ async fn a_restart_puts_in_order_what_is_broken() {
     std::fs::write(path("pulls/garbage.json"), "[]").unwrap();
     std::fs::write(path("tmp/left"), "x").unwrap();
     std::fs::write(path("ingest/sha256-0"), "x").unwrap();
-    std::fs::write(path("layers/sha256/stray"), "x").unwrap();
+    std::fs::write(path("layers/v2/stray"), "x").unwrap();
 
     let service = open(root.path()).await;
     let ids: Vec<_> = service.list(None).into_iter().map(|i| i.id).collect();

@@ -3,6 +3,7 @@
 
 mod bounds;
 mod compare;
+mod inherit;
 mod semantics;
 mod stream;
 mod support;

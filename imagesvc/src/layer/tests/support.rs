@@ -234,7 +234,15 @@ pub(super) struct Overlay {
 impl Overlay {
     /// The highest layer first.
     pub(super) fn of(tars: &[&[u8]]) -> Self {
-        let layers: Vec<Mounted> = tars.iter().map(|tar| Mounted::tar(tar)).collect();
+        Self::stack(tars.iter().map(|tar| Mounted::tar(tar)).collect())
+    }
+
+    /// The highest first.
+    pub(super) fn of_images(images: &[Vec<u8>]) -> Self {
+        Self::stack(images.iter().map(|image| Mounted::image(image)).collect())
+    }
+
+    fn stack(layers: Vec<Mounted>) -> Self {
         let paths: Vec<String> = layers
             .iter()
             .map(|layer| layer.path().to_str().unwrap().to_owned())
@@ -256,6 +264,10 @@ impl Overlay {
 
     pub(super) fn read(&self, path: &str) -> Vec<u8> {
         fs::read(self.root.path().join(path)).unwrap()
+    }
+
+    pub(super) fn stat(&self, path: &str) -> Stat {
+        stat(&self.root.path().join(path))
     }
 }
 
