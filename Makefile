@@ -7,6 +7,7 @@ MAKEFLAGS += --no-print-directory
 CARGO ?= cargo
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 TIMED := deploy/timed.sh
+EMULATED_NODE := $(TIMED) "end-to-end tests on kvm, in an emulated node" env CARGO=$(CARGO) e2e/node/test.sh
 
 # Tests that run at once. A pod is a virtual machine; two keep two cores busy.
 TEST_THREADS ?= 2
@@ -16,16 +17,18 @@ export DRUPE_TEST_KERNEL := $(CURDIR)/out/guest/kernel-uml
 export DRUPE_TEST_INITRAMFS := $(CURDIR)/out/guest/initramfs
 export DRUPE_TEST_VMM := $(CURDIR)/out/bin/drupe-vmm
 
-.PHONY: help setup build demo test e2e bench lint clean
+.PHONY: help setup build demo test e2e test-kvm fuzz bench lint clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Install the Debian packages, build the guest kernel and the test tools (kept in a cache)
 	@deploy/install-packages.sh $(SETUP_EXTRA)
-	@$(TIMED) "guest kernel" deploy/guest-kernel/build.sh uml out/guest
+	@$(TIMED) "guest kernel for uml" deploy/guest-kernel/build.sh uml out/guest
+	@$(TIMED) "guest kernel for kvm" deploy/guest-kernel/build.sh kvm out/guest
 	@e2e/tools/build.sh out/tools
 	@e2e/fetch-packages.sh out/debs
+	@e2e/node/build.sh out/node
 
 build: ## Build the daemon, the VMM, the agent and the guest's initramfs into out/
 	@$(TIMED) "drupe and drupe-vmm" $(CARGO) build --release --workspace
@@ -37,11 +40,18 @@ demo: setup build ## Run one pod on its own kernel and show it; IMAGE=... takes 
 
 # Always the whole workspace: another selection of packages would mean another
 # selection of features, and the dependencies compiled anew.
-test: setup build ## Unit tests, then the end-to-end tests
+test: setup build ## Unit tests, the end-to-end tests, and those of test-kvm
 	@$(TIMED) "all tests" $(CARGO) test --release --workspace -- --test-threads=$(TEST_THREADS)
+	@$(EMULATED_NODE)
 
 e2e: setup build ## Only the end-to-end tests
 	@$(TIMED) "end-to-end tests" $(CARGO) test --release --workspace --test e2e -- --test-threads=$(TEST_THREADS)
+
+test-kvm: setup build ## End-to-end tests on kvm, in an emulated bare-metal node
+	@$(EMULATED_NODE)
+
+fuzz: ## Fuzz the devices with hostile guests, FUZZ_SECONDS (60) each; FUZZ=blk takes one
+	@vmm/fuzz/run.sh $(or $(FUZZ_SECONDS),60) $(FUZZ)
 
 bench: ## Measure pods; PEER=containerd measures Debian's containerd and runc beside it
 bench: SETUP_EXTRA = $(if $(PEER),$(PEER) runc)

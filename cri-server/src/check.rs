@@ -5,7 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
-use podsandbox::config::MachineChoice;
+use podsandbox::machine::NodeFacts;
 
 use crate::config::Config;
 
@@ -27,9 +27,10 @@ use Verdict::{Bad, Good, Note};
 
 /// Prints one line a check; true if pods can run.
 pub fn report(config: &Config) -> bool {
+    let node = NodeFacts::read();
     let mut rows: Vec<(String, Verdict)> = vec![
         ("privileges".to_owned(), privileges()),
-        ("kvm machine".to_owned(), kvm()),
+        ("kvm machine".to_owned(), kvm(&node)),
         (
             "vmm".to_owned(),
             program(&config.vmm, "install drupe's own files or set `vmm`"),
@@ -41,26 +42,24 @@ pub fn report(config: &Config) -> bool {
         ),
     ];
     for (name, runtime) in &config.runtimes {
-        let machine = match runtime.machine {
-            MachineChoice::Uml | MachineChoice::Kvm => {
-                Good(format!("uml, mode {:?}", runtime.uml_mode).to_lowercase())
-            }
-            MachineChoice::Auto => Good(
-                format!(
-                    "auto takes uml: this version has no kvm machine; mode {:?}",
-                    runtime.uml_mode
-                )
-                .to_lowercase(),
-            ),
+        let decision = runtime.decide(&node);
+        let found = format!("{}: {}", decision.machine, decision.why);
+        let machine = match (decision.usable, decision.remedy) {
+            // What the node lacks is told above.
+            (true, Some(remedy)) if node.kvm().is_ok() => Note { found, remedy },
+            (true, _) => Good(found),
+            (false, remedy) => Bad {
+                found,
+                remedy: remedy.unwrap_or_default(),
+            },
         };
         rows.push((format!("handler {name}"), machine));
-        rows.push((
-            format!("handler {name}: kernel"),
-            program(
-                &runtime.kernel,
-                "build it with `make build` or set `kernel`",
-            ),
-        ));
+        if decision.usable {
+            rows.push((
+                format!("handler {name}: kernel"),
+                Good(decision.kernel.display().to_string()),
+            ));
+        }
         rows.push((
             format!("handler {name}: initramfs"),
             readable(
@@ -110,31 +109,10 @@ fn privileges() -> Verdict {
     }
 }
 
-/// Tells about the hardware; the kvm machine itself is a later matter.
-fn kvm() -> Verdict {
-    let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let flags = cpu
-        .lines()
-        .find(|line| line.starts_with("flags"))
-        .unwrap_or_default();
-    let extension = ["vmx", "svm"]
-        .into_iter()
-        .find(|flag| flags.split_whitespace().any(|f| f == *flag));
-    let device = fs::File::options().read(true).write(true).open("/dev/kvm");
-    match (extension, device) {
-        (Some(flag), Ok(_)) => Good(format!("the CPU has {flag} and /dev/kvm opens")),
-        (Some(flag), Err(error)) => Note {
-            found: format!("the CPU has {flag} but /dev/kvm does not open: {error}"),
-            remedy: "load kvm_intel or kvm_amd and check the permissions of /dev/kvm".to_owned(),
-        },
-        (None, Ok(_)) => Note {
-            found: "/dev/kvm opens but the CPU shows neither vmx nor svm: a paravirtual KVM host cannot run an ordinary guest".to_owned(),
-            remedy: "use machine uml, or a node with (nested) hardware virtualisation".to_owned(),
-        },
-        (None, Err(_)) => Note {
-            found: "no hardware virtualisation".to_owned(),
-            remedy: "use machine uml, or turn on (nested) virtualisation for this node".to_owned(),
-        },
+fn kvm(node: &NodeFacts) -> Verdict {
+    match node.kvm() {
+        Ok(found) => Good(found),
+        Err((found, remedy)) => Note { found, remedy },
     }
 }
 

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use podsandbox::config::{MachineChoice, RuntimeConfig};
+use podsandbox::config::RuntimeConfig;
 use serde::{Deserialize, Serialize};
 
 /// What `drupe config` prints; a test holds it to [`Config::default`].
@@ -144,10 +144,6 @@ impl Config {
         }
         for (name, runtime) in &self.runtimes {
             let field = |key: &str| format!("runtimes.{name}.{key}");
-            if runtime.machine == MachineChoice::Kvm {
-                let why = "kvm is not built into this version; use auto or uml";
-                return fail(&field("machine"), why.to_owned());
-            }
             if runtime.default_memory_mib < 64 {
                 return fail(
                     &field("default_memory_mib"),

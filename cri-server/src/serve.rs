@@ -1,5 +1,6 @@
 //! `drupe serve`: config, build, spawn, drain.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::ErrorKind;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
@@ -10,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use imagesvc::ImageService;
 use k8s_cri::v1::image_service_server::ImageServiceServer;
 use k8s_cri::v1::runtime_service_server::RuntimeServiceServer;
-use podsandbox::config::MachineChoice;
+use podsandbox::machine::NodeFacts;
 use podsandbox::{Network, NetworkOptions, PodManager};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::signal::unix::{SignalKind, signal};
@@ -63,17 +64,11 @@ async fn serve(config: Config) -> Result<()> {
     })
     .await
     .context("network")?;
-    let pods = PodManager::open(pod_config(&config), images.clone(), network)
+    let runtimes = decide(&config);
+    let pods = PodManager::open(pod_config(&config, runtimes), images.clone(), network)
         .await
         .context("pods")?;
 
-    for (name, runtime) in &config.runtimes {
-        let why = match runtime.machine {
-            MachineChoice::Auto => "auto: this version has no other machine",
-            MachineChoice::Uml | MachineChoice::Kvm => "as configured",
-        };
-        tracing::info!(handler = name, machine = "uml", mode = ?runtime.uml_mode, why, "handler");
-    }
     let listener = listen(&config.socket).await?;
     tracing::info!(
         socket = ?config.socket,
@@ -114,7 +109,32 @@ async fn serve(config: Config) -> Result<()> {
     remove_socket(&config.socket)
 }
 
-fn pod_config(config: &Config) -> podsandbox::config::Config {
+/// Each handler's machine, decided once: a pod that is taken up later has the
+/// one it was started with.
+fn decide(config: &Config) -> BTreeMap<String, podsandbox::config::Runtime> {
+    let node = NodeFacts::read();
+    let runtimes = config.runtimes.iter().map(|(name, settings)| {
+        let decision = settings.decide(&node);
+        let (machine, why) = (decision.machine, &decision.why);
+        if decision.usable {
+            tracing::info!(handler = name, %machine, why, "handler");
+        } else {
+            let remedy = decision.remedy.as_deref().unwrap_or_default();
+            tracing::error!(handler = name, %machine, why, remedy, "pods of this handler cannot start");
+        }
+        let runtime = podsandbox::config::Runtime {
+            settings: settings.clone(),
+            decision,
+        };
+        (name.clone(), runtime)
+    });
+    runtimes.collect()
+}
+
+fn pod_config(
+    config: &Config,
+    runtimes: BTreeMap<String, podsandbox::config::Runtime>,
+) -> podsandbox::config::Config {
     podsandbox::config::Config {
         root: config.root.clone(),
         run_dir: config.run_dir.clone(),
@@ -122,7 +142,7 @@ fn pod_config(config: &Config) -> podsandbox::config::Config {
         vmm: config.vmm.clone(),
         uid_base: config.uid_base,
         default_runtime: config.default_runtime.clone(),
-        runtimes: config.runtimes.clone(),
+        runtimes,
     }
 }
 

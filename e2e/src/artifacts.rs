@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
+use crate::Machine;
+
 /// A file below `out/`, or the reason why it is not there.
 fn artifact(relative: &str, made_by: &str) -> Result<PathBuf> {
     let path = out_dir()?.join(relative);
@@ -33,8 +35,8 @@ pub fn vmm() -> Result<PathBuf> {
     artifact("bin/drupe-vmm", "build")
 }
 
-pub fn guest_kernel() -> Result<PathBuf> {
-    artifact("guest/kernel-uml", "setup")
+pub fn guest_kernel(machine: Machine) -> Result<PathBuf> {
+    artifact(&format!("guest/kernel-{}", machine.name()), "setup")
 }
 
 pub fn initramfs() -> Result<PathBuf> {

@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -16,6 +17,26 @@ const KILL_WITHIN: Duration = Duration::from_secs(20);
 
 /// The cgroup of pods, below a node's.
 const PODS: &str = "pods";
+
+/// Where drupe puts pods that name no parent.
+pub const OF_DAEMON: &str = "drupe";
+
+/// Held by whoever has pods in [`OF_DAEMON`], which all nodes of the machine
+/// share, or looks what is left of it.
+static DAEMONS_PARENT: Mutex<()> = Mutex::new(());
+
+pub fn lock_parent_of_daemon() -> MutexGuard<'static, ()> {
+    DAEMONS_PARENT
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The group `name` in each hierarchy that has it.
+pub fn groups(name: &str) -> Result<Vec<PathBuf>> {
+    let (mounts, _) = hierarchies()?;
+    let paths = mounts.iter().map(|mount| mount.join(name));
+    Ok(paths.filter(|path| path.exists()).collect())
+}
 
 pub struct Cgroup {
     name: String,
@@ -54,6 +75,14 @@ impl Cgroup {
             found.extend(tree(&path.join(PODS))?.into_iter().skip(1));
         }
         Ok(found)
+    }
+
+    /// The daemon's own parent of pods' cgroups, which goes with the last pod.
+    pub fn empty_parents_of_daemon() -> Result<Vec<PathBuf>> {
+        let _no_test_uses_it = lock_parent_of_daemon();
+        let mut empty = groups(OF_DAEMON)?;
+        empty.retain(|path| tree(path).is_ok_and(|dirs| dirs.len() == 1));
+        Ok(empty)
     }
 
     /// What a process writes its id to in order to join.

@@ -10,7 +10,9 @@ use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
 use k8s_cri::v1::*;
 use tokio::runtime::Runtime;
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Request, Status};
+use tonic::{Request, Status, Streaming};
+
+use crate::patient;
 
 /// No call of a test may take longer; the kubelet's own limit is 2 minutes.
 const CALL_WITHIN: Duration = Duration::from_secs(120);
@@ -29,7 +31,7 @@ macro_rules! rpcs {
     ($($service:ident.$method:ident($request:ty) -> $response:ty;)*) => {
         $(pub fn $method(&self, request: $request) -> Result<$response, Status> {
             let mut request = Request::new(request);
-            request.set_timeout(CALL_WITHIN);
+            request.set_timeout(patient(CALL_WITHIN));
             let mut client = self.$service.clone();
             let answer = self.tokio.block_on(client.$method(request))?;
             Ok(answer.into_inner())
@@ -81,6 +83,13 @@ impl Cri {
         runtime.pod_sandbox_stats(PodSandboxStatsRequest) -> PodSandboxStatsResponse;
         runtime.list_pod_sandbox_stats(ListPodSandboxStatsRequest) -> ListPodSandboxStatsResponse;
         runtime.checkpoint_container(CheckpointContainerRequest) -> CheckpointContainerResponse;
+        runtime.exec(ExecRequest) -> ExecResponse;
+        runtime.attach(AttachRequest) -> AttachResponse;
+        runtime.port_forward(PortForwardRequest) -> PortForwardResponse;
+        runtime.update_container_resources(UpdateContainerResourcesRequest) -> UpdateContainerResourcesResponse;
+        runtime.get_container_events(GetEventsRequest) -> Streaming<ContainerEventResponse>;
+        runtime.list_metric_descriptors(ListMetricDescriptorsRequest) -> ListMetricDescriptorsResponse;
+        runtime.list_pod_sandbox_metrics(ListPodSandboxMetricsRequest) -> ListPodSandboxMetricsResponse;
         image.pull_image(PullImageRequest) -> PullImageResponse;
         image.list_images(ListImagesRequest) -> ListImagesResponse;
         image.image_status(ImageStatusRequest) -> ImageStatusResponse;

@@ -6,16 +6,19 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
+use crate::patient;
+
 /// How often a state that sends no event is looked at.
 const INTERVAL: Duration = Duration::from_millis(10);
 
-/// Calls `check` until it returns Ok; fails with its last Err once `within` is
-/// over.
+/// Calls `check` until it returns Ok; fails with its last Err once `within`,
+/// on a slow machine a multiple of it, is over.
 pub fn eventually<T, E: Display>(
     what: &str,
     within: Duration,
     mut check: impl FnMut() -> Result<T, E>,
 ) -> Result<T> {
+    let within = patient(within);
     let begun = Instant::now();
     loop {
         match check() {

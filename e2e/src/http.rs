@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
+use crate::patient;
+
 const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Nothing that a test asks for is larger.
@@ -38,8 +40,8 @@ pub fn request(
 ) -> Result<Response> {
     let exchange = || -> Result<Vec<u8>> {
         let mut stream = TcpStream::connect(address)?;
-        stream.set_read_timeout(Some(TIMEOUT))?;
-        stream.set_write_timeout(Some(TIMEOUT))?;
+        stream.set_read_timeout(Some(patient(TIMEOUT)))?;
+        stream.set_write_timeout(Some(patient(TIMEOUT)))?;
         let mut head = format!(
             "{method} {path} HTTP/1.0\r\nHost: {address}\r\nContent-Length: {}\r\n",
             body.len()

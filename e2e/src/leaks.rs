@@ -14,6 +14,10 @@ pub struct Scope<'a> {
     pub dir: &'a Path,
     /// Volatile directories, which end up without files.
     pub volatile_dirs: &'a [&'a Path],
+    /// A mount of the test's own.
+    pub standing_mount: Option<&'a Path>,
+    /// Directories that hold something for each pod and end up without it.
+    pub of_pods: Vec<PathBuf>,
     pub ipam_dir: PathBuf,
     pub cgroup: &'a Cgroup,
     pub netns: &'a NetNs,
@@ -29,19 +33,27 @@ pub struct Scope<'a> {
 pub fn assert_none(scope: &Scope<'_>) -> Result<()> {
     let mut left = Vec::new();
     left.extend(processes(scope)?);
-    left.extend(mounts(scope.dir)?);
+    left.extend(mounts(scope)?);
     left.extend(loop_devices(scope.dir)?);
     left.extend(links(scope)?);
     let rules = port_forwards(scope.netns)?.into_iter();
     left.extend(rules.filter(|rule| !scope.standing_rules.contains(rule)));
     left.extend(leases(&scope.ipam_dir)?);
     left.extend(volatile_files(scope)?);
+    for dir in &scope.of_pods {
+        left.extend(entries_of_pods(dir)?);
+    }
     left.extend(
         scope
             .cgroup
             .of_pods()?
             .iter()
             .map(|path| format!("cgroup {}", path.display())),
+    );
+    left.extend(
+        Cgroup::empty_parents_of_daemon()?
+            .iter()
+            .map(|path| format!("empty cgroup {}", path.display())),
     );
     ensure!(left.is_empty(), "left behind:\n  {}", left.join("\n  "));
     Ok(())
@@ -70,9 +82,10 @@ pub fn mount_points(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(points)
 }
 
-fn mounts(dir: &Path) -> Result<Vec<String>> {
-    Ok(mount_points(dir)?
+fn mounts(scope: &Scope<'_>) -> Result<Vec<String>> {
+    Ok(mount_points(scope.dir)?
         .iter()
+        .filter(|point| Some(point.as_path()) != scope.standing_mount)
         .map(|point| format!("mount {}", point.display()))
         .collect())
 }
@@ -139,6 +152,27 @@ fn volatile_files(scope: &Scope<'_>) -> Result<Vec<String>> {
                 .iter()
                 .map(|path| format!("file {}", path.display())),
         );
+    }
+    Ok(left)
+}
+
+/// Disks, records and directories in `dir`, whoever's they are, but for the
+/// template that disks are copied from.
+fn entries_of_pods(dir: &Path) -> Result<Vec<String>> {
+    let mut left = Vec::new();
+    // A runtime other than drupe has none of these.
+    if !dir.exists() {
+        return Ok(left);
+    }
+    for entry in fs::read_dir(dir).with_context(|| dir.display().to_string())? {
+        let path = entry?.path();
+        let is_template = path.extension().is_some_and(|end| end == "ext4")
+            && path
+                .file_name()
+                .is_some_and(|name| name.as_encoded_bytes().starts_with(b"template-"));
+        if !is_template {
+            left.push(format!("of a pod {}", path.display()));
+        }
     }
     Ok(left)
 }

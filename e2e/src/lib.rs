@@ -19,6 +19,7 @@ pub mod image;
 pub mod layer;
 pub mod leaks;
 pub mod log;
+pub mod machine;
 pub mod netns;
 pub mod node;
 pub mod pod;
@@ -28,5 +29,6 @@ pub mod registry;
 
 pub use cri::Cri;
 pub use eventually::eventually;
+pub use machine::{Machine, patient};
 pub use node::{Node, NodeBuilder, Server};
 pub use pod::{Container, Pod};

@@ -7,6 +7,7 @@
 
 mod builder;
 mod config;
+mod containerd;
 mod server;
 
 use std::fs;
@@ -24,6 +25,7 @@ use nix::unistd::Pid;
 use serde_json::Value;
 
 use crate::cgroup::Cgroup;
+use crate::machine::slowness;
 use crate::netns::NetNs;
 use crate::registry::{Access, Registry};
 use crate::{Cri, artifacts, leaks, reaper};
@@ -33,6 +35,9 @@ pub use config::{BRIDGE, SUBNET_V4, SUBNET_V6};
 
 /// The image that every node's registry has.
 pub const BUSYBOX: &str = "127.0.0.1:5000/busybox:latest";
+
+/// What crictl may take for a call.
+const CRICTL_SECONDS: u32 = 60;
 
 pub struct Node {
     pub dir: PathBuf,
@@ -171,7 +176,7 @@ impl Node {
                 "--config",
                 "/dev/null",
                 "--timeout",
-                "60s",
+                &format!("{}s", CRICTL_SECONDS * slowness()),
                 "-r",
                 &endpoint,
                 "-i",
@@ -282,13 +287,27 @@ impl Node {
     /// Fails with what removed pods have left, unless it is nothing. The
     /// server may run.
     pub fn assert_no_pod_left(&self) -> Result<()> {
-        leaks::assert_none(&self.leak_scope(&[&self.netns_dir(), &self.run_dir().join("pods")]))
+        let pods = self.run_dir().join("pods");
+        let mut scope = self.leak_scope(&[]);
+        scope.of_pods.push(pods);
+        scope.of_pods.push(self.image_leases());
+        leaks::assert_none(&scope)
     }
 
-    /// Fails unless stopped pods hold no process, mount, link or address; they
-    /// may keep files such as the console's log until they are removed.
+    /// Like [`Self::assert_no_pod_left`] while the test has mounted a file
+    /// system of its own at `point`.
+    pub fn assert_no_pod_left_on(&self, point: &Path) -> Result<()> {
+        let mut scope = self.leak_scope(&[]);
+        scope.standing_mount = Some(point);
+        scope.of_pods.push(self.run_dir().join("pods"));
+        scope.of_pods.push(self.image_leases());
+        leaks::assert_none(&scope)
+    }
+
+    /// Fails unless stopped pods hold no process, mount, link, address or disk;
+    /// they may keep files such as the console's log until they are removed.
     pub fn assert_no_running_pod_left(&self) -> Result<()> {
-        leaks::assert_none(&self.leak_scope(&[&self.netns_dir()]))
+        leaks::assert_none(&self.leak_scope(&[]))
     }
 
     /// Fails with what server and pods have left, unless it is nothing.
@@ -297,13 +316,29 @@ impl Node {
             !self.socket().exists(),
             "the socket of the server that ended is still there"
         );
-        leaks::assert_none(&self.leak_scope(&[&self.netns_dir(), &self.run_dir()]))
+        let run_dir = self.run_dir();
+        let volatile = [run_dir.as_path()];
+        let mut scope = self.leak_scope(&volatile);
+        scope.of_pods.push(run_dir.join("pods"));
+        scope.of_pods.push(self.image_leases());
+        leaks::assert_none(&scope)
+    }
+
+    /// Where drupe notes which containers use an image.
+    fn image_leases(&self) -> PathBuf {
+        self.root().join("images/leases")
     }
 
     fn leak_scope<'a>(&'a self, volatile_dirs: &'a [&'a Path]) -> leaks::Scope<'a> {
         leaks::Scope {
             dir: &self.dir,
             volatile_dirs,
+            standing_mount: None,
+            of_pods: vec![
+                self.netns_dir(),
+                self.root().join("scratch"),
+                self.root().join("cni"),
+            ],
             ipam_dir: self.ipam_dir(),
             cgroup: &self.cgroup,
             netns: &self.netns,
@@ -322,6 +357,7 @@ impl Node {
             child.wait().context("reap the server")?;
         }
         reaper::forget(&self.cgroup);
+        containerd::remove_shim_sockets(&self.run_dir())?;
         for point in leaks::mount_points(&self.dir)? {
             nix::mount::umount2(&point, nix::mount::MntFlags::MNT_DETACH)
                 .with_context(|| format!("unmount {}", point.display()))?;

@@ -11,6 +11,7 @@ use k8s_cri::v1::*;
 use tonic::Status;
 
 use crate::cri::image_spec;
+use crate::machine::slowness;
 use crate::node::BUSYBOX;
 use crate::{Cri, Node, eventually, log};
 
@@ -248,6 +249,9 @@ pub const IDLE: &[&str] = &[
     "trap 'exit 0' TERM; while :; do sleep 1000 & wait $!; done",
 ];
 
+/// A command inside a container has this long, unless it is given another.
+const EXEC_SECONDS: i64 = 60;
+
 /// How long a container that was told to end, or has little to do, may run.
 const EXIT_WITHIN: Duration = Duration::from_secs(30);
 
@@ -308,7 +312,7 @@ impl Container {
     /// Runs a command inside that succeeds; returns its output, trimmed.
     pub fn exec(&self, command: &[&str]) -> Result<String> {
         let answer = self
-            .exec_sync(command, 60)
+            .exec_sync(command, EXEC_SECONDS * i64::from(slowness()))
             .with_context(|| command.join(" "))?;
         ensure!(
             answer.exit_code == 0,

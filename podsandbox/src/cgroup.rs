@@ -16,6 +16,10 @@ use crate::{Error, Result};
 const EMPTY_WITHIN: Duration = Duration::from_secs(5);
 const EMPTY_POLL: Duration = Duration::from_millis(5);
 const ROOT: &str = "/sys/fs/cgroup";
+/// Where the VMMs of pods without a `cgroup_parent` are charged.
+pub const OWN_PARENT: &str = "/drupe";
+/// Another daemon may be removing a parent that is ours together.
+const MAKE_TRIES: u32 = 5;
 /// v1 hierarchies that account or limit; a cpuset would need to be filled in
 /// before it takes a process.
 const V1_CONTROLLERS: [&str; 5] = ["memory", "cpu", "cpuacct", "pids", "blkio"];
@@ -25,14 +29,40 @@ const V1_CONTROLLERS: [&str; 5] = ["memory", "cpu", "cpuacct", "pids", "blkio"];
 pub fn make(parent: &Path, id: &str) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for dir in dirs(parent, id)? {
-        fs::create_dir_all(&dir).map_err(|source| failed(&dir, source))?;
+        let mut tries = 0;
+        while let Err(source) = fs::create_dir_all(&dir) {
+            tries += 1;
+            if source.kind() != io::ErrorKind::NotFound || tries == MAKE_TRIES {
+                return Err(failed(&dir, source));
+            }
+        }
         files.push(dir.join("cgroup.procs"));
     }
     Ok(files)
 }
 
+/// Removes the parent that is nobody else's, unless some pod is in it.
+pub fn remove_own_parent() {
+    for dir in dirs_of(Path::new(OWN_PARENT)) {
+        match fs::remove_dir(&dir) {
+            Ok(()) => {}
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound
+                        | io::ErrorKind::ResourceBusy
+                        | io::ErrorKind::DirectoryNotEmpty
+                ) => {}
+            Err(error) => {
+                tracing::warn!(path = %dir.display(), %error, "cannot remove an empty control group");
+            }
+        }
+    }
+}
+
 /// Kills what is left in the group and removes it; one that is gone, or could
-/// never have been made, is no error. The parent is its maker's.
+/// never have been made, is no error. A parent that was asked for is its
+/// maker's.
 pub async fn remove(parent: &Path, id: &str) -> Result<()> {
     let deadline = Instant::now() + EMPTY_WITHIN;
     for dir in dirs(parent, id).unwrap_or_default() {
@@ -78,10 +108,12 @@ fn dirs(parent: &Path, id: &str) -> Result<Vec<PathBuf>> {
             why: format!("{parent:?} is not an absolute path without '..'"),
         });
     }
-    let below = parent
-        .strip_prefix("/")
-        .unwrap_or(parent)
-        .join(format!("drupe-{id}"));
+    Ok(dirs_of(&parent.join(format!("drupe-{id}"))))
+}
+
+/// The group in every hierarchy.
+fn dirs_of(group: &Path) -> Vec<PathBuf> {
+    let below = group.strip_prefix("/").unwrap_or(group);
     let root = Path::new(ROOT);
     let hierarchies = if root.join("cgroup.controllers").exists() {
         vec![root.to_owned()]
@@ -91,10 +123,10 @@ fn dirs(parent: &Path, id: &str) -> Result<Vec<PathBuf>> {
             .filter(|dir| dir.join("cgroup.procs").exists())
             .collect()
     };
-    Ok(hierarchies
+    hierarchies
         .into_iter()
-        .map(|hierarchy| hierarchy.join(&below))
-        .collect())
+        .map(|hierarchy| hierarchy.join(below))
+        .collect()
 }
 
 fn failed(dir: &Path, source: io::Error) -> Error {

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-use vmm_client::UmlMode;
+use vmm_client::{HugePages, UmlMode};
+
+use crate::machine::Decision;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -12,6 +14,7 @@ pub struct RuntimeConfig {
     pub machine: MachineChoice,
     /// How `uml` confines the guest's processes.
     pub uml_mode: UmlMode,
+    /// `{machine}` in it stands for `kvm` or `uml`.
     pub kernel: PathBuf,
     pub initramfs: PathBuf,
     /// Words added to the guest kernel's command line.
@@ -20,6 +23,8 @@ pub struct RuntimeConfig {
     pub default_memory_mib: u32,
     /// vCPUs of a pod that states no limit.
     pub default_vcpus: u32,
+    /// Pages of the node under a `kvm` guest's memory.
+    pub huge_pages: HugePages,
     /// Guest memory on top of the pod's limit where RuntimeClass declares no
     /// overhead: the guest's kernel and the agent live there.
     pub guest_overhead_mib: u32,
@@ -36,11 +41,12 @@ impl Default for RuntimeConfig {
         Self {
             machine: MachineChoice::Auto,
             uml_mode: UmlMode::Seccomp,
-            kernel: "/usr/lib/drupe/kernel-uml".into(),
+            kernel: "/usr/lib/drupe/kernel-{machine}".into(),
             initramfs: "/usr/lib/drupe/initramfs".into(),
             kernel_args: Vec::new(),
             default_memory_mib: 512,
             default_vcpus: 1,
+            huge_pages: HugePages::Off,
             guest_overhead_mib: 64,
             scratch_gib: 10,
             disk_slots: 8,
@@ -57,6 +63,14 @@ pub enum MachineChoice {
     Uml,
 }
 
+/// A handler on this node.
+#[derive(Clone, Debug, Serialize)]
+pub struct Runtime {
+    pub settings: RuntimeConfig,
+    /// Its machine and its kernel.
+    pub decision: Decision,
+}
+
 /// Where pods live on this node.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -69,12 +83,12 @@ pub struct Config {
     /// First of the 65,536 uids and gids that VMMs run under.
     pub uid_base: u32,
     pub default_runtime: String,
-    pub runtimes: BTreeMap<String, RuntimeConfig>,
+    pub runtimes: BTreeMap<String, Runtime>,
 }
 
 impl Config {
     /// The configuration that serves `handler`; empty means the default.
-    pub fn runtime(&self, handler: &str) -> crate::Result<(&str, &RuntimeConfig)> {
+    pub fn runtime(&self, handler: &str) -> crate::Result<(&str, &Runtime)> {
         let name = if handler.is_empty() {
             &self.default_runtime
         } else {

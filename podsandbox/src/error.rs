@@ -109,7 +109,7 @@ pub enum Error {
     },
     #[error("the guest did not report ready within {seconds} s{console}")]
     BootTimeout { seconds: u64, console: String },
-    #[error("the virtual machine ended: {0}")]
+    #[error("the virtual machine ended: {}", on_one_line(.0))]
     VmEnded(String),
     #[error("the pod is being stopped")]
     Stopping,
@@ -210,6 +210,14 @@ impl Error {
     pub fn sentence(&self) -> String {
         sentence(self)
     }
+}
+
+/// A VMM's report with the lines of the guest's console behind one another, as
+/// logs and clients take it.
+fn on_one_line(report: &str) -> String {
+    let lines = report.lines().map(str::trim);
+    let lines: Vec<&str> = lines.filter(|line| !line.is_empty()).collect();
+    lines.join(" | ").replace(": | ", ": ")
 }
 
 /// An error and its causes in one sentence, each said once.

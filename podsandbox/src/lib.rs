@@ -13,6 +13,7 @@ mod context;
 mod driver;
 mod error;
 mod ids;
+pub mod machine;
 mod manager;
 mod network;
 mod oci;

@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use agent_api::exec_sync_event::Event as ExecEvent;
 use imagesvc::ImageService;
+use netns::cni::Collection;
+use tokio::sync::Semaphore;
 
 use crate::config::Config;
 use crate::context::{Context, now_nanos};
@@ -20,7 +22,7 @@ use crate::sizing::Bounds;
 use crate::snapshot::PodSnapshot;
 use crate::spec::{ContainerSpec, PodName, PodSpec};
 use crate::store::Store;
-use crate::{Error, Result, ids, signals, sizing};
+use crate::{Error, Result, cgroup, ids, signals, sizing};
 
 /// What ExecSync returns of each stream at most; the field's runtimes agree.
 const EXEC_OUTPUT_LIMIT: usize = 16 << 20;
@@ -28,8 +30,15 @@ const EXEC_OUTPUT_LIMIT: usize = 16 << 20;
 const KILL_WAIT: Duration = Duration::from_secs(10);
 /// Beyond an exec's own time-out: for the answer to travel.
 const EXEC_GRACE: Duration = Duration::from_secs(5);
-/// Where the VMMs of pods without a `cgroup_parent` are charged.
-const DEFAULT_CGROUP: &str = "/drupe";
+/// Pods that run are taken up so many at a time: a few calls to each VMM and
+/// guest.
+const TAKE_UPS_AT_ONCE: usize = 32;
+/// What was half done is undone or finished so many pods at a time: each runs
+/// CNI plugins.
+const UNDOS_AT_ONCE: usize = 16;
+/// Requests are served after this even if a pod's VMM hangs; it takes
+/// milliseconds.
+const TAKE_UP_WAIT: Duration = Duration::from_secs(10);
 const UIDS: u32 = 65_536;
 const SIGTERM: u32 = 15;
 const SIGKILL: u32 = 9;
@@ -42,6 +51,14 @@ pub struct ExecOutput {
     pub timed_out: bool,
 }
 
+/// What came of asking for a pod's name.
+enum Claim {
+    /// Its start was begun or joined.
+    Ours(String, Handle),
+    /// A start that failed or was cut off has it until it is undone.
+    BeingUndone(Handle),
+}
+
 #[derive(Clone)]
 pub struct PodManager {
     context: Arc<Context>,
@@ -50,7 +67,8 @@ pub struct PodManager {
 
 impl PodManager {
     /// Opens the records and takes up, finishes or undoes what they tell of.
-    /// Returns when every pod has been looked at.
+    /// Returns when the pods that run were taken up. What has to be undone is
+    /// undone in the background: CNI plugins may take long over it.
     pub async fn open(config: Config, images: ImageService, network: Network) -> Result<Self> {
         let store = Store::open(&config.root.join("state.redb"))?;
         let found = store.load()?;
@@ -78,9 +96,29 @@ impl PodManager {
                 .or_default()
                 .insert(container.id.clone(), container);
         }
+        cgroup::remove_own_parent();
+        let readable = found.pods.iter().map(|pod| &pod.id);
+        let ids = readable.chain(&found.unreadable).cloned();
+        // Before any driver runs: attaching and detaching have to wait for it.
+        match self.context.network.begin_gc(ids).await {
+            Ok(collection) => drop(tokio::spawn(self.clone().collect(collection))),
+            Err(error) => {
+                tracing::warn!(error = %error.sentence(), "cannot look for attachments of pods that are gone");
+            }
+        }
+        let (take_ups, undos) = (
+            Arc::new(Semaphore::new(TAKE_UPS_AT_ONCE)),
+            Arc::new(Semaphore::new(UNDOS_AT_ONCE)),
+        );
+        let mut running = Vec::new();
         for pod in found.pods {
             let containers = of_pod.remove(&pod.id).unwrap_or_default();
-            let handle = Driver::resume(Arc::clone(&self.context), pod.clone(), containers);
+            let runs = matches!(pod.phase, PodPhase::Ready | PodPhase::Stopped);
+            let turn = Arc::clone(if runs { &take_ups } else { &undos });
+            let handle = Driver::resume(Arc::clone(&self.context), pod.clone(), containers, turn);
+            if runs {
+                running.push(handle.clone());
+            }
             self.pods().insert(pod.id, handle);
         }
         // Nor are the containers of a pod that cannot be read touched.
@@ -95,20 +133,25 @@ impl PodManager {
                 self.context.images.release(&owner).await?;
             }
         }
-        let handles: Vec<Handle> = self.pods().values().cloned().collect();
-        for mut handle in handles {
-            if handle.started.wait_for(Option::is_some).await.is_err() {
-                tracing::debug!("a pod was undone");
+        let taken_up = async {
+            for handle in &mut running {
+                handle.settled().await;
             }
-        }
-        self.forget_gone();
-        let mut live: Vec<String> = self.pods().keys().cloned().collect();
-        live.extend(found.unreadable);
-        if let Err(error) = self.context.network.gc(live.into_iter()).await {
-            // A plugin that fails now must not keep pods from being served.
-            tracing::warn!(error = %error.sentence(), "cannot collect attachments of pods that are gone");
+        };
+        if tokio::time::timeout(TAKE_UP_WAIT, taken_up).await.is_err() {
+            tracing::warn!(
+                "some pods were not taken up within {} s; serving without waiting for them",
+                TAKE_UP_WAIT.as_secs()
+            );
         }
         Ok(())
+    }
+
+    /// A plugin that fails or hangs must not keep pods from being served.
+    async fn collect(self, collection: Collection) {
+        if let Err(error) = self.context.network.finish_gc(collection).await {
+            tracing::warn!(error = %error.sentence(), "cannot collect attachments of pods that are gone");
+        }
     }
 
     fn forget_gone(&self) {
@@ -127,14 +170,20 @@ impl PodManager {
 
     /// Starts a pod and returns its id once it serves. The work goes on when
     /// the caller goes away; asked again meanwhile, the same work is joined.
+    /// A name whose half-made pod is still being undone is waited for.
     pub async fn run(&self, spec: PodSpec) -> Result<String> {
         let since = Instant::now();
-        let (id, mut handle) = self.join_or_begin(spec, since)?;
-        let outcome = match handle.started.wait_for(Option::is_some).await {
-            Ok(outcome) => outcome.clone(),
-            Err(_) => None,
+        let (id, mut handle) = loop {
+            match self.join_or_begin(&spec, since)? {
+                Claim::Ours(id, handle) => break (id, handle),
+                Claim::BeingUndone(mut handle) => {
+                    let over = |snapshot: &PodSnapshot| snapshot.gone || snapshot.is_listed();
+                    let waited = handle.snapshot.wait_for(over).await;
+                    waited.map_err(|_| Error::Stopping)?;
+                }
+            }
         };
-        match outcome {
+        match handle.settled().await {
             Some(Ok(())) => Ok(id),
             Some(Err(error)) => {
                 self.forget_gone();
@@ -149,10 +198,10 @@ impl PodManager {
 
     /// One look at the names and, if the name is free, its reservation, under
     /// one lock: of two requests for a name one begins and the other joins.
-    fn join_or_begin(&self, spec: PodSpec, since: Instant) -> Result<(String, Handle)> {
+    fn join_or_begin(&self, spec: &PodSpec, since: Instant) -> Result<Claim> {
         let (handler, runtime) = self.context.config.runtime(&spec.handler)?;
         let bounds = Bounds::of_this_node(max_vcpus(runtime));
-        let size = sizing::size(runtime, &spec.resources, &spec.overhead, bounds);
+        let size = sizing::size(&runtime.settings, &spec.resources, &spec.overhead, bounds);
         let mut pods = self.pods();
         pods.retain(|_, handle| !handle.snapshot.borrow().gone);
         let taken = pods.iter().find(|(_, handle)| {
@@ -161,8 +210,12 @@ impl PodManager {
         });
         if let Some((id, handle)) = taken {
             let under_way = handle.started.borrow().is_none();
-            if under_way && handle.snapshot.borrow().pod.spec == spec {
-                return Ok((id.clone(), handle.clone()));
+            let snapshot = handle.snapshot.borrow();
+            if under_way && snapshot.pod.spec == *spec {
+                return Ok(Claim::Ours(id.clone(), handle.clone()));
+            }
+            if !under_way && !snapshot.is_listed() {
+                return Ok(Claim::BeingUndone(handle.clone()));
             }
             return Err(Error::PodNameTaken {
                 name: full_name(&spec.name),
@@ -181,16 +234,16 @@ impl PodManager {
             cgroup: spec
                 .cgroup_parent
                 .clone()
-                .or_else(|| Some(DEFAULT_CGROUP.into())),
+                .or_else(|| Some(cgroup::OWN_PARENT.into())),
             network: None,
             vmm_pid: None,
             failure: None,
             timeline: Vec::new(),
-            spec,
+            spec: spec.clone(),
         };
         let handle = Driver::begin(Arc::clone(&self.context), record, since);
         pods.insert(id.clone(), handle.clone());
-        Ok((id, handle))
+        Ok(Claim::Ours(id, handle))
     }
 
     /// StopPodSandbox; a pod that does not exist is stopped.
@@ -386,6 +439,8 @@ impl PodManager {
         argv: Vec<String>,
         timeout: Option<Duration>,
     ) -> Result<ExecOutput> {
+        let (mut handle, _) = self.existing(id)?;
+        handle.settled().await;
         let (snapshot, container) = self.container(id)?;
         if container.phase != ContainerPhase::Running {
             return Err(crate::driver::state_error(

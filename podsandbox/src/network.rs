@@ -10,9 +10,10 @@ use std::time::Duration;
 
 use netns::InterfaceConfig;
 use netns::cni::{
-    AddResult, Attachment, Bandwidth, Cni, CniOptions, CniWatcher, NetworkState, PodDns,
-    PodNetwork, PortMapping, ResultDns, load_network,
+    AddResult, Attachment, Bandwidth, Cni, CniOptions, CniWatcher, Collection, NetworkState,
+    PodDns, PodNetwork, PortMapping, ResultDns, load_network,
 };
+use tokio::sync::Semaphore;
 
 use crate::paths::PodPaths;
 use crate::record::PodRecord;
@@ -24,6 +25,8 @@ pub const INTERFACE: &str = "eth0";
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 /// The largest resolv.conf that is read.
 const MAX_RESOLV_CONF: usize = 64 * 1024;
+
+const CHECKS_AT_ONCE: usize = 2;
 
 /// Where the node's network comes from.
 #[derive(Clone, Debug)]
@@ -39,6 +42,9 @@ pub struct NetworkOptions {
 pub struct Network {
     cni: Cni,
     watcher: CniWatcher,
+    /// Nobody waits for a CHECK, but pods that start wait for CPU time.
+    checks: Semaphore,
+    check_timeout: Duration,
 }
 
 impl Network {
@@ -49,7 +55,12 @@ impl Network {
             record_dir: options.record_dir,
             timeout: options.plugin_timeout,
         });
-        Ok(Self { cni, watcher })
+        Ok(Self {
+            cni,
+            watcher,
+            checks: Semaphore::new(CHECKS_AT_ONCE),
+            check_timeout: options.plugin_timeout,
+        })
     }
 
     /// One look, without watching: the network's name, or why there is none.
@@ -81,19 +92,44 @@ impl Network {
         Ok(self.cni.del(pod, INTERFACE).await?)
     }
 
-    /// Detaches what belongs to none of `pods`.
-    pub(crate) async fn gc(&self, pods: impl Iterator<Item = String>) -> Result<()> {
+    /// What the plugins find changed of a pod's attachment, in one sentence. All
+    /// of them together have the time of one.
+    pub(crate) async fn check(&self, pod: &str) -> Option<String> {
+        let _place = self.checks.acquire().await;
+        let checked = self.cni.check(pod, INTERFACE);
+        let text = |error: &dyn std::error::Error| crate::error::sentence(error);
+        match tokio::time::timeout(self.check_timeout, checked).await {
+            Ok(Ok(complaints)) => {
+                let texts: Vec<String> = complaints.iter().map(|error| text(error)).collect();
+                (!texts.is_empty()).then(|| texts.join("; "))
+            }
+            Ok(Err(error)) => Some(text(&error)),
+            // A complaint would have had to be made by now.
+            Err(_) => {
+                tracing::debug!(pod, "CNI CHECK did not end in time");
+                None
+            }
+        }
+    }
+
+    /// Begins to detach what belongs to none of `pods`. Nothing is attached or
+    /// detached until [`Network::finish_gc`] has asked the plugins.
+    pub(crate) async fn begin_gc(&self, pods: impl Iterator<Item = String>) -> Result<Collection> {
         let valid: BTreeSet<Attachment> = pods
             .map(|sandbox_id| Attachment {
                 sandbox_id,
                 interface: INTERFACE.to_owned(),
             })
             .collect();
+        Ok(self.cni.begin_gc(valid).await?)
+    }
+
+    pub(crate) async fn finish_gc(&self, collection: Collection) -> Result<()> {
         let network = match self.watcher.current() {
             NetworkState::Ready(network) => Some(network),
             NetworkState::NotReady(_) => None,
         };
-        Ok(self.cni.gc(network.as_deref(), &valid).await?)
+        Ok(collection.finish(network.as_deref()).await?)
     }
 }
 

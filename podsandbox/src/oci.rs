@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 use oci_spec::image::ImageConfiguration;
 use oci_spec::runtime::{
     Capabilities, Capability, LinuxBuilder, LinuxCapabilitiesBuilder, LinuxCpuBuilder,
-    LinuxDeviceCgroupBuilder, LinuxMemoryBuilder, LinuxNamespaceBuilder, LinuxNamespaceType,
-    LinuxResources, LinuxResourcesBuilder, Mount, MountBuilder, ProcessBuilder, RootBuilder, Spec,
-    SpecBuilder,
+    LinuxDeviceCgroupBuilder, LinuxHugepageLimitBuilder, LinuxMemoryBuilder, LinuxNamespaceBuilder,
+    LinuxNamespaceType, LinuxResources, LinuxResourcesBuilder, Mount, MountBuilder, ProcessBuilder,
+    RootBuilder, Spec, SpecBuilder,
 };
 
 use crate::spec::{ContainerSpec, Propagation, Resources, Seccomp};
@@ -389,6 +389,15 @@ pub fn linux_resources(resources: &Resources) -> Result<LinuxResources> {
                 .into_iter()
                 .collect::<HashMap<_, _>>(),
         );
+    }
+    if !resources.hugepage_limits.is_empty() {
+        let limits = resources.hugepage_limits.iter().map(|(size, &bytes)| {
+            LinuxHugepageLimitBuilder::default()
+                .page_size(size.clone())
+                .limit(i64::try_from(bytes).unwrap_or(i64::MAX))
+                .build()
+        });
+        builder = builder.hugepage_limits(limits.collect::<std::result::Result<Vec<_>, _>>()?);
     }
     Ok(builder.build()?)
 }

@@ -41,11 +41,19 @@ pub fn template(dir: &Path, gib: u32) -> Result<PathBuf> {
         .args(["-O", "^has_journal,^resize_inode,metadata_csum"])
         .args(["-E", "lazy_itable_init=1,nodiscard,root_owner=0:0"])
         .arg(&partial)
+        // What it says is looked at below.
+        .env("LC_ALL", "C")
         .output()
         .map_err(|e| failed(Path::new("mkfs.ext4"), e))?;
     if !output.status.success() {
         fs::remove_file(&partial).map_err(|e| failed(&partial, e))?;
-        let stderr = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        // Its exit code is the same for every failure.
+        if stderr.contains(nix::Error::ENOSPC.desc()) {
+            return Err(failed(&path, nix::Error::ENOSPC.into()));
+        }
+        let lines: Vec<&str> = stderr.lines().map(str::trim).collect();
+        let stderr = lines.join("; ");
         return Err(Error::Tool {
             program: "mkfs.ext4",
             stderr,

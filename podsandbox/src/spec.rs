@@ -90,6 +90,10 @@ pub struct Resources {
     pub cpuset_mems: String,
     /// cgroup v2 files, verbatim.
     pub unified: BTreeMap<String, String>,
+    /// Bytes by page size, which is written as in the file's name: `2MB`. The
+    /// kubelet limits every size that the node has, to 0 where none is asked.
+    #[serde(default)]
+    pub hugepage_limits: BTreeMap<String, u64>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]

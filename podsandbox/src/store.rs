@@ -1,11 +1,19 @@
 //! Records in one redb file. Every write is on disk when the call returns.
+//!
+//! A full disk is no end: the file's blocks are taken in advance, so that what
+//! is there can still be changed and removed, and a database that had an I/O
+//! error is opened anew by the next call.
 
+mod file;
+
+use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 
 use crate::record::{ContainerRecord, PodRecord};
+use file::ReservedFile;
 
 const PODS: TableDefinition<&str, &[u8]> = TableDefinition::new("pods");
 const CONTAINERS: TableDefinition<&str, &[u8]> = TableDefinition::new("containers");
@@ -43,10 +51,25 @@ fn db(error: impl Into<redb::Error>) -> StoreError {
     StoreError::Transaction(Box::new(error.into()))
 }
 
-/// Shared by all drivers; a write runs on the blocking pool.
+/// Shared by all drivers; a write runs on the blocking pool. redb has one
+/// writer at a time anyway.
 #[derive(Clone)]
 pub struct Store {
-    database: Arc<Database>,
+    path: Arc<Path>,
+    /// None after an I/O error, which redb does not go on after.
+    open: Arc<Mutex<Option<Database>>>,
+}
+
+/// Takes the database's file, made where there is none.
+fn open_database(path: &Path) -> Result<Database, redb::Error> {
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)?;
+    let file = ReservedFile::new(file)?;
+    Ok(Database::builder().create_with_backend(file)?)
 }
 
 /// What the daemon finds when it starts.
@@ -64,13 +87,14 @@ impl Store {
             path: path.to_owned(),
             source: Box::new(source),
         };
-        let database = Database::create(path).map_err(|e| open(e.into()))?;
+        let database = open_database(path).map_err(open)?;
         let write = database.begin_write().map_err(|e| open(e.into()))?;
         write.open_table(PODS).map_err(|e| open(e.into()))?;
         write.open_table(CONTAINERS).map_err(|e| open(e.into()))?;
         write.commit().map_err(|e| open(e.into()))?;
         Ok(Self {
-            database: Arc::new(database),
+            path: path.into(),
+            open: Arc::new(Mutex::new(Some(database))),
         })
     }
 
@@ -91,7 +115,8 @@ impl Store {
     }
 
     pub fn load(&self) -> Result<Found, StoreError> {
-        let read = self.database.begin_read().map_err(db)?;
+        let mut open = self.lock();
+        let read = self.ready(&mut open)?.begin_read().map_err(db)?;
         let mut unreadable = Vec::new();
         Ok(Found {
             pods: all(&read, PODS, &mut unreadable)?,
@@ -137,14 +162,42 @@ impl Store {
         &self,
         change: impl FnOnce(&redb::WriteTransaction) -> Result<(), StoreError> + Send + 'static,
     ) -> Result<(), StoreError> {
-        let database = Arc::clone(&self.database);
+        let store = self.clone();
         tokio::task::spawn_blocking(move || {
-            let transaction = database.begin_write().map_err(db)?;
-            change(&transaction)?;
-            transaction.commit().map_err(db)
+            let mut open = store.lock();
+            let database = store.ready(&mut open)?;
+            let written = (|| {
+                let transaction = database.begin_write().map_err(db)?;
+                change(&transaction)?;
+                transaction.commit().map_err(db)
+            })();
+            if let Err(StoreError::Transaction(source)) = &written
+                && matches!(
+                    source.as_ref(),
+                    redb::Error::Io(_) | redb::Error::PreviousIo
+                )
+            {
+                *open = None;
+            }
+            written
         })
         .await
         .map_err(|_| StoreError::WriterGone)?
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Database>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn ready<'a>(&self, open: &'a mut Option<Database>) -> Result<&'a Database, StoreError> {
+        let opened = match open.take() {
+            Some(opened) => opened,
+            None => open_database(&self.path).map_err(|source| StoreError::Open {
+                path: self.path.to_path_buf(),
+                source: Box::new(source),
+            })?,
+        };
+        Ok(open.insert(opened))
     }
 }
 
@@ -182,16 +235,59 @@ mod tests {
     fn a_record_of_another_version_is_left_alone() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(&dir.path().join("state.redb")).unwrap();
-        let write = store.database.begin_write().unwrap();
+        let open = store.lock();
+        let write = open.as_ref().unwrap().begin_write().unwrap();
         let mut pods = write.open_table(PODS).unwrap();
         pods.insert("abc", b"{\"from\": \"the future\"}".as_slice())
             .unwrap();
         drop(pods);
         write.commit().unwrap();
+        drop(open);
         for _ in 0..2 {
             let found = store.load().unwrap();
             assert!(found.pods.is_empty());
             assert_eq!(found.unreadable, ["abc"]);
         }
+    }
+
+    /// A file system of its own, unmounted when dropped.
+    struct SmallDisk(tempfile::TempDir);
+
+    impl SmallDisk {
+        fn new(size: &str) -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let (kind, flags) = (Some("tmpfs"), nix::mount::MsFlags::empty());
+            nix::mount::mount(kind, dir.path(), kind, flags, Some(size)).unwrap();
+            Self(dir)
+        }
+    }
+
+    impl Drop for SmallDisk {
+        fn drop(&mut self) {
+            nix::mount::umount2(self.0.path(), nix::mount::MntFlags::MNT_DETACH).unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn on_a_full_disk_records_can_be_removed_and_later_made_again() {
+        let disk = SmallDisk::new("size=32m");
+        let store = Store::open(&disk.0.path().join("state.redb")).unwrap();
+        let record = |length: usize| serde_json::Value::from("x".repeat(length));
+        store.put(PODS, "old", &record(2000)).await.unwrap();
+
+        let filler = disk.0.path().join("filler");
+        std::fs::write(&filler, vec![1; 64 << 20]).unwrap_err();
+        store.put(PODS, "old", &record(1000)).await.unwrap();
+        for _ in 0..2 {
+            let error = store.put(PODS, "new", &record(3 << 20)).await.unwrap_err();
+            assert!(error.is_full(), "{error:?}");
+        }
+        store.delete_pod("old").await.unwrap();
+
+        std::fs::remove_file(&filler).unwrap();
+        store.put(PODS, "new", &record(3 << 20)).await.unwrap();
+        drop(store);
+        let store = Store::open(&disk.0.path().join("state.redb")).unwrap();
+        assert_eq!(store.load().unwrap().unreadable, ["new"]);
     }
 }

@@ -1,6 +1,7 @@
 //! From exec to a running guest.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,17 +13,19 @@ use vmm_client::{Machine, VmSpec};
 
 use crate::console::Console;
 use crate::devices::Device;
-use crate::devices::blk::Blk;
+use crate::devices::balloon::Balloon;
+use crate::devices::blk::{Blk, Workers};
 use crate::devices::fs::Fs;
 use crate::devices::net::Net;
 use crate::devices::rng::Rng;
 use crate::devices::vsock::{HostPorts, Vsock};
 use crate::event_loop::{DeviceRef, EventLoop};
-use crate::handoff::{Answer, Fds};
+use crate::handoff::{Answer, Fds, HandoffError};
 use crate::jail;
 use crate::logs::{LogHandle, LogService};
-use crate::machine::{Started, uml};
+use crate::machine::{Started, kvm, uml};
 use crate::supervisor::{self, Notice, Notifier, Parts, Supervisor, chain, microseconds};
+use crate::transport::mmio::{Line, MmioTransport};
 use crate::transport::vhost_user::{Memory, VhostUser};
 
 /// The guest's address. Each pod's VMM has one guest, so all have the same.
@@ -43,11 +46,11 @@ pub enum BootError {
     #[error(transparent)]
     Jail(#[from] jail::JailError),
     #[error(transparent)]
-    Handoff(#[from] crate::handoff::HandoffError),
+    Handoff(#[from] HandoffError),
     #[error("machine uml")]
     Uml(#[from] uml::StartError),
-    #[error("machine kvm is not built into this VMM")]
-    NoKvm,
+    #[error("machine kvm")]
+    Kvm(#[from] kvm::StartError),
 }
 
 /// Runs the VM that the daemon hands over on standard input, until it ends.
@@ -95,16 +98,30 @@ fn start(
 ) -> Result<Supervisor, BootError> {
     let (notifier, notices) =
         supervisor::notices().map_err(|e| BootError::Prepare("make an eventfd", e))?;
-    let mut devices = Devices::new()?;
+    let wiring = match fds.kvm.take() {
+        Some(kvm) => Wiring::Mmio(Box::new(kvm::Builder::new(kvm::Hardware {
+            kvm,
+            vcpus: spec.vcpus,
+            memory_mib: spec.memory_mib,
+            huge_pages: spec.huge_pages,
+        })?)),
+        None => Wiring::VhostUser {
+            memory: Arc::default(),
+            sockets: Vec::new(),
+        },
+    };
+    let mut devices = Devices::new(wiring)?;
 
+    let workers = Workers::default();
     if let Some(file) = fds.scratch.take() {
         let disk = Blk::scratch("scratch", file).map_err(device_error("scratch"))?;
-        devices.add(Kind::Disk, "scratch", disk)?;
+        devices.add(Kind::Disk, "scratch", disk.with_workers(&workers))?;
     }
     let mut disks = Vec::new();
     for slot in 0..spec.image_slots {
         let label = format!("image{slot}");
-        disks.push(devices.add(Kind::Disk, &label, Blk::empty(&label))?);
+        let disk = Blk::empty(&label).map_err(device_error(&label))?;
+        disks.push(devices.add(Kind::Disk, &label, disk.with_workers(&workers))?);
     }
     if let (Some(tap), Some(mac)) = (fds.tap.take(), spec.mac) {
         let net = Net::new(tap, mac, spec.mtu).map_err(device_error("net"))?;
@@ -120,25 +137,20 @@ fn start(
     devices.add(Kind::Quick, "vsock", vsock)?;
     let rng = Rng::new(Path::new(jail::URANDOM)).map_err(device_error("rng"))?;
     devices.add(Kind::Quick, "rng", rng)?;
+    let balloon = Balloon::new().map_err(device_error("balloon"))?;
+    devices.add(Kind::Quick, "balloon", balloon)?;
 
     let shared = Fs::new(Path::new(jail::SHARED_DIR), SHARED_TAG).map_err(device_error("fs"))?;
     devices.add(Kind::Shared, "fs", shared)?;
 
     let console = Console::new(fds.console, spec.console_limit_bytes)
         .map_err(|e| BootError::Prepare("open the console log", e))?;
-    let sockets = devices.spawn(&notifier)?;
-    let started: Started = match spec.machine {
-        Machine::Uml(mode) => uml::start(uml::Config {
-            mode,
-            vcpus: spec.vcpus,
-            memory_mib: spec.memory_mib,
-            kernel: fds.kernel,
-            initramfs: fds.initramfs,
-            devices: sockets,
-            args: spec.kernel_args,
-        })?,
-        Machine::Kvm => return Err(BootError::NoKvm),
+    let guest = Guest {
+        kernel: fds.kernel,
+        initramfs: fds.initramfs,
     };
+    let wiring = devices.spawn(&notifier)?;
+    let started = start_machine(wiring, spec, guest, &notifier)?;
     let parts = Parts {
         since,
         jailed_us,
@@ -151,6 +163,43 @@ fn start(
     };
     Supervisor::new(signals, parts, started)
         .map_err(|e| BootError::Prepare("supervise the machine", e))
+}
+
+/// The guest's files.
+struct Guest {
+    kernel: OwnedFd,
+    initramfs: OwnedFd,
+}
+
+fn start_machine(
+    wiring: Wiring,
+    spec: VmSpec,
+    guest: Guest,
+    notifier: &Notifier,
+) -> Result<Started, BootError> {
+    match (wiring, spec.machine) {
+        (Wiring::VhostUser { sockets, .. }, Machine::Uml(mode)) => Ok(uml::start(uml::Config {
+            mode,
+            vcpus: spec.vcpus,
+            memory_mib: spec.memory_mib,
+            kernel: guest.kernel,
+            initramfs: guest.initramfs,
+            devices: sockets,
+            args: spec.kernel_args,
+        })?),
+        (Wiring::Mmio(builder), Machine::Kvm) => {
+            let notifier = notifier.clone();
+            let guest = kvm::Guest {
+                kernel: guest.kernel,
+                initramfs: guest.initramfs,
+                args: spec.kernel_args,
+            };
+            Ok(builder.start(guest, move |end| {
+                notifier.send(Notice::Ended(end.to_string()));
+            })?)
+        }
+        (_, machine) => Err(HandoffError::Kvm { machine }.into()),
+    }
 }
 
 fn device_error<E>(label: &str) -> impl FnOnce(E) -> BootError
@@ -174,25 +223,34 @@ enum Kind {
     Shared,
 }
 
-/// The machine's devices, each with its vhost-user socket.
+/// How the machine reaches its devices.
+enum Wiring {
+    /// A socket each, with the device's id, in the order they are probed.
+    VhostUser {
+        memory: Arc<Memory>,
+        sockets: Vec<(PathBuf, u32)>,
+    },
+    /// A window in the guest's memory each.
+    Mmio(Box<kvm::Builder>),
+}
+
+/// The machine's devices in their loops.
 struct Devices {
     quick: EventLoop,
     disk: EventLoop,
     shared: EventLoop,
-    memory: Arc<Memory>,
-    sockets: Vec<(PathBuf, u32)>,
+    wiring: Wiring,
 }
 
 impl Devices {
-    fn new() -> Result<Self, BootError> {
+    fn new(wiring: Wiring) -> Result<Self, BootError> {
         let make =
             |name| EventLoop::new(name).map_err(|e| BootError::Prepare("make an event loop", e));
         Ok(Self {
             quick: make("devices")?,
             disk: make("disks")?,
             shared: make("shared-dir")?,
-            memory: Arc::default(),
-            sockets: Vec::new(),
+            wiring,
         })
     }
 
@@ -202,29 +260,44 @@ impl Devices {
         label: &str,
         device: D,
     ) -> Result<DeviceRef<D>, BootError> {
-        let socket = Path::new(jail::RUN_DIR).join(self.sockets.len().to_string());
-        let transport =
-            VhostUser::listen(&socket, self.memory.clone()).map_err(device_error(label))?;
-        self.sockets.push((socket, device.id()));
         let event_loop = match kind {
             Kind::Quick => &mut self.quick,
             Kind::Disk => &mut self.disk,
             Kind::Shared => &mut self.shared,
         };
-        event_loop
-            .add(label, device, Box::new(transport))
-            .map_err(device_error(label))
+        match &mut self.wiring {
+            Wiring::VhostUser { memory, sockets } => {
+                let socket = Path::new(jail::RUN_DIR).join(sockets.len().to_string());
+                let transport =
+                    VhostUser::listen(&socket, memory.clone()).map_err(device_error(label))?;
+                sockets.push((socket, device.id()));
+                event_loop
+                    .add(label, device, Box::new(transport))
+                    .map_err(device_error(label))
+            }
+            Wiring::Mmio(builder) => {
+                let line = Arc::new(Line::new().map_err(device_error(label))?);
+                let transport = Box::new(MmioTransport::new(line.clone()));
+                let device = event_loop
+                    .add(label, device, transport)
+                    .map_err(device_error(label))?;
+                builder
+                    .add(device.slot(), line)
+                    .map_err(device_error(label))?;
+                Ok(device)
+            }
+        }
     }
 
-    /// Starts the loops; the sockets, in the order the guest shall probe them.
-    fn spawn(self, notifier: &Notifier) -> Result<Vec<(PathBuf, u32)>, BootError> {
+    /// Starts the loops.
+    fn spawn(self, notifier: &Notifier) -> Result<Wiring, BootError> {
         for event_loop in [self.quick, self.disk, self.shared] {
             let notifier = notifier.clone();
             event_loop
-                .spawn(move |reason| notifier.send(Notice::Failed(reason)))
+                .spawn(move |reason| notifier.send(Notice::Ended(reason)))
                 .map_err(|e| BootError::Prepare("start a thread", e))?;
         }
-        Ok(self.sockets)
+        Ok(self.wiring)
     }
 }
 

@@ -4,7 +4,8 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::unix::fs::FileExt;
+
+use crate::bounded::BoundedLog;
 
 /// Lines that go with the report of the guest's end.
 const TAIL_LINES: usize = 20;
@@ -13,10 +14,16 @@ const LINE_CHARS: usize = 400;
 
 const PANIC: &str = "Kernel panic - not syncing: ";
 
+/// What a kernel says last when it has no switch to end its machine by. After
+/// its time stamp the line holds nothing else, so no text that the kernel only
+/// repeats (a process's name, say) is taken for it.
+const HALTED: [&str; 2] = [
+    "reboot: System halted",
+    "reboot: Power off not available: System halted instead",
+];
+
 pub struct Console {
-    log: File,
-    limit: u64,
-    size: u64,
+    log: BoundedLog<File>,
     tail: Tail,
     /// A full disk is told once.
     failed: bool,
@@ -26,11 +33,8 @@ impl Console {
     /// `log` is open for append and read; beyond `limit` bytes it is cut to
     /// its second half.
     pub fn new(log: File, limit: u64) -> io::Result<Self> {
-        let size = log.metadata()?.len();
         Ok(Self {
-            log,
-            limit,
-            size,
+            log: BoundedLog::new(log, limit)?,
             tail: Tail::default(),
             failed: false,
         })
@@ -38,7 +42,7 @@ impl Console {
 
     pub fn take(&mut self, bytes: &[u8]) {
         self.tail.push(bytes);
-        if let Err(error) = self.append(bytes) {
+        if let Err(error) = self.log.write_all(bytes) {
             if !self.failed {
                 tracing::warn!(%error, "the console log cannot be written");
             }
@@ -46,19 +50,9 @@ impl Console {
         }
     }
 
-    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.log.write_all(bytes)?;
-        self.size += bytes.len() as u64;
-        if self.size > self.limit {
-            let mut newest = vec![0; usize::try_from(self.limit / 2).map_err(io::Error::other)?];
-            self.log
-                .read_exact_at(&mut newest, self.size - self.limit / 2)?;
-            self.log.set_len(0)?;
-            self.size = 0;
-            self.log.write_all(&newest)?;
-            self.size = newest.len() as u64;
-        }
-        Ok(())
+    /// Whether the kernel said that it stopped its processors for good.
+    pub fn halted(&self) -> bool {
+        self.tail.lines.iter().any(|line| is_halt(line))
     }
 
     /// The kernel's reason for a panic, if one was seen among the last lines.
@@ -78,6 +72,17 @@ impl Console {
         }
         lines
     }
+}
+
+fn is_halt(line: &str) -> bool {
+    let message = match line
+        .strip_prefix('[')
+        .and_then(|rest| rest.split_once("] "))
+    {
+        Some((stamp, message)) if stamp.trim().parse::<f64>().is_ok() => message,
+        _ => line,
+    };
+    HALTED.contains(&message)
 }
 
 #[derive(Default)]
@@ -164,6 +169,17 @@ mod tests {
             console.take(&[b'x'; 1000]);
         }
         assert_eq!(console.last_lines(), ["x".repeat(LINE_CHARS)]);
+    }
+
+    #[test]
+    fn a_halt_is_the_kernels_own_line() {
+        let (mut console, _file) = console(1 << 20);
+        console.take(b"[    1.5] reboot: System halted[12]: segfault at 0\n");
+        console.take(b"[    1.6] x: reboot: System halted\n");
+        assert!(!console.halted());
+        console.take(b"[    2.123456] reboot: System halted\r\n");
+        assert!(console.halted());
+        assert!(is_halt(HALTED[1]));
     }
 
     #[test]

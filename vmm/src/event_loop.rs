@@ -4,8 +4,10 @@
 //! entropy never do and share one; disks and the shared directory call into
 //! the host's file systems, which may wait, and have one each.
 //!
-//! The loop owns its devices. Others reach one through its [`DeviceRef`], by
-//! a closure that runs inside the loop.
+//! Others reach a device through its [`DeviceRef`], by a closure that runs
+//! inside the loop: a device is called on the loop's thread only, except for
+//! what sets it up (features, configuration space, reset), which the guest's
+//! processors also call, with the slot locked.
 
 use std::any::Any;
 use std::io;
@@ -19,7 +21,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::devices::{Device, Io, Poller};
-use crate::transport::{Slot, Transport};
+use crate::transport::{SharedSlot, Slot, Transport};
 
 /// Events taken from the kernel at once.
 const BATCH: usize = 32;
@@ -31,7 +33,7 @@ const TRANSPORT: u32 = 1;
 const KICK: u32 = 2;
 const WAKE: u32 = u32::MAX;
 
-type Command = Box<dyn FnOnce(&mut [(Slot, Box<dyn Transport>)]) + Send>;
+type Command = Box<dyn FnOnce() + Send>;
 
 /// The loop was asked for something after it had ended.
 #[derive(Debug, thiserror::Error)]
@@ -41,7 +43,7 @@ pub struct LoopEnded;
 pub struct EventLoop {
     name: &'static str,
     epoll: Arc<Epoll>,
-    slots: Vec<(Slot, Box<dyn Transport>)>,
+    slots: Vec<(SharedSlot, Box<dyn Transport>)>,
     handle: Handle,
     commands: Receiver<Command>,
 }
@@ -55,7 +57,7 @@ struct Handle {
 /// A device of type `D` inside its loop.
 pub struct DeviceRef<D> {
     handle: Handle,
-    index: usize,
+    slot: SharedSlot,
     device: PhantomData<fn(D)>,
 }
 
@@ -63,7 +65,7 @@ impl<D> Clone for DeviceRef<D> {
     fn clone(&self) -> Self {
         Self {
             handle: self.handle.clone(),
-            index: self.index,
+            slot: self.slot.clone(),
             device: PhantomData,
         }
     }
@@ -76,11 +78,11 @@ impl<D: Device> DeviceRef<D> {
         &self,
         call: impl FnOnce(&mut D, &mut Io<'_>) + Send + 'static,
     ) -> Result<(), LoopEnded> {
-        let index = self.index;
-        let command: Command = Box::new(move |slots| {
-            slots[index].0.with(|device, io| {
+        let slot = self.slot.clone();
+        let command: Command = Box::new(move || {
+            slot.lock().with(|device, io| {
                 let device: &mut dyn Any = device;
-                // Always so: the reference was made from the device at `index`.
+                // Always so: the reference was made with the slot's device.
                 if let Some(device) = device.downcast_mut() {
                     call(device, io);
                 }
@@ -89,6 +91,11 @@ impl<D: Device> DeviceRef<D> {
         self.handle.commands.send(command).map_err(|_| LoopEnded)?;
         self.handle.wake.write(1).map_err(|_| LoopEnded)?;
         Ok(())
+    }
+
+    /// The device's slot, for a driver that is not inside the loop.
+    pub fn slot(&self) -> SharedSlot {
+        self.slot.clone()
     }
 }
 
@@ -125,10 +132,11 @@ impl EventLoop {
         device.start(poller(DEVICE))?;
         transport.start(poller(TRANSPORT))?;
         let slot = Slot::new(label.into(), Box::new(device), &*transport, poller(KICK))?;
-        self.slots.push((slot, transport));
+        let slot = SharedSlot::new(slot);
+        self.slots.push((slot.clone(), transport));
         Ok(DeviceRef {
             handle: self.handle.clone(),
-            index,
+            slot,
             device: PhantomData,
         })
     }
@@ -163,9 +171,10 @@ impl EventLoop {
                 let Some((slot, transport)) = self.slots.get_mut((tag / KINDS) as usize) else {
                     continue;
                 };
+                let mut slot = slot.lock();
                 let result = match tag % KINDS {
                     DEVICE => slot.with(|device, io| device.host_ready(token, event.events(), io)),
-                    TRANSPORT => transport.ready(token, slot),
+                    TRANSPORT => transport.ready(token, &mut slot),
                     _ => slot.kick_ready(token),
                 };
                 result.map_err(|e| format!("device {}: {e}", slot.label()))?;
@@ -177,7 +186,7 @@ impl EventLoop {
         // Spurious at worst: the commands are what counts.
         let _ = self.handle.wake.read();
         while let Ok(command) = self.commands.try_recv() {
-            command(&mut self.slots);
+            command();
         }
     }
 }

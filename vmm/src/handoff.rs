@@ -40,6 +40,8 @@ pub enum HandoffError {
     },
     #[error("a network needs both a MAC address and a tap")]
     Network,
+    #[error("the machine is {machine:?}, /dev/kvm belongs to kvm and only there")]
+    Kvm { machine: Machine },
     #[error("cannot answer the daemon")]
     Answer(#[source] io::Error),
 }
@@ -55,6 +57,8 @@ pub struct Fds {
     pub control: OwnedFd,
     pub vsock: UnixListener,
     pub scratch: Option<File>,
+    /// There exactly when the machine is kvm.
+    pub kvm: Option<OwnedFd>,
 }
 
 /// The socket on which the daemon waits for the start's outcome.
@@ -140,6 +144,10 @@ fn check(spec: &VmSpec) -> Result<(), HandoffError> {
     if spec.mac.is_some() != has_tap {
         return Err(HandoffError::Network);
     }
+    let machine = spec.machine;
+    if (machine == Machine::Kvm) != spec.fds.contains(&FdRole::Kvm) {
+        return Err(HandoffError::Kvm { machine });
+    }
     Ok(())
 }
 
@@ -171,11 +179,14 @@ fn sort(spec: &VmSpec, fds: Vec<OwnedFd>) -> Result<Fds, HandoffError> {
         netns: take(FdRole::Netns),
         tap: take(FdRole::Tap).map(File::from),
         scratch: take(FdRole::Scratch).map(File::from),
+        kvm: take(FdRole::Kvm),
     })
 }
 
 #[cfg(test)]
 mod tests {
+    use vmm_client::HugePages;
+
     use super::*;
 
     fn spec() -> VmSpec {
@@ -184,6 +195,7 @@ mod tests {
             machine: Machine::Uml(UmlMode::Ptrace),
             vcpus: 1,
             memory_mib: 128,
+            huge_pages: HugePages::Off,
             kernel_args: Vec::new(),
             mac: None,
             mtu: None,
@@ -229,6 +241,8 @@ mod tests {
         assert!(error(|s| s.memory_mib = 1).contains("memory_mib is 1"));
         assert!(error(|s| s.mac = Some([2; 6])).contains("tap"));
         assert!(error(|s| s.fds.push(FdRole::Tap)).contains("MAC"));
+        assert!(error(|s| s.machine = Machine::Kvm).contains("/dev/kvm"));
+        assert!(error(|s| s.fds.push(FdRole::Kvm)).contains("/dev/kvm"));
     }
 
     #[test]

@@ -4,14 +4,15 @@
 //! ```text
 //! supervisor ── control socket ── daemon
 //!   │ reaps, logs the console, answers, ends everything
-//!   ├─ machine: uml (a child process)            kernel ◀─┐
+//!   ├─ machine: kvm (threads), uml (a child)     kernel ◀─┐
 //!   └─ event loops: net vsock rng | disks | shared dir    │ virtqueues
-//!        devices ── transport (vhost-user) ───────────────┘
+//!        devices ── transport (virtio-mmio, vhost-user) ──┘
 //! ```
 //!
 //! `main` hands over to [`run`]. The modules are public for tests only.
 
 mod boot;
+pub mod bounded;
 pub mod console;
 pub mod devices;
 pub mod event_loop;

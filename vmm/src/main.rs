@@ -2,16 +2,25 @@
 //! hands the spec over on standard input.
 
 use std::process::ExitCode;
+use std::sync::Mutex;
 use std::time::Instant;
 
+use drupe_vmm::bounded::BoundedLog;
 use tracing_subscriber::EnvFilter;
+
+/// A guest can make its monitor say something as often as it likes.
+const LOG_LIMIT_BYTES: u64 = 256 * 1024;
 
 fn main() -> ExitCode {
     let since = Instant::now();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    // A file that the daemon has made in the pod's directory.
+    let Ok(stderr) = BoundedLog::new(std::io::stderr(), LOG_LIMIT_BYTES) else {
+        return ExitCode::FAILURE;
+    };
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(Mutex::new(stderr))
         .with_ansi(false)
         .finish();
     // Of this program's own words only: libraries log what a guest makes them.

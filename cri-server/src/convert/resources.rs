@@ -30,6 +30,30 @@ pub fn parse(field: &str, resources: &v1::LinuxContainerResources) -> Result<Res
         cpuset_cpus: resources.cpuset_cpus.clone(),
         cpuset_mems: resources.cpuset_mems.clone(),
         unified: resources.unified.clone().into_iter().collect(),
+        hugepage_limits: resources
+            .hugepage_limits
+            .iter()
+            .map(|limit| {
+                if is_page_size(&limit.page_size) {
+                    Ok((limit.page_size.clone(), limit.limit))
+                } else {
+                    Err(invalid(
+                        &format!("{field}.hugepage_limits"),
+                        format_args!("{:?} is no size of pages such as 2MB", limit.page_size),
+                    ))
+                }
+            })
+            .collect::<Result<_, _>>()?,
+    })
+}
+
+/// As in the names of the kernel's `hugetlb.SIZE.max`.
+fn is_page_size(size: &str) -> bool {
+    let number = ["KB", "MB", "GB"]
+        .iter()
+        .find_map(|unit| size.strip_suffix(unit));
+    number.is_some_and(|number| {
+        matches!(number.len(), 1..=4) && number.bytes().all(|byte| byte.is_ascii_digit())
     })
 }
 
@@ -45,6 +69,47 @@ pub fn show(resources: &Resources) -> v1::LinuxContainerResources {
         cpuset_cpus: resources.cpuset_cpus.clone(),
         cpuset_mems: resources.cpuset_mems.clone(),
         unified: resources.unified.clone().into_iter().collect(),
-        hugepage_limits: Vec::new(),
+        hugepage_limits: resources
+            .hugepage_limits
+            .iter()
+            .map(|(page_size, &limit)| v1::HugepageLimit {
+                page_size: page_size.clone(),
+                limit,
+            })
+            .collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with_pages(size: &str, limit: u64) -> v1::LinuxContainerResources {
+        v1::LinuxContainerResources {
+            hugepage_limits: vec![v1::HugepageLimit {
+                page_size: size.to_owned(),
+                limit,
+            }],
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn limits_of_huge_pages_are_kept_and_shown() {
+        for (size, limit) in [("2MB", 0), ("1GB", 1 << 30), ("64KB", 65_536)] {
+            let given = with_pages(size, limit);
+            assert_eq!(show(&parse("f", &given).unwrap()), given);
+        }
+    }
+
+    #[test]
+    fn a_page_size_names_no_other_file() {
+        for size in ["", "MB", "2", "2MiB", "../x", "2MB.max", "-2MB"] {
+            let refused = parse("f", &with_pages(size, 0)).unwrap_err();
+            assert!(
+                refused.message().starts_with("f.hugepage_limits"),
+                "{refused:?}"
+            );
+        }
     }
 }

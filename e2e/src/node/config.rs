@@ -6,7 +6,8 @@ use anyhow::Result;
 use serde_json::{Value, json};
 
 use super::Node;
-use crate::{artifacts, registry};
+use crate::machine::slowness;
+use crate::{Machine, artifacts, registry};
 
 /// The bridge in a node's own network.
 pub const BRIDGE: &str = "cni0";
@@ -42,7 +43,12 @@ pub(super) fn cni(ipam_dir: &Path, bridge: &str) -> Value {
     })
 }
 
+/// Limits of the daemon's own, in seconds: its defaults on a usual machine.
+const BOOT_SECONDS: u32 = 30;
+const PLUGIN_SECONDS: u32 = 30;
+
 pub(super) fn drupe(node: &Node) -> Result<Value> {
+    let machine = Machine::under_test()?;
     Ok(json!({
         "socket": node.socket(),
         "root": node.root(),
@@ -51,15 +57,17 @@ pub(super) fn drupe(node: &Node) -> Result<Value> {
         "vmm": artifacts::vmm()?,
         "runtimes": {
             "microvm": {
-                "machine": "uml",
-                "kernel": artifacts::guest_kernel()?,
+                "machine": machine.name(),
+                "kernel": artifacts::guest_kernel(machine)?,
                 "initramfs": artifacts::initramfs()?,
+                "boot_timeout_seconds": BOOT_SECONDS * slowness(),
             },
         },
         "network": {
             "conf_dir": node.cni_dir(),
             "bin_dirs": [node.plugin_dir(), "/opt/cni/bin", "/usr/lib/cni"],
             "netns_dir": node.dir.join("netns"),
+            "plugin_timeout_seconds": PLUGIN_SECONDS * slowness(),
         },
         "images": { "registries": { registry::ADDRESS: { "plain_http": true } } },
     }))
@@ -77,6 +85,7 @@ disabled_plugins = ["io.containerd.internal.v1.opt", "io.containerd.snapshotter.
 [plugins."io.containerd.grpc.v1.cri"]
   sandbox_image = "{registry}/pause:latest"
   restrict_oom_score_adj = true
+  netns_mounts_under_state_dir = true
   [plugins."io.containerd.grpc.v1.cri".cni]
     bin_dir = "/usr/lib/cni"
     conf_dir = "{dir}/cni"

@@ -129,10 +129,15 @@ impl Node {
         self.dir.join("server.log")
     }
 
+    /// What the server has logged, in all its runs.
+    pub fn log(&self) -> Result<String> {
+        fs::read_to_string(self.log_file()).context("server log")
+    }
+
     /// The end of the server's log.
     #[must_use]
     pub fn log_tail(&self) -> String {
-        let log = fs::read_to_string(self.log_file()).unwrap_or_default();
+        let log = self.log().unwrap_or_default();
         let lines: Vec<_> = log.lines().collect();
         lines[lines.len().saturating_sub(LOG_TAIL_LINES)..].join("\n")
     }

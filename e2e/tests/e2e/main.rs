@@ -3,15 +3,21 @@
 
 mod bad_input;
 mod bad_pods;
+mod cgroups;
 mod containers;
 mod files;
+mod harness;
 mod images;
 mod logs;
+mod machine;
 mod pods;
 mod processes;
 mod pulls;
+mod removal;
 mod restart;
+mod restart_plugins;
 mod restart_sweep;
+mod runtime;
 mod stats;
 
 use anyhow::{Result, bail, ensure};
@@ -31,6 +37,10 @@ fn refused<T>(result: Result<T, Status>, code: Code, parts: &[&str]) -> Result<S
         status.message()
     );
     let message = status.message().to_owned();
+    ensure!(
+        !message.trim().is_empty() && !message.contains('\n'),
+        "not one line: {message:?}"
+    );
     for part in parts {
         ensure!(message.contains(part), "{part:?} is not in: {message}");
     }

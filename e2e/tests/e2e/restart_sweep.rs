@@ -31,18 +31,26 @@ fn kill_during<T: Send>(
     })
 }
 
-/// Fails unless every pod that is listed as ready works and nothing of any
-/// other is left, and the interrupted request can be made again.
+/// How long the new daemon may take to undo by itself what it found half done.
+const UNDONE_WITHIN: Duration = Duration::from_secs(20);
+
+/// Fails unless the pod is listed as ready and works, or is not listed and has
+/// left nothing, without anybody asking; and the interrupted request can be
+/// made again.
 fn assert_whole_or_gone(node: &Node, config: &PodSandboxConfig) -> Result<()> {
     let cri = node.cri()?;
-    let pods = cri
-        .list_pod_sandbox(ListPodSandboxRequest::default())?
-        .items;
-    ensure!(pods.len() <= 1, "{pods:?}");
-    if let Some(found) = pods
-        .first()
-        .filter(|pod| pod.state() == PodSandboxState::SandboxReady)
-    {
+    let pods = eventually("the pod to be whole or gone", UNDONE_WITHIN, || {
+        let pods = cri
+            .list_pod_sandbox(ListPodSandboxRequest::default())?
+            .items;
+        let ready = |pod: &PodSandbox| pod.state() == PodSandboxState::SandboxReady;
+        ensure!(pods.len() <= 1 && pods.iter().all(ready), "{pods:?}");
+        if pods.is_empty() {
+            node.assert_no_pod_left()?;
+        }
+        Ok::<_, anyhow::Error>(pods)
+    })?;
+    if let Some(found) = pods.first() {
         let pod = Pod::known(node, &found.id, config.clone())?;
         ensure!(
             pod.addresses()?.len() == 2,

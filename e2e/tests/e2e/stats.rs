@@ -12,7 +12,7 @@ use crate::{shares_the_hosts_kernel, with_node};
 fn a_containers_work_shows_in_its_statistics() -> Result<()> {
     with_node(|node| {
         let pod = node.run_pod("busy")?;
-        let script = "dd if=/dev/zero of=/dev/shm/held bs=1M count=20 2> /dev/null; dd if=/dev/zero of=/written bs=1M count=8 2> /dev/null; while :; do :; done";
+        let script = "dd if=/dev/zero of=/dev/shm/held bs=1M count=20 2> /dev/null; dd if=/dev/zero of=/written bs=1M count=8 2> /dev/null; sync; while :; do :; done";
         let busy = pod.start("busy", &["sh", "-c", script])?;
         let idle = pod.start_idle("idle")?;
         let (second, mebibyte) = (1_000_000_000, 1 << 20);
@@ -67,6 +67,37 @@ fn a_containers_work_shows_in_its_statistics() -> Result<()> {
                 }),
             })?;
         assert_eq!(list.stats.len(), 2);
+        let of = |filter: ContainerStatsFilter| -> Result<Vec<String>> {
+            let request = ListContainerStatsRequest {
+                filter: Some(filter),
+            };
+            let stats = node.cri()?.list_container_stats(request)?.stats;
+            let ids = stats.into_iter().filter_map(|of| of.attributes);
+            Ok(ids.map(|attributes| attributes.id).collect())
+        };
+        let by_id = ContainerStatsFilter {
+            id: busy.id.clone(),
+            ..Default::default()
+        };
+        assert_eq!(of(by_id)?, [busy.id.as_str()]);
+        let by_label = |value: &str| ContainerStatsFilter {
+            label_selector: [("container".to_owned(), value.to_owned())].into(),
+            ..Default::default()
+        };
+        assert_eq!(of(by_label("idle"))?, [idle.id.as_str()]);
+        assert_eq!(of(by_label("neither"))?, [""; 0]);
+
+        if !shares_the_hosts_kernel(node) {
+            // What containers write is on the node's disk, and told there too.
+            let info = node.cri()?.image_fs_info(ImageFsInfoRequest {})?;
+            let disks = info.container_filesystems;
+            let used: u64 = disks
+                .iter()
+                .filter_map(|fs| fs.used_bytes.as_ref())
+                .map(|used| used.value)
+                .sum();
+            ensure!(used > 7 * mebibyte, "{disks:?}");
+        }
         Ok(())
     })
 }
@@ -112,6 +143,25 @@ fn a_pods_statistics_sum_up_the_pod() -> Result<()> {
             .cri()?
             .list_pod_sandbox_stats(ListPodSandboxStatsRequest::default())?;
         assert_eq!(list.stats.len(), 1);
+        let other = node.run_pod("other")?;
+        let of = |filter: PodSandboxStatsFilter| -> Result<Vec<String>> {
+            let request = ListPodSandboxStatsRequest {
+                filter: Some(filter),
+            };
+            let stats = node.cri()?.list_pod_sandbox_stats(request)?.stats;
+            let ids = stats.into_iter().filter_map(|of| of.attributes);
+            Ok(ids.map(|attributes| attributes.id).collect())
+        };
+        let by_id = PodSandboxStatsFilter {
+            id: pod.id.clone(),
+            ..Default::default()
+        };
+        assert_eq!(of(by_id)?, [pod.id.as_str()]);
+        let by_label = PodSandboxStatsFilter {
+            label_selector: [("app".to_owned(), "other".to_owned())].into(),
+            ..Default::default()
+        };
+        assert_eq!(of(by_label)?, [other.id.as_str()]);
         Ok(())
     })
 }

@@ -16,14 +16,16 @@
 //! first waits for the run that may still go on (see `lock`).
 //!
 //! A driver that finds a sandbox after a restart calls [`Cni::del`] to undo it
-//! wherever it stood, or [`Cni::result`] to go on with it. [`Cni::gc`], called
-//! once the daemon knows its pods, detaches what nobody answers for. The
+//! wherever it stood, or [`Cni::result`] to go on with it. [`Cni::begin_gc`],
+//! called once the daemon knows its pods, detaches what nobody answers for. The
 //! directory of records belongs on a disk, not in /run: plugins keep leases of
 //! addresses on disk, and a machine that was switched off has to return them.
 
+mod check;
 mod config;
 mod error;
 mod exec;
+mod gc;
 mod lock;
 mod pod;
 mod record;
@@ -37,15 +39,18 @@ mod watch;
 use std::{
     collections::BTreeSet,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tokio::sync::RwLock;
 
 pub use config::{ConfigError, NetworkList, NotReady, Plugin, SpecVersion, load_network};
 pub use error::{Call, CniError};
 pub use exec::Verb;
+pub use gc::Collection;
 pub use pod::{Bandwidth, PodDns, PodNetwork, PortMapping, Protocol};
 pub use record::Attachment;
 pub use result::{AddResult, ResultDns, ResultInterface, ResultIp, ResultRoute};
@@ -75,6 +80,9 @@ pub struct CniOptions {
 pub struct Cni {
     runner: Runner,
     records: Records,
+    /// Held shared by each ADD and DEL, alone by GC. Taken before an
+    /// attachment's lock.
+    gate: Arc<RwLock<()>>,
 }
 
 impl Cni {
@@ -88,6 +96,7 @@ impl Cni {
             records: Records {
                 dir: options.record_dir,
             },
+            gate: Arc::default(),
         }
     }
 
@@ -111,6 +120,7 @@ impl Cni {
                 dirs: self.runner.bin_dirs.clone(),
             });
         }
+        let _gate = self.gate.read().await;
         let mut lock = self.lock(&pod.sandbox_id, &pod.interface).await?;
         let found = self.records.find(&pod.sandbox_id, &pod.interface).await?;
         if let Some(old) = found {
@@ -129,6 +139,7 @@ impl Cni {
             capabilities: pod.capabilities(),
             result: None,
             complete: false,
+            approved: BTreeSet::new(),
         };
         if let Err(error) = self.records.insert(&record).await {
             lock.unlink().await?;
@@ -161,6 +172,7 @@ impl Cni {
     /// On an error the caller tries again later.
     pub async fn del(&self, sandbox_id: &str, interface: &str) -> Result<(), CniError> {
         pod::check_ids(sandbox_id, interface)?;
+        let _gate = self.gate.read().await;
         let lock = self.lock(sandbox_id, interface).await?;
         match self.records.find(sandbox_id, interface).await? {
             Some(record) => self.undo(&record, lock).await,
@@ -170,21 +182,6 @@ impl Cni {
                 lock.release()
             }
         }
-    }
-
-    /// Asks the plugins whether the attachment is still as they made it. A
-    /// network that has no CHECK (before 0.4.0) or has it disabled is taken to
-    /// be well.
-    pub async fn check(&self, sandbox_id: &str, interface: &str) -> Result<(), CniError> {
-        let record = self.complete_record(sandbox_id, interface).await?;
-        if record.network.disable_check || record.network.version < SpecVersion::V0_4_0 {
-            return Ok(());
-        }
-        let mut lock = self.lock(sandbox_id, interface).await?;
-        for plugin in &record.network.plugins {
-            self.call(Verb::Check, plugin, &record, &mut lock).await?;
-        }
-        lock.release()
     }
 
     /// The result of the attachment's ADD.
@@ -203,49 +200,6 @@ impl Cni {
     pub async fn attachments(&self) -> Result<Vec<Attachment>, CniError> {
         let records = self.records.all().await?;
         Ok(records.into_iter().map(attachment_of).collect())
-    }
-
-    /// Detaches every pod that is not in `valid`, then lets the plugins of
-    /// `network` that know GC (CNI 1.1) drop what belongs to none of `valid`.
-    /// Goes on past failures and reports the first.
-    pub async fn gc(
-        &self,
-        network: Option<&NetworkList>,
-        valid: &BTreeSet<Attachment>,
-    ) -> Result<(), CniError> {
-        let mut failures = Vec::new();
-        for one in self.attachments().await? {
-            if !valid.contains(&one)
-                && let Err(error) = self.del(&one.sandbox_id, &one.interface).await
-            {
-                failures.push(error);
-            }
-        }
-        if let Some(network) = network
-            && !network.disable_gc
-        {
-            let attachments: Vec<Value> = valid
-                .iter()
-                .map(|one| json!({"containerID": one.sandbox_id, "ifname": one.interface}))
-                .collect();
-            let extra = ("cni.dev/valid-attachments", Value::from(attachments));
-            for plugin in &network.plugins {
-                if let Err(error) = self
-                    .call_network(Verb::Gc, plugin, network, Some(extra.clone()))
-                    .await
-                {
-                    failures.push(error);
-                }
-            }
-        }
-        let failed = failures.len();
-        match failures.into_iter().next() {
-            None => Ok(()),
-            Some(first) => Err(CniError::Collect {
-                failed,
-                source: Box::new(first),
-            }),
-        }
     }
 
     /// Asks the plugins that know STATUS (CNI 1.1) whether they can take pods.
@@ -293,7 +247,7 @@ impl Cni {
     /// Detaches, then forgets the attachment.
     async fn undo(&self, record: &Record, mut lock: RunLock) -> Result<(), CniError> {
         self.del_chain(record, &mut lock).await?;
-        // The record last: what still has one is found by `gc`.
+        // The record last: what still has one is found by `begin_gc`.
         lock.unlink().await?;
         self.records.remove(record).await?;
         lock.release()

@@ -6,6 +6,7 @@
 //! the network's configuration has changed or gone.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File},
     io::{self, Write},
     path::{Path, PathBuf},
@@ -29,6 +30,9 @@ pub(crate) struct Record {
     pub(crate) result: Option<Value>,
     /// All ADDs have succeeded: `result` is the attachment's.
     pub(crate) complete: bool,
+    /// Plugins, by their place in the chain, whose CHECK has succeeded once.
+    #[serde(default)]
+    pub(crate) approved: BTreeSet<usize>,
 }
 
 /// An attachment that has a record.
@@ -37,6 +41,10 @@ pub struct Attachment {
     pub sandbox_id: String,
     pub interface: String,
 }
+
+/// Extensions of records' files.
+const WHOLE: &str = "json";
+const UNFINISHED: &str = "new";
 
 /// The directory of records.
 #[derive(Clone, Debug)]
@@ -94,13 +102,23 @@ impl Records {
         .map_err(failed)
     }
 
+    /// Removes what writes that a killed daemon had begun have left. Not to be
+    /// called while something is written.
+    pub(crate) async fn remove_unfinished(&self) -> Result<(), CniError> {
+        let failed = failure("remove unfinished ones beside", &self.dir);
+        let paths = self.files(UNFINISHED).await?;
+        blocking(move || paths.iter().try_for_each(|path| remove_if_there(path)))
+            .await
+            .map_err(failed)
+    }
+
     pub(crate) async fn find(
         &self,
         sandbox_id: &str,
         interface: &str,
     ) -> Result<Option<Record>, CniError> {
         let suffix = format!("-{sandbox_id}-{interface}.json");
-        for path in self.files().await? {
+        for path in self.files(WHOLE).await? {
             let name = path.file_name().and_then(|name| name.to_str());
             if !name.is_some_and(|name| name.ends_with(&suffix)) {
                 continue;
@@ -118,13 +136,14 @@ impl Records {
 
     pub(crate) async fn all(&self) -> Result<Vec<Record>, CniError> {
         let mut records = Vec::new();
-        for path in self.files().await? {
+        for path in self.files(WHOLE).await? {
             records.extend(read(path).await?);
         }
         Ok(records)
     }
 
-    async fn files(&self) -> Result<Vec<PathBuf>, CniError> {
+    /// Those whose names end with `extension`.
+    async fn files(&self, extension: &'static str) -> Result<Vec<PathBuf>, CniError> {
         let dir = self.dir.clone();
         let failed = failure("list", &dir);
         blocking(move || {
@@ -135,10 +154,7 @@ impl Records {
             let mut paths = Vec::new();
             for entry in entries {
                 let path = entry?.path();
-                if path
-                    .extension()
-                    .is_some_and(|extension| extension == "json")
-                {
+                if path.extension().is_some_and(|of_path| of_path == extension) {
                     paths.push(path);
                 }
             }
@@ -178,7 +194,7 @@ async fn read(path: PathBuf) -> Result<Option<Record>, CniError> {
 
 /// Not `*.json`: an interrupted write is no record.
 fn temporary_of(path: &Path) -> PathBuf {
-    path.with_extension("json.new")
+    path.with_extension(format!("{WHOLE}.{UNFINISHED}"))
 }
 
 pub(crate) fn remove_if_there(path: &Path) -> io::Result<()> {
@@ -221,6 +237,7 @@ mod tests {
             capabilities: Map::new(),
             result: None,
             complete: false,
+            approved: BTreeSet::new(),
         }
     }
 
@@ -257,6 +274,8 @@ mod tests {
         };
         fs::write(dir.path().join("net-x-eth0.json.new"), "{").unwrap();
         assert!(records.all().await.unwrap().is_empty());
+        records.remove_unfinished().await.unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
         fs::write(dir.path().join("net-x-eth0.json"), "{").unwrap();
         let error = records.find("x", "eth0").await.unwrap_err();
         assert!(error.to_string().contains("net-x-eth0.json"), "{error}");

@@ -14,7 +14,7 @@ use tokio::{
 };
 
 use super::{
-    tests::{Census, census, executable, leases, names, netns, only, script},
+    tests::{Census, census, collect, executable, leases, names, netns, only, script},
     *,
 };
 use crate::{
@@ -324,6 +324,6 @@ async fn a_plugin_that_outlives_the_wait_is_told_and_undone_later() {
     );
     assert_eq!(cni(&host).attachments().await.unwrap().len(), 1);
     held.let_go().await;
-    cni(&host).gc(None, &BTreeSet::new()).await.unwrap();
+    collect(&cni(&host), None, &BTreeSet::new()).await;
     assert_eq!(census(&host), clean);
 }

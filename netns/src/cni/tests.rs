@@ -99,6 +99,15 @@ pub(super) async fn netns(host: &Host, name: &str) -> Netns {
         .unwrap()
 }
 
+pub(super) async fn collect(
+    cni: &Cni,
+    network: Option<&NetworkList>,
+    valid: &BTreeSet<Attachment>,
+) {
+    let collection = cni.begin_gc(valid.clone()).await.unwrap();
+    collection.finish(network).await.unwrap();
+}
+
 #[tokio::test]
 async fn a_dual_stack_pod_with_a_host_port_and_a_rate_leaves_nothing_behind() {
     let host = Host::enter();
@@ -175,28 +184,60 @@ async fn a_dual_stack_pod_with_a_host_port_and_a_rate_leaves_nothing_behind() {
     assert_eq!(census(&host), before);
 }
 
-/// The bridge alone: Debian's portmap looks for a dual-stack pod's IPv4 rules
-/// among those of IPv6, and its bandwidth crashes for a pod without a rate.
+/// With Debian's portmap, which looks for a dual-stack pod's IPv4 rules among
+/// those of IPv6, and its bandwidth, which crashes for a pod without a rate.
 #[tokio::test]
-async fn check_tells_an_attachment_that_was_tampered_with() {
+async fn check_tells_an_attachment_that_was_tampered_with_and_no_other() {
     let host = Host::enter();
     let cni = cni(&host);
     let ns = netns(&host, "pod").await;
-    cni.add(&bridge_then(&host, "1.0.0", &[]), &pod("p", &ns))
-        .await
-        .unwrap();
-    cni.check("p", "eth0").await.unwrap();
+    let mut wants = pod("p", &ns);
+    wants.port_mappings = vec![PortMapping {
+        host_port: NonZeroU16::new(8080).unwrap(),
+        container_port: NonZeroU16::new(80).unwrap(),
+        protocol: Protocol::Tcp,
+        host_ip: None,
+    }];
+    cni.add(&bridge_network(&host), &wants).await.unwrap();
+    for _ in 0..2 {
+        let complaints = cni.check("p", "eth0").await.unwrap();
+        assert!(complaints.is_empty(), "{complaints:?}");
+    }
     testing::ip(ns.path(), "address flush dev eth0");
-    let error = cni.check("p", "eth0").await.unwrap_err().to_string();
+    let complaints = cni.check("p", "eth0").await.unwrap();
+    assert_eq!(complaints.len(), 1, "{complaints:?}");
+    let complaint = complaints[0].to_string();
     assert!(
-        error.contains("bridge (CHECK of pod p) failed: "),
-        "{error}"
+        complaint.contains("bridge (CHECK of pod p) failed: "),
+        "{complaint}"
     );
     cni.del("p", "eth0").await.unwrap();
     assert!(matches!(
         cni.check("p", "eth0").await,
         Err(CniError::NotAttached { .. })
     ));
+}
+
+#[tokio::test]
+async fn check_is_not_asked_of_a_network_that_has_none() {
+    let host = Host::enter();
+    let cni = cni(&host);
+    script(
+        &host,
+        "tells",
+        r#"echo $CNI_COMMAND >> calls; echo '{"ips":[{"address":"10.1.1.1/24"}]}'"#,
+    );
+    let ns = netns(&host, "pod").await;
+    let mut disabled = only("1.0.0", &json!([{"type": "tells"}]));
+    disabled.disable_check = true;
+    let old = only("0.3.1", &json!([{"type": "tells"}]));
+    for network in [disabled, old] {
+        cni.add(&network, &pod("p", &ns)).await.unwrap();
+        assert!(cni.check("p", "eth0").await.unwrap().is_empty());
+        cni.del("p", "eth0").await.unwrap();
+    }
+    let calls = fs::read_to_string(host.dir().join("calls")).unwrap();
+    assert_eq!(calls, "ADD\nDEL\nADD\nDEL\n");
 }
 
 #[tokio::test]
@@ -228,12 +269,53 @@ async fn gc_detaches_what_nobody_answers_for() {
         interface: "eth0".to_owned(),
     };
     let valid = BTreeSet::from([kept.clone()]);
-    cni.gc(Some(&network), &valid).await.unwrap();
+    collect(&cni, Some(&network), &valid).await;
     assert_eq!(leases(&host).len(), 2);
     assert_eq!(cni.attachments().await.unwrap(), [kept]);
-    cni.check("kept", "eth0").await.unwrap();
-    cni.gc(None, &BTreeSet::new()).await.unwrap();
+    assert!(cni.check("kept", "eth0").await.unwrap().is_empty());
+    collect(&cni, None, &BTreeSet::new()).await;
     assert!(leases(&host).is_empty());
+}
+
+#[tokio::test]
+async fn a_pod_that_comes_during_a_collection_waits_a_little_and_is_kept() {
+    let host = Host::enter();
+    let mut cni = Cni::new(CniOptions {
+        bin_dirs: vec![host.dir().join("bin"), testing::PLUGINS.into()],
+        record_dir: host.dir().join("records"),
+        timeout: Duration::from_secs(20),
+    });
+    script(
+        &host,
+        "hangs",
+        r#"case $CNI_COMMAND in
+        VERSION) echo '{"cniVersion":"1.1.0","supportedVersions":["1.1.0"]}' ;;
+        GC) exec sleep 1000 ;;
+        *) echo '{"ips":[{"address":"10.1.1.1/24"}]}' ;;
+        esac"#,
+    );
+    let network = only("1.1.0", &json!([{"type": "hangs"}]));
+    let stale = netns(&host, "stale").await;
+    cni.add(&network, &pod("stale", &stale)).await.unwrap();
+    cni.runner.timeout = Duration::from_secs(2);
+
+    let collection = cni.begin_gc(BTreeSet::new()).await.unwrap();
+    let ns = netns(&host, "new").await;
+    let new = pod("new", &ns);
+    let add = cni.add(&network, &new);
+    tokio::pin!(add);
+    // The specification keeps the two apart.
+    assert!(
+        timeout(Duration::from_millis(200), &mut add).await.is_err(),
+        "ADD ran beside GC"
+    );
+    let (collected, added) = tokio::join!(collection.finish(Some(&network)), add);
+    let error = collected.unwrap_err();
+    assert!(error.timed_out(), "{error}");
+    added.unwrap();
+    let left = cni.attachments().await.unwrap();
+    assert_eq!(left.len(), 1, "{left:?}");
+    assert_eq!(left[0].sandbox_id, "new");
 }
 
 #[tokio::test]
@@ -459,13 +541,13 @@ async fn gc_and_status_go_only_to_plugins_that_know_them() {
 
     let old = only("1.1.0", &json!([{"type": "old"}]));
     cni.status(&old).await.unwrap();
-    cni.gc(Some(&old), &valid).await.unwrap();
+    collect(&cni, Some(&old), &valid).await;
     assert_eq!(calls(), "VERSION\nVERSION\n");
 
     let new = only("1.1.0", &json!([{"type": "new"}]));
     let error = cni.status(&new).await.unwrap_err().to_string();
     assert_eq!(error, "CNI plugin new (STATUS) failed: no uplink (code 50)");
-    cni.gc(Some(&new), &valid).await.unwrap();
+    collect(&cni, Some(&new), &valid).await;
     let sent: Value = serde_json::from_slice(&fs::read(host.dir().join("gc")).unwrap()).unwrap();
     assert_eq!(
         sent["cni.dev/valid-attachments"],

@@ -40,6 +40,8 @@ pub enum CgroupError {
         value: String,
         source: io::Error,
     },
+    #[error("the guest's kernel has no {file}, so a limit of {value} cannot be kept")]
+    Absent { file: String, value: String },
     #[error("{file:?} is no name of a cgroup file")]
     Name { file: String },
     #[error("cannot read {path}")]
@@ -50,6 +52,13 @@ pub enum CgroupError {
     StillAlive { path: PathBuf },
     #[error("cannot remove the cgroup {path}")]
     Remove { path: PathBuf, source: io::Error },
+}
+
+impl CgroupError {
+    /// Whether the file to write to does not exist.
+    fn is_absence(&self) -> bool {
+        matches!(self, Self::Set { source, .. } if source.kind() == io::ErrorKind::NotFound)
+    }
 }
 
 /// A directory of the cgroup file system. Dropping it removes nothing.
@@ -111,9 +120,7 @@ impl Cgroup {
     /// Writes a limit whose controller the guest's kernel may lack.
     fn write_if_there(&self, file: &str, value: &str) -> Result<(), CgroupError> {
         match self.write(file, value) {
-            Err(CgroupError::Set { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-                Ok(())
-            }
+            Err(error) if error.is_absence() => Ok(()),
             result => result,
         }
     }
@@ -131,10 +138,14 @@ impl Cgroup {
     /// Sets what `resources` names and leaves the rest.
     pub fn apply(&self, resources: &LinuxResources) -> Result<(), CgroupError> {
         for setting in settings(resources)? {
-            if setting.optional {
-                self.write_if_there(&setting.file, &setting.value)?;
-            } else {
-                self.write(&setting.file, &setting.value)?;
+            match self.write(&setting.file, &setting.value) {
+                Err(error) if error.is_absence() => {
+                    if !setting.optional {
+                        let Setting { file, value, .. } = setting;
+                        return Err(CgroupError::Absent { file, value });
+                    }
+                }
+                result => result?,
             }
         }
         Ok(())
@@ -419,7 +430,12 @@ fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, CgroupError> {
         let size = page.page_size();
         check_name(size)?;
         let value = page.limit();
-        set(&format!("hugetlb.{size}.max"), value.to_string(), true);
+        // A kernel without them keeps to a limit of none.
+        set(
+            &format!("hugetlb.{size}.max"),
+            value.to_string(),
+            value == 0,
+        );
     }
     for (file, value) in resources.unified().iter().flatten() {
         check_name(file)?;
@@ -506,6 +522,28 @@ mod tests {
             ])
         );
         assert!(written("{}").is_empty());
+    }
+
+    #[test]
+    fn a_limit_of_no_huge_pages_needs_no_kernel_that_has_them() {
+        let resources: LinuxResources = serde_json::from_str(
+            r#"{"hugepageLimits":[{"pageSize":"2MB","limit":0},{"pageSize":"1GB","limit":7}]}"#,
+        )
+        .unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let cgroup = Cgroup::create(dir.path().join("c")).unwrap();
+        let error = cgroup.apply(&resources).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "the guest's kernel has no hugetlb.1GB.max, so a limit of 7 cannot be kept"
+        );
+        let file = |size| cgroup.path().join(format!("hugetlb.{size}.max"));
+        for size in ["2MB", "1GB"] {
+            fs::write(file(size), "").unwrap();
+        }
+        cgroup.apply(&resources).unwrap();
+        assert_eq!(fs::read_to_string(file("2MB")).unwrap(), "0");
+        assert_eq!(fs::read_to_string(file("1GB")).unwrap(), "7");
     }
 
     #[test]

@@ -18,6 +18,7 @@ use tokio_stream::wrappers::errors::BroadcastStreamRecvError;
 use tokio_stream::wrappers::{BroadcastStream, ReceiverStream};
 use tonic::{Code, Request, Response, Status};
 
+use crate::cgroup::CgroupError;
 use crate::container::{Containers, Error};
 use crate::power;
 use crate::sandbox::{self, Sandbox, SandboxError};
@@ -224,6 +225,7 @@ fn container_status(error: Error) -> Status {
         Error::Exists { .. } => Code::AlreadyExists,
         Error::Phase { .. }
         | Error::NotConfigured
+        | Error::Cgroup(CgroupError::Absent { .. })
         | Error::Rootfs(RootfsError::Disk(DiskError::InUse { .. })) => Code::FailedPrecondition,
         Error::TooMany | Error::TooManyExecs => Code::ResourceExhausted,
         Error::SetupTimeout => Code::DeadlineExceeded,

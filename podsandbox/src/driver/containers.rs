@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use imagesvc::Lease;
+use tokio::task::JoinError;
 use vmm_client::Control;
 
 use super::Driver;
@@ -20,8 +21,24 @@ const LAYER_ALIGN: u64 = 4096;
 const MOUNT_TIMEOUT: Duration = Duration::from_secs(30);
 /// What a shell reports of a process that SIGKILL ended.
 pub(super) const KILLED: i32 = 137;
+/// What is told of a container that is removed before anybody saw it end, until
+/// its exit is known.
+const REMOVED: &str = "the container was removed";
 /// What containerd answers for a process that never ran.
 const START_ERROR_CODE: i32 = 128;
+
+/// What came of freeing a container's part of the guest.
+pub(super) struct Freed {
+    id: String,
+    outcome: Result<()>,
+}
+
+/// Whether the container's end was not seen but presumed, because it is being
+/// removed.
+pub(super) fn end_is_presumed(record: &ContainerRecord) -> bool {
+    let presumed = |exit: &ExitRecord| exit.message == REMOVED;
+    record.phase == ContainerPhase::Removing && record.exit.as_ref().is_some_and(presumed)
+}
 
 impl Driver {
     pub(super) async fn create_container(&mut self, spec: ContainerSpec) -> Result<String> {
@@ -35,7 +52,7 @@ impl Driver {
                 id: taken.id.clone(),
             });
         }
-        let slot = self.free_slot()?;
+        let slot = self.await_slot().await?;
         let id = ids::new_id();
         let lease = self.context.images.lease(&spec.image, &id).await?;
         let names = [&lease.image.repo_tags, &lease.image.repo_digests];
@@ -69,6 +86,7 @@ impl Driver {
             user: None,
             spec,
         };
+        let log_file = record.log_file.clone();
         let outcome = match self.context.store.put_container(&record).await {
             Ok(()) => self.put_together(&record, &lease, slot).await,
             Err(error) => Err(error.into()),
@@ -91,6 +109,9 @@ impl Driver {
             && let Err(left) = self.remove_container(&id).await
         {
             tracing::error!(container = id, error = %left.sentence(), "cannot undo a failed create yet");
+        }
+        if outcome.is_err() {
+            remove_empty_log(log_file.as_deref());
         }
         outcome.map(|()| id)
     }
@@ -159,9 +180,56 @@ impl Driver {
         }
     }
 
+    /// Lets the guest free what a container that has ended holds there. Other
+    /// containers' commands do not wait for it: a guest may take as long as a
+    /// call may.
+    pub(super) fn begin_freeing(&mut self, id: &str) {
+        let Some(machine) = &self.machine else {
+            return;
+        };
+        let (agent, id) = (machine.agent.clone(), id.to_owned());
+        self.freeing.spawn(async move {
+            let outcome = agent.remove(&id).await;
+            Freed { id, outcome }
+        });
+    }
+
+    /// Frees the VMM's side as well, after the guest's. What fails is tried
+    /// again when the container is removed.
+    pub(super) async fn learn_freed(&mut self, freed: std::result::Result<Freed, JoinError>) {
+        let Ok(Freed { id, outcome }) = freed else {
+            // It panicked, or its pod is being stopped.
+            return;
+        };
+        // Gone with the container, or with the machine.
+        let held = self.containers.get(&id).is_some_and(|c| c.slot.is_some());
+        if !held || self.machine.is_none() {
+            return;
+        }
+        let outcome = match outcome {
+            Ok(()) => self.free_vmm_side(&id).await,
+            Err(error) => Err(error),
+        };
+        match outcome {
+            Ok(()) => self.save_logged(&id).await,
+            Err(error) => {
+                tracing::warn!(container = id, error = %error.sentence(), "cannot free what an ended container held");
+            }
+        }
+    }
+
     /// Frees what a container that has ended holds in guest and VMM; fine with
     /// any of it being gone. Its record and lease stay.
-    pub(super) async fn free_guest_side(&mut self, id: &str) -> Result<()> {
+    async fn free_guest_side(&mut self, id: &str) -> Result<()> {
+        let holds = self.containers.get(id).is_some_and(|c| c.slot.is_some());
+        if let Some(machine) = self.machine.as_ref().filter(|_| holds) {
+            machine.agent.remove(id).await?;
+        }
+        self.free_vmm_side(id).await
+    }
+
+    /// Only once the guest has let go of the disk.
+    async fn free_vmm_side(&mut self, id: &str) -> Result<()> {
         let Some(record) = self.containers.get_mut(id) else {
             return Ok(());
         };
@@ -169,7 +237,6 @@ impl Driver {
             return Ok(());
         };
         if let Some(machine) = &mut self.machine {
-            machine.agent.remove(id).await?;
             machine.control.detach_disk(slot).await?;
             machine.control.close_log(id).await?;
         }
@@ -177,14 +244,28 @@ impl Driver {
         Ok(())
     }
 
+    /// The slot of a container that has ended is about to be free.
+    async fn await_slot(&mut self) -> Result<u32> {
+        loop {
+            let slot = self.free_slot();
+            if slot.is_ok() {
+                return slot;
+            }
+            match self.freeing.join_next().await {
+                Some(freed) => self.learn_freed(freed).await,
+                None => return slot,
+            }
+        }
+    }
+
     fn free_slot(&self) -> Result<u32> {
         let (_, runtime) = self.context.config.runtime(&self.record.handler)?;
         let taken = |slot| self.containers.values().any(|c| c.slot == Some(slot));
-        (0..runtime.disk_slots)
+        (0..runtime.settings.disk_slots)
             .find(|&slot| !taken(slot))
             .ok_or_else(|| Error::NoDiskSlot {
                 id: self.record.id.clone(),
-                slots: runtime.disk_slots,
+                slots: runtime.settings.disk_slots,
             })
     }
 
@@ -262,7 +343,7 @@ impl Driver {
             code: KILLED,
             finished_at_nanos: now_nanos(),
             reason: ExitReason::Error,
-            message: "the container was removed".to_owned(),
+            message: REMOVED.to_owned(),
         });
         if let Err(error) = self.save_container(id).await {
             // What it holds may be what the disk is short of.
@@ -310,6 +391,18 @@ pub(crate) fn state_error(record: &ContainerRecord, needed: &'static str) -> Err
         id: record.id.clone(),
         state,
         needed,
+    }
+}
+
+/// The log of a container that never was, unless an earlier one has written to
+/// it; its directory is the kubelet's, so nothing depends on it.
+fn remove_empty_log(path: Option<&Path>) {
+    let is_empty =
+        |path: &&Path| fs::symlink_metadata(path).is_ok_and(|m| m.is_file() && m.len() == 0);
+    if let Some(path) = path.filter(is_empty)
+        && let Err(error) = fs::remove_file(path)
+    {
+        tracing::debug!(?path, %error, "cannot remove an empty log");
     }
 }
 

@@ -17,7 +17,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use vmm_client::Control;
 
@@ -80,13 +81,20 @@ pub(crate) enum Command {
 pub(crate) struct Handle {
     pub(crate) commands: mpsc::Sender<Command>,
     pub(crate) snapshot: watch::Receiver<PodSnapshot>,
-    /// None while the pod is being started.
+    /// None while the pod is being started, or taken up after a restart.
     pub(crate) started: watch::Receiver<Option<std::result::Result<(), Arc<Error>>>>,
     /// Ends calls under way, so that a stop never waits behind them.
     pub(crate) stopping: CancellationToken,
 }
 
 impl Handle {
+    /// Waits until the pod's start, or its being taken up, is over; None if its
+    /// driver ended without a word.
+    pub(crate) async fn settled(&mut self) -> Option<std::result::Result<(), Arc<Error>>> {
+        let outcome = self.started.wait_for(Option::is_some).await;
+        outcome.ok().and_then(|outcome| outcome.clone())
+    }
+
     /// For commands that end the pod: calls under way are cut short first.
     pub(crate) async fn cancel_and_ask<T>(
         &self,
@@ -120,6 +128,8 @@ pub(crate) struct Driver {
     paths: PodPaths,
     containers: BTreeMap<String, ContainerRecord>,
     machine: Option<Machine>,
+    /// Containers that have ended and are being freed in the guest.
+    freeing: JoinSet<containers::Freed>,
     publish: watch::Sender<PodSnapshot>,
     started: watch::Sender<Option<std::result::Result<(), Arc<Error>>>>,
     stopping: CancellationToken,
@@ -158,6 +168,7 @@ impl Driver {
             paths,
             containers,
             machine: None,
+            freeing: JoinSet::new(),
             publish,
             started,
             stopping,
@@ -187,16 +198,27 @@ impl Driver {
         handle
     }
 
-    /// A pod found on disk after the daemon was restarted.
+    /// A pod found on disk after the daemon was restarted, which is taken up
+    /// when there is a place in `turn`.
     pub(crate) fn resume(
         context: Arc<Context>,
         record: PodRecord,
         containers: BTreeMap<String, ContainerRecord>,
+        turn: Arc<Semaphore>,
     ) -> Handle {
         let (mut driver, handle) = Self::new(context, record, containers);
+        if !driver.record.phase.is_shown() {
+            // What is left to do is no start that could be joined.
+            let cut_off = Err(Arc::new(Error::Stopping));
+            driver.started.send_replace(Some(cut_off));
+        }
         tokio::spawn(async move {
+            let place = turn.acquire_owned().await;
             driver.take_up().await;
-            driver.started.send_replace(Some(Ok(())));
+            drop(place);
+            if driver.started.borrow().is_none() {
+                driver.started.send_replace(Some(Ok(())));
+            }
             if !driver.publish.borrow().gone {
                 driver.run().await;
             }
@@ -221,6 +243,7 @@ impl Driver {
                         return;
                     }
                 }
+                Some(freed) = self.freeing.join_next() => self.learn_freed(freed).await,
                 event = next_event(&mut self.machine, &self.stopping) => self.on_vm_event(event).await,
             }
         }

@@ -15,11 +15,13 @@ use nix::sys::socket::{
 };
 use tokio_util::sync::CancellationToken;
 use vmm_client::protocol::{Event, VmState};
-use vmm_client::{Control, FdRole, Machine as MachineKind, SpawnRequest, UmlMode, VmSpec};
+use vmm_client::{
+    Control, FdRole, Machine as MachineKind, SpawnRequest, UmlMode, VmSpec,
+};
 
 use super::{Driver, Machine, watch_vm};
 use crate::agent::AgentClient;
-use crate::config::{MachineChoice, RuntimeConfig};
+use crate::config::Runtime;
 use crate::context::now_nanos;
 use crate::error::Step;
 use crate::phase::PodEvent;
@@ -225,9 +227,9 @@ impl Driver {
         Ok(netns::Netns::create(&self.context.config.netns_dir, &self.paths.netns_name).await?)
     }
 
-    async fn make_scratch(&self, runtime: &RuntimeConfig) -> Result<fs::File> {
+    async fn make_scratch(&self, runtime: &Runtime) -> Result<fs::File> {
         let path = self.paths.scratch.clone();
-        let gib = runtime.scratch_gib;
+        let gib = runtime.settings.scratch_gib;
         let work = move || {
             let dir = path.parent().unwrap_or(Path::new("/"));
             scratch::create(&scratch::template(dir, gib)?, &path)
@@ -237,12 +239,7 @@ impl Driver {
             .map_err(|_| Error::Stopping)?
     }
 
-    async fn boot(
-        &self,
-        timeline: &Timeline,
-        runtime: &RuntimeConfig,
-        parts: &Parts,
-    ) -> Result<Booted> {
+    async fn boot(&self, timeline: &Timeline, runtime: &Runtime, parts: &Parts) -> Result<Booted> {
         let (mut process, control, mut events) =
             timeline.time(Step::Vmm, self.spawn(runtime, parts)).await?;
         // Reaps the VMM while this daemon is its parent; its end is learnt
@@ -252,7 +249,7 @@ impl Driver {
                 tracing::debug!(%error, "cannot wait for a VMM");
             }
         });
-        let limit = runtime.boot_timeout_seconds;
+        let limit = runtime.settings.boot_timeout_seconds;
         timeline
             .time(Step::Boot, async {
                 let ready = async {
@@ -290,7 +287,7 @@ impl Driver {
 
     async fn spawn(
         &self,
-        runtime: &RuntimeConfig,
+        runtime: &Runtime,
         parts: &Parts,
     ) -> Result<(vmm_client::VmmProcess, Control, vmm_client::Events)> {
         let open = |what: &'static str, path: &Path| {
@@ -331,9 +328,15 @@ impl Driver {
                 source,
             })?
             .into();
-        let fds = vec![
-            (FdRole::Kernel, open("guest kernel", &runtime.kernel)?),
-            (FdRole::Initramfs, open("initramfs", &runtime.initramfs)?),
+        let mut fds = vec![
+            (
+                FdRole::Kernel,
+                open("guest kernel", &runtime.decision.kernel)?,
+            ),
+            (
+                FdRole::Initramfs,
+                open("initramfs", &runtime.settings.initramfs)?,
+            ),
             (FdRole::Netns, parts.netns.fd()?),
             (FdRole::Tap, clone("tap", &parts.tap)?),
             (
@@ -350,15 +353,26 @@ impl Driver {
             ),
             (FdRole::Scratch, scratch),
         ];
+        if runtime.decision.machine == MachineKind::Kvm {
+            let device = Path::new(crate::machine::DEVICE);
+            let opened = fs::File::options().read(true).write(true).open(device);
+            let kvm = opened.map_err(|source| Error::File {
+                what: "device",
+                path: device.to_owned(),
+                source,
+            })?;
+            fds.push((FdRole::Kvm, kvm.into()));
+        }
         let spec = VmSpec {
             pod_id: self.record.id.clone(),
-            machine: machine_kind(runtime),
+            machine: runtime.decision.machine,
             vcpus: self.record.vcpus,
             memory_mib: self.record.memory_mib,
-            kernel_args: runtime.kernel_args.clone(),
+            huge_pages: runtime.settings.huge_pages,
+            kernel_args: runtime.settings.kernel_args.clone(),
             mac: Some(boot_mac(&self.record.id)),
             mtu: None,
-            image_slots: runtime.disk_slots,
+            image_slots: runtime.settings.disk_slots,
             jail_root: self.paths.jail.clone(),
             shared_dir: self.paths.shared.clone(),
             uid: self.record.uid,
@@ -433,16 +447,9 @@ fn read_tail(path: &Path) -> std::io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn machine_kind(runtime: &RuntimeConfig) -> MachineKind {
-    match runtime.machine {
-        MachineChoice::Kvm => MachineKind::Kvm,
-        MachineChoice::Uml | MachineChoice::Auto => MachineKind::Uml(runtime.uml_mode),
-    }
-}
-
 /// How many vCPUs the handler's machine can have.
-pub(crate) fn max_vcpus(runtime: &RuntimeConfig) -> u32 {
-    match machine_kind(runtime) {
+pub(crate) fn max_vcpus(runtime: &Runtime) -> u32 {
+    match runtime.decision.machine {
         MachineKind::Uml(UmlMode::Ptrace) => 1,
         MachineKind::Uml(UmlMode::Seccomp) | MachineKind::Kvm => 32,
     }

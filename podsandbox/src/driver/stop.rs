@@ -82,7 +82,13 @@ impl Driver {
             let vmm = self.record.vmm_pid.and_then(|pid| Process::open(pid, id));
             let ended = end_machine(&self.paths.control, vmm).await;
             match &self.record.cgroup {
-                Some(group) => ended.and(cgroup::remove(group, id).await),
+                Some(group) => {
+                    let removed = cgroup::remove(group, id).await;
+                    if self.record.spec.cgroup_parent.is_none() {
+                        cgroup::remove_own_parent();
+                    }
+                    ended.and(removed)
+                }
                 None => ended,
             }
         };

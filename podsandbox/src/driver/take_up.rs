@@ -1,6 +1,8 @@
 //! After a restart of the daemon: taking up a pod that lives, finishing or
 //! undoing what was half done.
 
+use std::sync::Arc;
+
 use vmm_client::Control;
 use vmm_client::protocol::VmState;
 
@@ -9,7 +11,7 @@ use crate::Result;
 use crate::agent::AgentClient;
 use crate::phase::{PodEvent, PodPhase};
 use crate::process::Process;
-use crate::record::{ContainerPhase, ExitReason};
+use crate::record::{ContainerPhase, ContainerRecord, ExitReason};
 
 /// Each try waits for as long as a call to the VMM may take.
 const CONNECT_TRIES: u32 = 3;
@@ -50,7 +52,9 @@ impl Driver {
                 if let Err(error) = self.finish_containers().await {
                     tracing::warn!(pod = %self.record.id, error = %error.sentence(), "a container cannot be cleared away yet");
                 }
+                self.free_ended();
                 self.publish();
+                self.check_network();
                 tracing::info!(pod = %self.record.id, containers = self.containers.len(), "took up a running pod");
                 Ok(())
             }
@@ -62,6 +66,41 @@ impl Driver {
                 Ok(())
             }
         }
+    }
+
+    /// Those whose freeing the daemon's end cut off.
+    fn free_ended(&mut self) {
+        let ended = |c: &&ContainerRecord| c.phase == ContainerPhase::Exited && c.slot.is_some();
+        let ids: Vec<String> = self
+            .containers
+            .values()
+            .filter(ended)
+            .map(|c| c.id.clone())
+            .collect();
+        for id in ids {
+            self.begin_freeing(&id);
+        }
+    }
+
+    /// What became of the pod's network while nobody looked is worth a line to
+    /// its operator, and no more: plugins' CHECK is too often wrong to end pods.
+    fn check_network(&self) {
+        let (context, stopping) = (Arc::clone(&self.context), self.stopping.clone());
+        let (id, name) = (self.record.id.clone(), self.record.spec.name.clone());
+        tokio::spawn(async move {
+            tokio::select! {
+                () = stopping.cancelled() => {}
+                complaint = context.network.check(&id) => if let Some(complaint) = complaint {
+                    tracing::warn!(
+                        pod = %id,
+                        namespace = name.namespace,
+                        name = name.name,
+                        complaint,
+                        "the pod's network is not as CNI plugins made it"
+                    );
+                },
+            }
+        });
     }
 
     /// A VMM that runs is not given up because a call to it failed once.

@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use vmm_client::protocol::{Event, VmState};
 
 use super::Driver;
-use super::containers::KILLED;
+use super::containers::{KILLED, end_is_presumed};
 use crate::agent::{AgentClient, plain};
 use crate::context::now_nanos;
 use crate::record::{ContainerPhase, ExitReason, ExitRecord, PodPhase, ResolvedUser};
@@ -187,10 +187,14 @@ impl Driver {
         let Some(record) = self.containers.get_mut(id) else {
             return;
         };
-        if record.exit.is_some() {
+        let presumed = end_is_presumed(record);
+        if record.exit.is_some() && !presumed {
             return;
         }
-        record.phase = ContainerPhase::Exited;
+        // What is being removed stays so.
+        if !presumed {
+            record.phase = ContainerPhase::Exited;
+        }
         record.exit = Some(ExitRecord {
             code: exit.code,
             // The guest's clock is the guest's word.
@@ -201,10 +205,9 @@ impl Driver {
             message: plain(&exit.start_error),
         });
         self.save_logged(id).await;
-        // The next container needs the slot; what fails is tried again when
-        // the container is removed.
-        if let Err(error) = self.free_guest_side(id).await {
-            tracing::warn!(container = id, error = %error.sentence(), "cannot free what an ended container held");
+        // The next container needs the slot.
+        if !presumed {
+            self.begin_freeing(id);
         }
     }
 
@@ -254,7 +257,7 @@ impl Driver {
 
     /// For changes nobody waits for: the snapshot is true even when the disk
     /// refuses; after a restart the agent tells again.
-    async fn save_logged(&self, id: &str) {
+    pub(super) async fn save_logged(&self, id: &str) {
         if let Err(error) = self.save_container(id).await {
             tracing::error!(container = id, error = %error.sentence(), "cannot record the container's state");
             self.publish();

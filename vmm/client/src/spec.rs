@@ -5,6 +5,7 @@
 //! descriptors beside it by `SCM_RIGHTS`, in the order of [`VmSpec::fds`]. The
 //! VMM opens no path of the host: whatever it uses is in that list.
 
+use std::fmt;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -19,6 +20,9 @@ pub struct VmSpec {
     /// 1 to 32. `uml` in ptrace mode takes 1.
     pub vcpus: u32,
     pub memory_mib: u32,
+    /// What backs the guest's memory on `kvm`.
+    #[serde(default)]
+    pub huge_pages: HugePages,
     /// Words added to the guest kernel's command line.
     pub kernel_args: Vec<String>,
     /// The guest NIC's address; absent in a pod without a network.
@@ -50,6 +54,16 @@ pub enum Machine {
     Kvm,
 }
 
+impl fmt::Display for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Kvm => "kvm",
+            Self::Uml(UmlMode::Ptrace) => "uml, mode ptrace",
+            Self::Uml(UmlMode::Seccomp) => "uml, mode seccomp",
+        })
+    }
+}
+
 /// How User Mode Linux confines the processes of its guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -58,6 +72,20 @@ pub enum UmlMode {
     Ptrace,
     /// Faster, with SMP; its stub is no boundary inside the pod.
     Seccomp,
+}
+
+/// Pages of the host under the guest's memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HugePages {
+    /// As the host is set up (`transparent_hugepage/enabled`).
+    #[default]
+    Off,
+    /// Huge where the host has them: faster, and memory that a guest has
+    /// touched goes back in larger pieces only.
+    Transparent,
+    /// 2 MiB pages that the node has set aside (`vm.nr_hugepages`).
+    Reserved,
 }
 
 /// What a descriptor that came with the [`VmSpec`] is for.
@@ -80,4 +108,6 @@ pub enum FdRole {
     VsockListener,
     /// The pod's scratch disk, read-write.
     Scratch,
+    /// /dev/kvm, for [`Machine::Kvm`] alone.
+    Kvm,
 }

@@ -22,6 +22,7 @@ use std::time::Duration;
 use nix::sys::epoll::EpollFlags;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::resource::{Resource, getrlimit};
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -75,8 +76,17 @@ pub enum FsError {
     Setup(#[source] io::Error),
 }
 
+/// What the guest can see of the device. Inodes and handles it holds are the
+/// library's to save.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    /// The driver's choice of features.
+    pub features: u64,
+    pub tag: String,
+}
+
 pub struct Fs {
-    config: [u8; CONFIG_LEN],
+    state: State,
     server: Server<PassthroughFs>,
     /// Rings when requests were left for a later turn.
     again: EventFd,
@@ -91,10 +101,6 @@ impl Fs {
         if tag.is_empty() || tag.len() > TAG_LEN || tag.contains('\0') {
             return Err(FsError::Tag(tag.to_owned()));
         }
-        let mut config = [0; CONFIG_LEN];
-        config[..tag.len()].copy_from_slice(tag.as_bytes());
-        config[TAG_LEN..].copy_from_slice(&1_u32.to_le_bytes());
-
         let bad_root = |source| FsError::Root {
             path: root.to_owned(),
             source,
@@ -130,11 +136,18 @@ impl Fs {
         .map_err(bad_root)?;
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         Ok(Self {
-            config,
+            state: State {
+                features: 0,
+                tag: tag.to_owned(),
+            },
             server: Server::new(passthrough),
             again: EventFd::from_value_and_flags(0, flags).map_err(|e| FsError::Setup(e.into()))?,
             thread: None,
         })
+    }
+
+    pub fn state(&self) -> State {
+        self.state.clone()
     }
 
     /// The first call on a thread makes it ready to serve.
@@ -287,10 +300,16 @@ impl Device for Fs {
         1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC
     }
 
-    fn set_features(&mut self, _features: u64) {}
+    fn set_features(&mut self, features: u64) {
+        self.state.features = features;
+    }
 
     fn read_config(&self, offset: usize, data: &mut [u8]) {
-        super::read_config_bytes(&self.config, offset, data);
+        let mut config = [0; CONFIG_LEN];
+        let tag = self.state.tag.as_bytes();
+        config[..tag.len()].copy_from_slice(tag);
+        config[TAG_LEN..].copy_from_slice(&1_u32.to_le_bytes());
+        super::read_config_bytes(&config, offset, data);
     }
 
     fn start(&mut self, poller: Poller) -> io::Result<()> {
@@ -313,5 +332,7 @@ impl Device for Fs {
     }
 
     /// Open files and inodes go with the guest's next FUSE INIT.
-    fn reset(&mut self) {}
+    fn reset(&mut self) {
+        self.state.features = 0;
+    }
 }

@@ -27,6 +27,23 @@ pub struct Iov<'m> {
     len: usize,
 }
 
+/// An [`Iov`] with the memory it lies in.
+pub struct OwnedIov {
+    iov: Iov<'static>,
+    _mem: GuestMemoryMmap,
+}
+
+// SAFETY: the slices are pointers into mappings that live as long as `_mem`,
+// whose regions are Send and Sync; guest memory may be accessed by any thread
+// at any time, and is so by the guest, which is why all access is volatile.
+unsafe impl Send for OwnedIov {}
+
+impl OwnedIov {
+    pub fn get(&self) -> Iov<'_> {
+        self.iov.clone()
+    }
+}
+
 /// Device-readable and device-writable buffers of `chain`.
 pub fn split<'m, M>(
     chain: DescriptorChain<M>,
@@ -183,6 +200,26 @@ impl<'m> Iov<'m> {
         Ok(())
     }
 
+    /// As [`Iov::read_exact_at`] where the host has all of it in its page
+    /// cache; `WouldBlock` where it would have to wait for a disk, `Unsupported`
+    /// where its file system cannot tell.
+    pub fn read_cached_at(mut self, file: impl AsFd, mut offset: u64) -> io::Result<()> {
+        while !self.is_empty() {
+            let done = self.call(|iov, count| {
+                let fd = file.as_fd().as_raw_fd();
+                // SAFETY: every iovec lies in guest memory that `self` borrows
+                // and that is only ever accessed as volatile.
+                unsafe { libc::preadv2(fd, iov, count, signed(offset), libc::RWF_NOWAIT) }
+            })?;
+            if done == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            offset += done as u64;
+            drop(self.take(done));
+        }
+        Ok(())
+    }
+
     /// Writes the whole list to `file` at `offset`.
     pub fn write_all_at(mut self, file: impl AsFd, mut offset: u64) -> io::Result<()> {
         while !self.is_empty() {
@@ -236,6 +273,30 @@ impl<'m> Iov<'m> {
             let mut message = message(iov, count);
             // SAFETY: as in `send`.
             unsafe { libc::recvmsg(socket.as_fd().as_raw_fd(), &mut message, libc::MSG_DONTWAIT) }
+        })
+    }
+
+    /// The same list for another thread: it keeps the mappings of `mem` by
+    /// itself. `None` for a list of some other memory.
+    pub fn into_owned(self, mem: &'m GuestMemoryMmap) -> Option<OwnedIov> {
+        let inside = |slice: &VolatileSlice<'_>| {
+            let start = slice.ptr_guard().as_ptr() as usize;
+            mem.iter().any(|region| {
+                let base = region.as_ptr() as usize;
+                start >= base && start - base + slice.len() <= region.size()
+            })
+        };
+        if !self.slices.iter().all(inside) {
+            return None;
+        }
+        // SAFETY: only the lifetime changes. Each slice lies in a mapping of a
+        // region of `mem`, as was just seen; the copy of `mem` beside it holds
+        // all of these regions until after the last use of the slices, which
+        // never leave the `OwnedIov` with a longer life than its own.
+        let iov = unsafe { std::mem::transmute::<Iov<'m>, Iov<'static>>(self) };
+        Some(OwnedIov {
+            iov,
+            _mem: mem.clone(),
         })
     }
 
@@ -326,6 +387,18 @@ mod tests {
         assert_eq!(file.metadata().unwrap().len(), 22);
         let error = scattered(&mem).read_exact_at(&file, 15).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn a_list_outlives_the_memory_it_was_made_of() {
+        let mem = memory();
+        let other = memory();
+        assert!(scattered(&mem).into_owned(&other).is_none());
+        scattered(&mem).fill_from(b"abcdefghij");
+        let owned = scattered(&mem).into_owned(&mem).unwrap();
+        drop(mem);
+        let bytes = std::thread::spawn(move || owned.get().take_bytes::<10>());
+        assert_eq!(&bytes.join().unwrap().unwrap(), b"abcdefghij");
     }
 
     #[test]

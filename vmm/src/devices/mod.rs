@@ -6,8 +6,11 @@
 //! registered with its [`Poller`] is ready. A device never blocks in a call,
 //! never trusts a length or an address of the guest, and bounds what it holds.
 
+pub mod balloon;
 pub mod blk;
 pub mod fs;
+#[cfg(any(test, feature = "hostile"))]
+pub mod hostile;
 pub mod iov;
 pub mod net;
 pub mod rng;
@@ -119,5 +122,47 @@ pub(crate) fn read_config_bytes(config: &[u8], offset: usize, data: &mut [u8]) {
     if let Some(rest) = config.get(offset..) {
         let n = rest.len().min(data.len());
         data[..n].copy_from_slice(&rest[..n]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fmt::Debug;
+
+    use serde::Serialize;
+    use serde::de::DeserializeOwned;
+
+    use super::*;
+
+    fn survives<S: Serialize + DeserializeOwned + PartialEq + Debug>(state: &S) {
+        let saved = serde_json::to_vec(state).unwrap();
+        assert_eq!(&serde_json::from_slice::<S>(&saved).unwrap(), state);
+    }
+
+    /// What a snapshot will hold of a device is data and nothing else.
+    #[test]
+    fn the_state_of_a_device_can_be_saved_and_read_back() {
+        let mut blk = blk::Blk::empty("image0").unwrap();
+        blk.set_features(blk.features());
+        assert_ne!(blk.state().features, 0);
+        survives(&blk.state());
+        let mut balloon = balloon::Balloon::new().unwrap();
+        balloon.write_config(4, &[7]);
+        survives(&balloon.state());
+        let mut rng = rng::Rng::new("/dev/zero".as_ref()).unwrap();
+        rng.set_features(u64::MAX);
+        survives(&rng.state());
+        let dir = tempfile::tempdir().unwrap();
+        survives(&fs::Fs::new(dir.path(), "shared").unwrap().state());
+        survives(&net::State {
+            features: 1,
+            mac: [2; 6],
+            mtu: Some(1400),
+            active_pairs: 2,
+        });
+        survives(&vsock::State {
+            features: u64::MAX,
+            guest_cid: 3,
+        });
     }
 }

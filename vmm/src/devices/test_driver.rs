@@ -59,9 +59,14 @@ pub struct Chain {
 
 impl Driver {
     pub fn new(device: &dyn Device) -> Self {
+        let mem = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 4 << 20)]).unwrap();
+        Self::with_memory(device, mem)
+    }
+
+    /// The rings take the first pages of `mem`.
+    pub fn with_memory(device: &dyn Device, mem: GuestMemoryMmap) -> Self {
         let count = device.queue_sizes().len();
         let rings = RING_SPACE * count as u64;
-        let mem = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 4 << 20)]).unwrap();
         let queues = (0..count as u64)
             .map(|i| {
                 let base = RING_SPACE * i;

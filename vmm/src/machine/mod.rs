@@ -1,5 +1,6 @@
 //! What runs the guest's kernel.
 
+pub mod kvm;
 pub mod uml;
 
 use std::io::PipeReader;

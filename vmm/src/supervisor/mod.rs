@@ -148,7 +148,9 @@ impl Supervisor {
                 SIGNALS => self.take_signals()?,
                 CONSOLE => {
                     self.read_console(CONSOLE_CHUNK)?;
-                    None
+                    // A machine without a power switch runs on, doing nothing.
+                    let halted = self.console.halted();
+                    halted.then(|| "the guest powered off".to_owned())
                 }
                 WAKE => self.take_notices()?,
                 LISTENER => {
@@ -212,7 +214,7 @@ impl Supervisor {
         let _ = self.notices.wake.read();
         while let Some(notice) = self.notices.take() {
             match notice {
-                Notice::Failed(reason) => return Ok(Some(reason)),
+                Notice::Ended(reason) => return Ok(Some(reason)),
                 Notice::Answer(client, reply) => {
                     self.clients.answer(client, &reply, &self.epoll)?;
                 }

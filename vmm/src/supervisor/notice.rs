@@ -13,8 +13,9 @@ use super::clients::ClientId;
 pub enum Notice {
     /// The agent has connected to its ready port.
     GuestReady,
-    /// A device or its driver failed beyond repair.
-    Failed(String),
+    /// The guest has ended, or a device or its driver failed beyond repair:
+    /// how, in words.
+    Ended(String),
     /// A request was carried out inside a loop.
     Answer(ClientId, Reply),
 }

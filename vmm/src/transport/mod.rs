@@ -1,13 +1,15 @@
 //! What carries a device to its driver.
 //!
-//! A [`Slot`] is one device with its queues, in an event loop. A
-//! [`Transport`] sets the slot up as the driver asks: vhost-user for the `uml`
-//! machine, virtio-mmio for `kvm`.
+//! A [`Slot`] is one device with its queues. Its event loop calls the device;
+//! whoever speaks with the driver sets the slot up: vhost-user for the `uml`
+//! machine, as a [`Transport`] inside the same loop, and virtio-mmio for
+//! `kvm`, from the threads of the guest's processors.
 
+pub mod mmio;
 pub mod vhost_user;
 
 use std::io::{self, Read};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::{fmt, fs::File};
 
 use nix::sys::epoll::EpollFlags;
@@ -34,6 +36,24 @@ pub trait Transport: Send {
     /// One of the transport's descriptors is ready. An error ends the
     /// machine.
     fn ready(&mut self, token: u32, slot: &mut Slot) -> io::Result<()>;
+}
+
+/// A slot as its event loop shares it with those who set it up. The loop holds
+/// it for the length of one event, so for as long as the device may block.
+///
+/// Lock order: the registers of a [`mmio::Mmio`], then the slot; nothing is
+/// locked beyond it but what a device owns.
+#[derive(Clone, Debug)]
+pub struct SharedSlot(Arc<Mutex<Slot>>);
+
+impl SharedSlot {
+    pub(crate) fn new(slot: Slot) -> Self {
+        Self(Arc::new(Mutex::new(slot)))
+    }
+
+    pub fn lock(&self) -> MutexGuard<'_, Slot> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// A device with its queues and what wakes it.
@@ -123,7 +143,9 @@ impl Slot {
     }
 
     /// Lets the device use queue `index`, or takes it away. The device is
-    /// reset when its last queue goes.
+    /// reset when its last queue goes. The driver may have kicked a queue
+    /// before it was listened to: what comes next is a call of
+    /// [`Slot::kicked`] in the device's loop.
     pub fn enable(&mut self, index: usize, enable: bool) -> io::Result<()> {
         let event_idx = self.features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
         self.queue(index)?;
@@ -141,8 +163,7 @@ impl Slot {
             queue.set_ready(false);
             return Err(invalid(format!("queue {index} lies outside of memory")));
         }
-        // The driver may have kicked before it was listened to.
-        self.kicked(index)
+        Ok(())
     }
 
     /// Forgets the driver.
@@ -171,8 +192,8 @@ impl Slot {
         self.kicked(index)
     }
 
-    fn kicked(&mut self, index: usize) -> io::Result<()> {
-        if !self.queues[index].ready() {
+    pub(crate) fn kicked(&mut self, index: usize) -> io::Result<()> {
+        if !self.queue(index)?.ready() {
             return Ok(());
         }
         self.with(|device, io| device.kicked(index, io))

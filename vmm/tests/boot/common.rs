@@ -1,5 +1,10 @@
 //! A pod's VMM as the daemon starts it, with a guest whose init is a busybox
-//! script. Needs root, a UML kernel (`DRUPE_TEST_KERNEL`) and a static busybox.
+//! script. Needs root, a guest kernel (`DRUPE_TEST_KERNEL`) and a static
+//! busybox. `DRUPE_TEST_MACHINE=kvm` runs the same on the other machine, for
+//! which the host's CPU has to be able to run an ordinary kernel.
+//!
+//! Away from where they were built, the tests are told where the VMM is
+//! (`DRUPE_TEST_VMM`), and the guest's vsock tool (`DRUPE_TEST_VSOCK_TOOL`).
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
@@ -19,7 +24,7 @@ use nix::sys::socket::{
 use tempfile::TempDir;
 use vmm_client::protocol::{Event, VmState};
 use vmm_client::{
-    Control, Events, FdRole, Machine, SpawnRequest, UmlMode, VmSpec, VmmProcess, spawn,
+    Control, Events, FdRole, HugePages, Machine, SpawnRequest, UmlMode, VmSpec, VmmProcess, spawn,
 };
 
 const BUSYBOX: &str = "/bin/busybox";
@@ -42,6 +47,19 @@ pub fn kernel() -> Option<PathBuf> {
             .unwrap();
     }
     path
+}
+
+/// The machine to test.
+pub fn machine(mode: UmlMode) -> Machine {
+    match std::env::var("DRUPE_TEST_MACHINE").as_deref() {
+        Ok("kvm") => Machine::Kvm,
+        Ok("uml") | Err(_) => Machine::Uml(mode),
+        Ok(other) => panic!("DRUPE_TEST_MACHINE is {other:?}: uml or kvm"),
+    }
+}
+
+pub fn is_kvm() -> bool {
+    machine(UmlMode::Seccomp) == Machine::Kvm
 }
 
 pub fn tempdir() -> TempDir {
@@ -160,11 +178,18 @@ impl Pod {
     pub async fn ended(&mut self) -> String {
         let mut events = self.events.take().unwrap();
         let mut reason = String::new();
-        while let Some(Event::State(status)) = tokio::time::timeout(PATIENCE, events.next())
-            .await
-            .expect("the machine ends")
-            .unwrap()
-        {
+        loop {
+            let next = tokio::time::timeout(PATIENCE, events.next()).await;
+            let next = next.unwrap_or_else(|_| {
+                panic!(
+                    "the machine does not end:\n{}\n{}",
+                    self.console(),
+                    self.log()
+                )
+            });
+            let Some(Event::State(status)) = next.unwrap() else {
+                break;
+            };
             if let VmState::Ended { reason: why } = status.state {
                 reason = why;
             }
@@ -251,6 +276,10 @@ pub fn prepare(kernel: &Path, setup: &Setup, dir: &Path) -> (SpawnRequest, Clean
         ),
         (FdRole::Scratch, scratch.into()),
     ];
+    if is_kvm() {
+        let kvm = File::options().read(true).write(true).open("/dev/kvm");
+        fds.push((FdRole::Kvm, kvm.unwrap().into()));
+    }
     let netns = setup.network.then(|| {
         let (name, netns, tap) = make_network();
         fds.push((FdRole::Netns, netns));
@@ -263,13 +292,16 @@ pub fn prepare(kernel: &Path, setup: &Setup, dir: &Path) -> (SpawnRequest, Clean
     };
     let (roles, fds) = fds.into_iter().unzip();
     let request = SpawnRequest {
-        program: env!("CARGO_BIN_EXE_drupe-vmm").into(),
+        program: std::env::var_os("DRUPE_TEST_VMM")
+            .unwrap_or_else(|| env!("CARGO_BIN_EXE_drupe-vmm").into())
+            .into(),
         spec: VmSpec {
             pod_id: "test".into(),
-            machine: Machine::Uml(setup.mode),
+            machine: machine(setup.mode),
             vcpus: setup.vcpus,
             memory_mib: setup.memory_mib,
-            kernel_args: setup.kernel_args.clone(),
+            huge_pages: HugePages::Off,
+            kernel_args: kernel_args(setup),
             mac: setup.network.then_some(MAC),
             mtu: setup.network.then_some(1400),
             image_slots: setup.image_slots,
@@ -285,6 +317,13 @@ pub fn prepare(kernel: &Path, setup: &Setup, dir: &Path) -> (SpawnRequest, Clean
         cgroup_procs: Vec::new(),
     };
     (request, cleanup)
+}
+
+/// A test's own, and words to look closer (`DRUPE_TEST_KERNEL_ARGS`).
+fn kernel_args(setup: &Setup) -> Vec<String> {
+    let more = std::env::var("DRUPE_TEST_KERNEL_ARGS").unwrap_or_default();
+    let more = more.split_whitespace().map(str::to_owned);
+    setup.kernel_args.iter().cloned().chain(more).collect()
 }
 
 fn control_listener(path: &Path) -> OwnedFd {
@@ -308,14 +347,12 @@ fn make_initramfs(path: &Path, script: &str) {
     }
     fs::copy(BUSYBOX, at("bin/busybox")).unwrap();
     fs::set_permissions(at("bin/busybox"), fs::Permissions::from_mode(0o755)).unwrap();
-    // Whoever can link Rust programs has a C compiler.
-    let status = Command::new("cc")
-        .args(["-static", "-O1", "-o"])
-        .arg(at("bin/vsock"))
-        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/boot/vsock.c"))
-        .status()
-        .unwrap();
-    assert!(status.success(), "cannot compile the guest's vsock tool");
+    match std::env::var_os("DRUPE_TEST_VSOCK_TOOL") {
+        Some(tool) => {
+            fs::copy(tool, at("bin/vsock")).unwrap();
+        }
+        None => compile_vsock_tool(&at("bin/vsock")),
+    }
     let init = format!(
         "#!/bin/busybox sh\n\
          bb=/bin/busybox\n\
@@ -330,7 +367,7 @@ fn make_initramfs(path: &Path, script: &str) {
            usleep 10000; done; }}\n\
          echo GUEST-UP\n\
          {script}\n\
-         poweroff -f\n"
+         reboot -f\n"
     );
     fs::write(at("init"), init).unwrap();
     fs::set_permissions(at("init"), fs::Permissions::from_mode(0o755)).unwrap();
@@ -343,6 +380,17 @@ fn make_initramfs(path: &Path, script: &str) {
         .status()
         .unwrap();
     assert!(status.success(), "cannot pack the initramfs");
+}
+
+/// Whoever can link Rust programs has a C compiler.
+fn compile_vsock_tool(to: &Path) {
+    let status = Command::new("cc")
+        .args(["-static", "-O1", "-o"])
+        .arg(to)
+        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/boot/vsock.c"))
+        .status()
+        .unwrap();
+    assert!(status.success(), "cannot compile the guest's vsock tool");
 }
 
 /// A network namespace whose tap carries [`HOST_ADDRESS`].

@@ -5,16 +5,19 @@ use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 use std::process::Command;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::mount::{MsFlags, mount};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use vmm_client::protocol::{AGENT_PORT, Event, VmState};
 use vmm_client::{ControlError, DialError, dial_vsock};
 
-use crate::common::{HOST_ADDRESS, Pod, Setup, in_netns, kernel, prepare, tempdir};
+use crate::common::{
+    HOST_ADDRESS, Pod, Setup, in_netns, ip, kernel, namespace_of, prepare, tempdir,
+};
 
 #[tokio::test]
 async fn the_scratch_disk_keeps_what_the_guest_writes() {
@@ -97,7 +100,7 @@ async fn images_come_and_go_while_the_guest_runs() {
 }
 
 #[tokio::test]
-async fn an_image_file_that_shrinks_gives_the_guest_an_error() {
+async fn an_image_file_that_shrinks_is_an_error_to_the_guest_and_ends_it_by_name() {
     let Some(kernel) = kernel() else { return };
     let setup = Setup {
         script: r#"
@@ -105,6 +108,7 @@ async fn an_image_file_that_shrinks_gives_the_guest_an_error() {
             dd if=$d of=/dev/null bs=4k count=1 2>/dev/null && echo first=ok
             turn image1
             dd if=$d of=/dev/null bs=4k skip=200 count=1 2>/dev/null || echo second=error
+            sleep 60
         "#,
         ..Setup::default()
     };
@@ -124,7 +128,8 @@ async fn an_image_file_that_shrinks_gives_the_guest_an_error() {
     let go = File::open(pod.path("scratch")).unwrap();
     control.attach_disk(1, &[go.as_fd()]).await.unwrap();
     let reason = pod.ended().await;
-    assert!(reason.contains("second=error"), "{reason}");
+    let why = "device image0: file 0 of the disk has shrunk from 1048576 to 4096 bytes";
+    assert!(reason.starts_with(why), "{reason}");
 }
 
 #[tokio::test]
@@ -167,8 +172,8 @@ async fn the_network_carries_packets_of_all_sizes_both_ways() {
     });
     let mut pod = Pod::run(dir, request, cleanup).await;
     pod.expect("mac=02:d7:00:00:00:01 mtu=1400").await;
-    // CSUM, GUEST_CSUM, MTU, MAC, GUEST_TSO4/6, HOST_TSO4/6, MRG_RXBUF.
-    pod.expect("features=1101010110011001").await;
+    // CSUM, GUEST_CSUM, MTU, MAC, GUEST_TSO4/6/UFO, HOST_TSO4/6/UFO, MRG_RXBUF.
+    pod.expect("features=1101010110111011").await;
     pod.expect(", 0% packet loss").await;
     pod.expect(&sum).await;
     let between = tap_counters(&netns);
@@ -181,6 +186,90 @@ async fn the_network_carries_packets_of_all_sizes_both_ways() {
     let bytes = up.join().unwrap();
     assert_eq!(bytes.len(), BYTES);
     assert!(bytes.iter().all(|&b| b == b'y'));
+}
+
+#[tokio::test]
+async fn a_tap_that_is_deleted_ends_the_machine_by_name() {
+    let Some(kernel) = kernel() else { return };
+    let setup = Setup {
+        network: true,
+        script: "echo running; sleep 60",
+        ..Setup::default()
+    };
+    let dir = tempdir();
+    let (request, cleanup) = prepare(&kernel, &setup, dir.path());
+    let netns = cleanup.netns.clone().unwrap();
+    let mut pod = Pod::run(dir, request, cleanup).await;
+    pod.expect("running").await;
+    in_netns(&netns, || ip(&["link", "del", "dev", "tap0"]))
+        .join()
+        .unwrap();
+    let reason = pod.ended().await;
+    assert!(
+        reason.starts_with("device net: the tap tap0 has gone"),
+        "{reason}"
+    );
+}
+
+#[tokio::test]
+async fn free_memory_goes_back_to_the_host() {
+    let Some(kernel) = kernel() else { return };
+    let setup = Setup {
+        script: r#"
+            for v in /sys/bus/virtio/devices/*; do
+                [ $(cat $v/device) = 0x0005 ] && echo balloon=$(basename $(readlink $v/driver))
+            done
+            mkdir -p /t && mount -t tmpfs tmpfs /t
+            yes drupe | head -c 50331648 > /t/big
+            echo full
+            turn image0
+            rm /t/big
+            echo freed; cat /sys/module/page_reporting/parameters/page_reporting_order
+            free; cat /proc/buddyinfo; sleep 6; cat /proc/buddyinfo; free; grep -i virtio /proc/interrupts
+            sleep 60
+        "#,
+        ..Setup::default()
+    };
+    let mut pod = Pod::start(&kernel, setup).await;
+    pod.expect("balloon=virtio_balloon").await;
+    pod.expect("full").await;
+    let full = pss_kib(&pod);
+    assert!(
+        full > 48 << 10,
+        "{full} KiB\n{}\n{}",
+        pod.console(),
+        pod.log()
+    );
+    // Any disk is a sign to go on.
+    let go = File::open(pod.path("scratch")).unwrap();
+    let mut control = pod.control().await;
+    control.attach_disk(0, &[go.as_fd()]).await.unwrap();
+    // Linux reports pages a few seconds after they became free.
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let mut now = full;
+    while now > full - (32 << 10) {
+        assert!(
+            Instant::now() < deadline,
+            "{full} KiB, later {now} KiB\n{}\n{}",
+            pod.console(),
+            pod.log()
+        );
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        now = pss_kib(&pod);
+    }
+    control.kill().await.unwrap();
+}
+
+/// The memory of all processes of a pod.
+fn pss_kib(pod: &Pod) -> u64 {
+    let of = |path: &PathBuf| {
+        let rollup = fs::read_to_string(path.join("smaps_rollup")).unwrap_or_default();
+        let line = rollup.lines().find(|l| l.starts_with("Pss:"));
+        line.map_or(0, |line| {
+            line.split_whitespace().nth(1).unwrap().parse().unwrap()
+        })
+    };
+    namespace_of(pod.process.pid()).iter().map(of).sum()
 }
 
 struct Counters {
@@ -299,6 +388,7 @@ async fn container_output_reaches_its_log_and_survives_rotation() {
         script: r#"
             turn image0; { echo c1 stdout; echo one; } | vsock connect 2; echo first
             turn image1; { echo c1 stderr; printf two; } | vsock connect 2; echo second
+            until [ $(cat /sys/block/${t##*/}/size) = 0 ]; do usleep 10000; done
         "#,
         ..Setup::default()
     };
@@ -326,6 +416,7 @@ async fn container_output_reaches_its_log_and_survives_rotation() {
         refused.to_string().contains("not a container id"),
         "{refused}"
     );
+    control.detach_disk(1).await.unwrap();
     pod.ended().await;
     let read = |name: &str| fs::read_to_string(pod.path(name)).unwrap();
     assert!(

@@ -29,7 +29,8 @@ use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Code, Status, Streaming};
 use vmm_client::protocol::{AGENT_PORT, Event as VmEvent, VmState};
 use vmm_client::{
-    Control, FdRole, Machine, SpawnRequest, UmlMode, VmSpec, VmmProcess, dial_vsock, spawn,
+    Control, FdRole, HugePages, Machine, SpawnRequest, UmlMode, VmSpec, VmmProcess, dial_vsock,
+    spawn,
 };
 
 const UID: u32 = 61_100;
@@ -154,6 +155,7 @@ impl Guest {
                 machine: Machine::Uml(options.mode),
                 vcpus: 1,
                 memory_mib: options.memory_mib,
+                huge_pages: HugePages::Off,
                 kernel_args: Vec::new(),
                 mac,
                 mtu: mac.map(|_| 1400),

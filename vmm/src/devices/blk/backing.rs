@@ -26,8 +26,33 @@ pub enum AttachError {
     Mode { index: usize, wanted: &'static str },
     #[error("the disk's length of {len} bytes is no multiple of 4096")]
     Length { len: u64 },
+    #[error("cannot set up the disk")]
+    Setup(#[source] io::Error),
     #[error("file {index} of the disk")]
     Io { index: usize, source: io::Error },
+}
+
+/// A file that got shorter under a disk: what the guest believes to be there
+/// has gone.
+#[derive(Debug, thiserror::Error)]
+#[error("file {index} of the disk has shrunk from {was} to {is} bytes")]
+pub struct Shrunk {
+    index: usize,
+    was: u64,
+    is: u64,
+}
+
+/// Why the host did not do what a request asks for.
+#[derive(Debug)]
+pub(super) enum BackingError {
+    Io(io::Error),
+    Shrunk(Shrunk),
+}
+
+impl From<io::Error> for BackingError {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
 }
 
 pub enum Backing {
@@ -88,22 +113,35 @@ impl Backing {
         }
     }
 
-    /// Whether `count` bytes at `offset` lie on the disk.
-    pub(super) fn holds(&self, offset: u64, count: u64) -> bool {
-        offset
-            .checked_add(count)
-            .is_some_and(|end| end <= self.capacity())
+    /// Reads a range that lies on the disk.
+    pub(super) fn read(&self, iov: Iov<'_>, offset: u64) -> Result<(), BackingError> {
+        self.read_by(iov, offset, |iov, file, at| iov.read_exact_at(file, at))
     }
 
-    /// Reads a range that the disk [`Self::holds`].
-    pub(super) fn read(&self, mut iov: Iov<'_>, mut offset: u64) -> io::Result<()> {
+    /// The same if nobody has to wait for it, as [`Iov::read_cached_at`].
+    pub(super) fn read_cached(&self, iov: Iov<'_>, offset: u64) -> Result<(), BackingError> {
+        self.read_by(iov, offset, |iov, file, at| iov.read_cached_at(file, at))
+    }
+
+    fn read_by(
+        &self,
+        mut iov: Iov<'_>,
+        mut offset: u64,
+        read: impl Fn(Iov<'_>, &File, u64) -> io::Result<()>,
+    ) -> Result<(), BackingError> {
+        let read = |iov: Iov<'_>, index, file: &File, at, was| {
+            read(iov, file, at).map_err(|e| match e.kind() {
+                io::ErrorKind::UnexpectedEof => shrunk(file, index, was, e),
+                _ => e.into(),
+            })
+        };
         let extents = match self {
-            Self::Empty => return Err(io::ErrorKind::NotFound.into()),
-            Self::Disk { file, .. } => return iov.read_exact_at(file, offset),
+            Self::Empty => return Err(io::Error::from(io::ErrorKind::NotFound).into()),
+            Self::Disk { file, len } => return read(iov, 0, file, offset, *len),
             Self::Image(extents) => extents,
         };
         let first = extents.partition_point(|e| e.start + e.len <= offset);
-        for extent in &extents[first..] {
+        for (index, extent) in extents.iter().enumerate().skip(first) {
             if iov.is_empty() {
                 break;
             }
@@ -111,7 +149,7 @@ impl Backing {
             let stored = extent.file_len.saturating_sub(within);
             let data = iov.take(usize::try_from(stored).unwrap_or(usize::MAX));
             offset += data.len() as u64;
-            data.read_exact_at(&extent.file, within)?;
+            read(data, index, &extent.file, within, extent.file_len)?;
 
             let padding = iov.take((extent.start + extent.len - offset) as usize);
             offset += padding.len() as u64;
@@ -120,49 +158,73 @@ impl Backing {
         Ok(())
     }
 
-    fn disk_file(&self) -> io::Result<&File> {
-        match self {
-            Self::Disk { file, .. } => Ok(file),
-            _ => Err(io::ErrorKind::ReadOnlyFilesystem.into()),
+    /// The file of a disk that can be written, as long as it is whole: a
+    /// write would make a shrunken one look so again.
+    fn disk_file(&self) -> Result<&File, BackingError> {
+        let Self::Disk { file, len } = self else {
+            return Err(io::Error::from(io::ErrorKind::ReadOnlyFilesystem).into());
+        };
+        let is = file.metadata()?.len();
+        if is < *len {
+            let was = *len;
+            return Err(BackingError::Shrunk(Shrunk { index: 0, was, is }));
         }
+        Ok(file)
     }
 
-    pub(super) fn write(&self, iov: Iov<'_>, offset: u64) -> io::Result<()> {
-        iov.write_all_at(self.disk_file()?, offset)
+    pub(super) fn write(&self, iov: Iov<'_>, offset: u64) -> Result<(), BackingError> {
+        Ok(iov.write_all_at(self.disk_file()?, offset)?)
     }
 
-    pub(super) fn flush(&self) -> io::Result<()> {
+    pub(super) fn flush(&self) -> Result<(), BackingError> {
         match self {
-            Self::Disk { file, .. } => file.sync_data(),
+            Self::Disk { .. } => Ok(self.disk_file()?.sync_data()?),
             _ => Ok(()),
         }
     }
 
     /// Gives the range back to the host; it reads as zeroes from now on.
-    pub(super) fn punch(&self, offset: u64, count: u64) -> io::Result<()> {
+    pub(super) fn punch(&self, offset: u64, count: u64) -> Result<(), BackingError> {
         let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         self.fallocate(flags, offset, count)
     }
 
     /// Zeroes the range and keeps it allocated where the host's file system
     /// can do so.
-    pub(super) fn zero(&self, offset: u64, count: u64) -> io::Result<()> {
+    pub(super) fn zero(&self, offset: u64, count: u64) -> Result<(), BackingError> {
         let flags = FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         match self.fallocate(flags, offset, count) {
-            Err(e) if e.raw_os_error() == Some(Errno::EOPNOTSUPP as i32) => {
+            Err(BackingError::Io(e)) if e.raw_os_error() == Some(Errno::EOPNOTSUPP as i32) => {
                 self.punch(offset, count)
             }
             other => other,
         }
     }
 
-    fn fallocate(&self, flags: FallocateFlags, offset: u64, count: u64) -> io::Result<()> {
+    fn fallocate(
+        &self,
+        flags: FallocateFlags,
+        offset: u64,
+        count: u64,
+    ) -> Result<(), BackingError> {
         let offset = i64::try_from(offset).map_err(io::Error::other)?;
         let count = i64::try_from(count).map_err(io::Error::other)?;
         if count == 0 {
             return Ok(());
         }
-        Ok(fallocate(self.disk_file()?, flags, offset, count)?)
+        Ok(fallocate(self.disk_file()?, flags, offset, count).map_err(io::Error::from)?)
+    }
+}
+
+/// What an early end of `file` means.
+fn shrunk(file: &File, index: usize, was: u64, error: io::Error) -> BackingError {
+    match file.metadata() {
+        Ok(meta) if meta.len() < was => BackingError::Shrunk(Shrunk {
+            index,
+            was,
+            is: meta.len(),
+        }),
+        _ => BackingError::Io(error),
     }
 }
 

@@ -1,7 +1,12 @@
 use std::io::Write;
+use std::num::NonZeroU64;
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{SyncSender, channel, sync_channel};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollTimeout};
 use proptest::prelude::*;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
@@ -9,8 +14,12 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_WRITE_ZEROES,
 };
 
+use vm_memory::{Bytes, GuestAddress};
+
 use super::*;
-use crate::devices::test_driver::{Driver, Part};
+use crate::devices::test_driver::{Chain, Driver, Part};
+
+const PATIENCE: Duration = Duration::from_secs(10);
 
 fn file(bytes: &[u8]) -> File {
     let mut file = tempfile::tempfile().unwrap();
@@ -23,6 +32,18 @@ fn header(kind: u32, sector: u64) -> [u8; 16] {
     header[..4].copy_from_slice(&kind.to_le_bytes());
     header[8..].copy_from_slice(&sector.to_le_bytes());
     header
+}
+
+/// Waits for what other threads do.
+fn settle(driver: &mut Driver, disk: &mut Blk) -> io::Result<()> {
+    while !disk.flight.is_empty() {
+        let mut events = [PollFd::new(disk.flight.event().as_fd(), PollFlags::POLLIN)];
+        assert_eq!(poll(&mut events, PollTimeout::from(10_000u16)).unwrap(), 1);
+        driver.with(disk, |disk, io| {
+            disk.host_ready(LANDED, EpollFlags::EPOLLIN, io)
+        })?;
+    }
+    Ok(())
 }
 
 /// Sends one request; its status and the data it wrote.
@@ -39,6 +60,7 @@ fn request(disk: &mut Blk, kind: u32, sector: u64, out: &[u8], room: u32) -> (u3
     parts.push(Part::Write(1));
     let chain = driver.push(0, &parts);
     driver.kick(disk, 0);
+    settle(&mut driver, disk).unwrap();
     let (head, written) = driver.used(0).unwrap();
     assert_eq!(head, u32::from(chain.head));
     let all = driver.read(&chain, room as usize + 1);
@@ -47,7 +69,7 @@ fn request(disk: &mut Blk, kind: u32, sector: u64, out: &[u8], room: u32) -> (u3
 }
 
 fn image(layers: &[&[u8]]) -> Blk {
-    let mut disk = Blk::empty("image0");
+    let mut disk = Blk::empty("image0").unwrap();
     let files = layers.iter().map(|bytes| file(bytes)).collect();
     let mut driver = Driver::new(&disk);
     driver
@@ -79,7 +101,7 @@ fn a_slot_has_capacity_only_while_a_disk_is_attached() {
 
 #[test]
 fn disks_that_cannot_be_served_are_refused() {
-    let mut disk = Blk::empty("image0");
+    let mut disk = Blk::empty("image0").unwrap();
     let mut driver = Driver::new(&disk);
     let mut attach = |files| {
         driver
@@ -133,19 +155,65 @@ fn requests_outside_of_the_disk_fail() {
 }
 
 #[test]
-fn a_file_that_shrank_gives_an_error_and_nothing_else() {
+fn a_file_that_shrank_fails_its_request_and_ends_the_machine_by_name() {
     let backing = file(&[7; 8192]);
     let shrink = backing.try_clone().unwrap();
-    let mut disk = Blk::empty("image0");
+    let mut disk = Blk::empty("image0").unwrap();
     let mut driver = Driver::new(&disk);
     driver
-        .with(&mut disk, |disk, io| disk.attach(vec![backing], io))
+        .with(&mut disk, |disk, io| {
+            disk.attach(vec![file(&[1; 100]), backing], io)
+        })
         .unwrap();
     shrink.set_len(4096).unwrap();
-    let (status, data) = request(&mut disk, VIRTIO_BLK_T_IN, 0, &[], 4096);
+    let (status, data) = request(&mut disk, VIRTIO_BLK_T_IN, 8, &[], 4096);
     assert_eq!((status, data), (VIRTIO_BLK_S_OK, vec![7; 4096]));
-    let (status, _) = request(&mut disk, VIRTIO_BLK_T_IN, 8, &[], 512);
-    assert_eq!(status, VIRTIO_BLK_S_IOERR);
+
+    let read = header(VIRTIO_BLK_T_IN, 16);
+    let parts = [Part::Read(&read), Part::Write(512), Part::Write(1)];
+    let chain = driver.push(0, &parts);
+    let error = driver
+        .with(&mut disk, |disk, io| disk.kicked(0, io))
+        .unwrap_err();
+    let why = "file 1 of the disk has shrunk from 8192 to 4096 bytes";
+    assert_eq!(error.to_string(), why);
+    assert_eq!(driver.used(0), Some((u32::from(chain.head), 1)));
+    assert_eq!(driver.read(&chain, 513)[512], VIRTIO_BLK_S_IOERR as u8);
+}
+
+#[test]
+fn a_scratch_file_that_shrank_is_not_written_whole_again() {
+    for (kind, data) in [
+        (VIRTIO_BLK_T_OUT, vec![9; 512]),
+        (VIRTIO_BLK_T_FLUSH, vec![]),
+        (
+            VIRTIO_BLK_T_DISCARD,
+            [8u64, 8].map(u64::to_le_bytes).concat(),
+        ),
+    ] {
+        let backing = file(&[0; 16 << 10]);
+        let view = backing.try_clone().unwrap();
+        let mut disk = Blk::scratch("scratch", backing).unwrap();
+        view.set_len(8192).unwrap();
+        let mut driver = Driver::new(&disk);
+        let head = header(kind, 24);
+        let mut parts = vec![Part::Read(&head)];
+        if !data.is_empty() {
+            parts.push(Part::Read(&data));
+        }
+        parts.push(Part::Write(1));
+        let chain = driver.push(0, &parts);
+        let kicked = driver.with(&mut disk, |disk, io| disk.kicked(0, io));
+        let error = kicked.and_then(|()| settle(&mut driver, &mut disk));
+        let error = error.unwrap_err().to_string();
+        assert!(
+            error.ends_with("shrunk from 16384 to 8192 bytes"),
+            "{error}"
+        );
+        assert_eq!(driver.used(0), Some((u32::from(chain.head), 1)));
+        assert_eq!(driver.read(&chain, 1), [VIRTIO_BLK_S_IOERR as u8]);
+        assert_eq!(view.metadata().unwrap().len(), 8192);
+    }
 }
 
 #[test]
@@ -213,6 +281,201 @@ fn hostile_chains_are_given_back() {
         .collect();
     assert_eq!(written, [0, 1, 0, 0]);
     assert_eq!(driver.read(&cut, 1), [VIRTIO_BLK_S_IOERR as u8]);
+}
+
+/// A scratch disk none of whose threads comes to its requests until the gate
+/// is opened.
+struct Gated {
+    disk: Blk,
+    driver: Driver,
+    view: File,
+    gate: Vec<SyncSender<()>>,
+}
+
+fn gated() -> Gated {
+    let backing = file(&[1; 64 << 10]);
+    let view = backing.try_clone().unwrap();
+    let workers = Workers::default();
+    let (started, starts) = channel();
+    let gate = (0..4)
+        .map(|_| {
+            let (open, wait) = sync_channel(1);
+            let started = started.clone();
+            workers.run(Box::new(move || {
+                started.send(()).unwrap();
+                wait.recv().unwrap();
+            }));
+            open
+        })
+        .collect();
+    for _ in 0..4 {
+        starts.recv_timeout(PATIENCE).unwrap();
+    }
+    let disk = Blk::scratch("scratch", backing)
+        .unwrap()
+        .with_workers(&workers);
+    let driver = Driver::new(&disk);
+    Gated {
+        disk,
+        driver,
+        view,
+        gate,
+    }
+}
+
+impl Gated {
+    fn push(&mut self, kind: u32, sector: u64) -> Chain {
+        let head = header(kind, sector);
+        let data = [9; 512];
+        let mut parts = vec![Part::Read(&head)];
+        if kind == VIRTIO_BLK_T_OUT {
+            parts.push(Part::Read(&data));
+        }
+        parts.push(Part::Write(1));
+        self.driver.push(0, &parts)
+    }
+
+    fn heads(&mut self) -> Vec<u16> {
+        std::iter::from_fn(|| self.driver.used(0))
+            .map(|(head, _)| head as u16)
+            .collect()
+    }
+
+    fn open(&mut self) {
+        for gate in self.gate.drain(..) {
+            gate.send(()).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_flush_covers_the_writes_before_it_and_waits_for_no_other() {
+    let mut gated = gated();
+    let chains = [
+        VIRTIO_BLK_T_OUT,
+        VIRTIO_BLK_T_OUT,
+        VIRTIO_BLK_T_FLUSH,
+        VIRTIO_BLK_T_OUT,
+        VIRTIO_BLK_T_FLUSH,
+    ];
+    let chains = chains.map(|kind| gated.push(kind, 0).head);
+    gated.driver.kick(&mut gated.disk, 0);
+    assert_eq!(gated.heads(), [] as [u16; 0]);
+    gated.open();
+    settle(&mut gated.driver, &mut gated.disk).unwrap();
+    let order = gated.heads();
+    let at = |n: usize| order.iter().position(|&head| head == chains[n]).unwrap();
+    assert_eq!(order.len(), 5);
+    assert!(at(2) > at(0).max(at(1)), "{order:?}");
+    assert!(at(4) > at(0).max(at(1)).max(at(3)), "{order:?}");
+}
+
+#[test]
+fn a_reset_waits_for_what_is_under_way_and_forgets_the_rest() {
+    let mut gated = gated();
+    let chains = [0, 1, 2].map(|sector| gated.push(VIRTIO_BLK_T_OUT, sector));
+    let flush = gated.push(VIRTIO_BLK_T_FLUSH, 0);
+    gated.driver.kick(&mut gated.disk, 0);
+    let status = |gated: &Gated, chain: &Chain| gated.driver.read(chain, 1)[0];
+    for chain in &chains {
+        let at = GuestAddress(chain.writable[0].0);
+        gated.driver.mem.write_obj(0xffu8, at).unwrap();
+    }
+    let opened = Arc::new(AtomicBool::new(false));
+    let opener = std::thread::spawn({
+        let (opened, gate) = (opened.clone(), std::mem::take(&mut gated.gate));
+        move || {
+            std::thread::sleep(Duration::from_millis(50));
+            opened.store(true, Ordering::SeqCst);
+            gate.into_iter().for_each(|open| open.send(()).unwrap());
+        }
+    });
+    gated.disk.reset();
+    assert!(opened.load(Ordering::SeqCst), "the reset did not wait");
+    opener.join().unwrap();
+    for chain in &chains {
+        assert_eq!(status(&gated, chain), 0xff, "done after the reset");
+    }
+    assert_eq!(status(&gated, &flush), 0);
+    let mut bytes = [0; 2048];
+    gated.view.read_exact_at(&mut bytes, 0).unwrap();
+    assert_eq!(bytes, [1; 2048]);
+
+    // Its wake-up finds nothing, and the disk goes on.
+    let wake = |disk: &mut Blk, io: &mut Io<'_>| disk.host_ready(LANDED, EpollFlags::EPOLLIN, io);
+    gated.driver.with(&mut gated.disk, wake).unwrap();
+    assert_eq!(gated.heads(), [] as [u16; 0]);
+    let (status, _) = request(&mut gated.disk, VIRTIO_BLK_T_OUT, 0, &[9; 512], 0);
+    assert_eq!(status, VIRTIO_BLK_S_OK);
+}
+
+#[test]
+fn requests_under_way_are_bounded_whatever_the_driver_gives() {
+    let mut gated = gated();
+    for round in 0..3 {
+        for _ in 0..100 {
+            gated.push(VIRTIO_BLK_T_FLUSH, 0);
+        }
+        gated.driver.kick(&mut gated.disk, 0);
+        while gated.disk.flight.event().read().is_ok() {
+            let wake = |disk: &mut Blk, io: &mut Io<'_>| disk.take_requests(io);
+            gated.driver.with(&mut gated.disk, wake).unwrap();
+        }
+        assert_eq!(gated.disk.flight.is_full(), round == 2);
+    }
+    gated.open();
+    settle(&mut gated.driver, &mut gated.disk).unwrap();
+    assert_eq!(gated.heads().len(), 300);
+}
+
+#[test]
+fn a_rate_limit_holds_requests_back_until_its_timer_rings() {
+    let mut disk = image(&[&[1; 4096]]);
+    let epoll = Arc::new(Epoll::new(EpollCreateFlags::empty()).unwrap());
+    disk.start(Poller::new(epoll.clone(), 0)).unwrap();
+    let mut driver = Driver::new(&disk);
+    let limit = |requests| RateLimit {
+        requests_per_second: NonZeroU64::new(requests),
+        ..RateLimit::default()
+    };
+    driver
+        .with(&mut disk, |disk, io| disk.set_rate_limit(limit(100), io))
+        .unwrap();
+    let identify = header(VIRTIO_BLK_T_GET_ID, 0);
+    for _ in 0..20 {
+        driver.push(0, &[Part::Read(&identify), Part::Write(21)]);
+    }
+    let start = Instant::now();
+    driver.kick(&mut disk, 0);
+    let mut done = std::iter::from_fn(|| driver.used(0)).count();
+    assert!((10..20).contains(&done), "{done} at once");
+    let mut wakes = 0;
+    while done < 20 {
+        let mut events = [EpollEvent::empty(); 4];
+        let ready = epoll.wait(&mut events, EpollTimeout::from(10_000u16));
+        assert_eq!(ready.unwrap(), 1, "the timer did not ring");
+        wakes += 1;
+        let token = events[0].data() as u32;
+        assert_eq!(token, TIMER);
+        driver
+            .with(&mut disk, |disk, io| {
+                disk.host_ready(token, EpollFlags::EPOLLIN, io)
+            })
+            .unwrap();
+        done += std::iter::from_fn(|| driver.used(0)).count();
+    }
+    assert!(start.elapsed() >= Duration::from_millis(80));
+    assert!(wakes <= 10, "{wakes} wake-ups");
+    // Off again: no wait, and no timer left behind.
+    for _ in 0..50 {
+        driver.push(0, &[Part::Read(&identify), Part::Write(21)]);
+    }
+    driver
+        .with(&mut disk, |disk, io| disk.set_rate_limit(limit(0), io))
+        .unwrap();
+    assert_eq!(std::iter::from_fn(|| driver.used(0)).count(), 50);
+    let mut events = [EpollEvent::empty(); 4];
+    assert_eq!(epoll.wait(&mut events, 50u8).unwrap(), 0, "woken when idle");
 }
 
 proptest! {

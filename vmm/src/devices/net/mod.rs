@@ -1,6 +1,12 @@
-//! Network device (virtio 1.2 §5.1): one queue pair on a tap, with checksum
-//! and TCP segmentation offload both ways and mergeable receive buffers.
+//! Network device (virtio 1.2 §5.1): queue pairs on a tap, one for each of its
+//! queues that was handed over, with checksum and segmentation offload both
+//! ways and mergeable receive buffers.
+//!
+//! The tap is the pod's network for good: when it goes, the machine ends with
+//! a reason that names it.
 
+mod control;
+mod pair;
 mod rx;
 mod tap;
 
@@ -9,131 +15,166 @@ use std::io;
 
 use nix::sys::epoll::EpollFlags;
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
-    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_GUEST_USO4,
+    VIRTIO_NET_F_GUEST_USO6, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_UFO,
+    VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
     VIRTIO_NET_F_MTU,
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use virtio_queue::{QueueOwnedT, QueueT};
+use virtio_queue::QueueT;
 
-use self::rx::{Rx, Stopped};
+use self::pair::{ITS_END, Pair};
 use self::tap::{Offloads, Tap};
-use super::iov::split;
 use super::{Device, Io, Poller, read_config_bytes};
 
-pub use tap::TapError;
+pub use tap::{TapError, TapGone};
 
 /// virtio_net_hdr_v1.
 const HEADER: usize = 12;
-const RX: usize = 0;
-const TX: usize = 1;
-/// Packets sent before other devices of the loop get their turn.
-const TX_BUDGET: usize = 64;
+const QUEUE_SIZE: u16 = 256;
+const CONTROL_QUEUE_SIZE: u16 = 64;
 /// The MTU where none is set.
 const DEFAULT_MTU: u16 = 1500;
 /// Ethernet header and a VLAN tag.
 const FRAME_OVERHEAD: usize = 18;
 
-const TAP: u32 = 0;
-const TX_AGAIN: u32 = 1;
+/// Tokens below are numbers of pairs.
+const AGAIN: u32 = u32::MAX;
+
+/// What the guest can see of the device. Receive buffers that were taken from
+/// a queue and hold no packet yet go back before a snapshot is made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    /// The driver's choice of features.
+    pub features: u64,
+    pub mac: [u8; 6],
+    pub mtu: Option<u16>,
+    /// Queue pairs in use; at least one.
+    pub active_pairs: u16,
+}
 
 pub struct Net {
-    tap: Tap,
-    mac: [u8; 6],
-    mtu: Option<u16>,
-    rx: Rx,
+    state: State,
+    /// What the host's tap can do.
+    host: Offloads,
+    pairs: Vec<Pair>,
+    queue_sizes: Vec<u16>,
     poller: Option<Poller>,
-    watching: bool,
-    dead: bool,
-    /// Raised by the device itself when it left packets unsent.
-    tx_again: EventFd,
+    /// Raised by the device itself when it left work for a later turn.
+    again: EventFd,
 }
 
 impl Net {
     /// `tap` is IFF_TAP | IFF_NO_PI | IFF_VNET_HDR.
     pub fn new(tap: File, mac: [u8; 6], mtu: Option<u16>) -> Result<Self, TapError> {
-        let tx_again = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+        Self::with_queues(vec![tap], mac, mtu)
+    }
+
+    /// `taps` are queues of one tap, which is IFF_MULTI_QUEUE as well if they
+    /// are several; each makes a queue pair.
+    pub fn with_queues(taps: Vec<File>, mac: [u8; 6], mtu: Option<u16>) -> Result<Self, TapError> {
+        let again = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
             .map_err(|e| TapError::Setup(e.into()))?;
+        let mut taps = Tap::queues(taps)?;
+        // Packets shall not be steered to where nobody looks.
+        for tap in &mut taps[1..] {
+            tap.attach(false).map_err(TapError::Setup)?;
+        }
+        let mut queue_sizes = vec![QUEUE_SIZE; 2 * taps.len()];
+        if taps.len() > 1 {
+            queue_sizes.push(CONTROL_QUEUE_SIZE);
+        }
         Ok(Self {
-            tap: Tap::new(tap)?,
-            mac,
-            mtu,
-            rx: Rx::new(),
+            state: State {
+                features: 0,
+                mac,
+                mtu,
+                active_pairs: 1,
+            },
+            host: taps[0].probe(),
+            pairs: (0..).zip(taps).map(|(i, tap)| Pair::new(tap, i)).collect(),
+            queue_sizes,
             poller: None,
-            watching: false,
-            dead: false,
-            tx_again,
+            again,
         })
     }
 
-    fn watch(&mut self, on: bool) -> io::Result<()> {
-        if on == self.watching {
-            return Ok(());
-        }
-        let poller = self.poller.as_ref().ok_or(io::ErrorKind::NotConnected)?;
-        if on {
-            poller.add(&self.tap, TAP, EpollFlags::EPOLLIN)?;
+    pub fn state(&self) -> State {
+        self.state.clone()
+    }
+
+    fn pair_count(&self) -> u16 {
+        // At most `tap::MAX_QUEUES`.
+        self.pairs.len() as u16
+    }
+
+    fn has(&self, feature: u32) -> bool {
+        self.state.features & (1 << feature) != 0
+    }
+
+    fn multi_queue(&self) -> bool {
+        self.has(VIRTIO_NET_F_MQ)
+    }
+
+    /// The control queue comes after the last pair the driver knows of.
+    fn control_queue(&self) -> Option<usize> {
+        let pairs = if self.multi_queue() {
+            self.pairs.len()
         } else {
-            poller.remove(&self.tap)?;
+            1
+        };
+        self.has(VIRTIO_NET_F_CTRL_VQ).then_some(2 * pairs)
+    }
+
+    fn active(&mut self) -> &mut [Pair] {
+        &mut self.pairs[..usize::from(self.state.active_pairs)]
+    }
+
+    /// Steers packets to the first `count` pairs.
+    fn use_pairs(&mut self, count: u16, io: &mut Io<'_>) -> io::Result<()> {
+        self.select_pairs(count)?;
+        let poller = self.poller.clone();
+        for pair in self.active() {
+            pair.receive(poller.as_ref(), io)?;
         }
-        self.watching = on;
+        // New pairs may have something to send since before they were used.
+        self.again.write(1)?;
         Ok(())
     }
 
-    fn receive(&mut self, io: &mut Io<'_>) -> io::Result<()> {
-        let queue = &mut io.queues[RX];
-        if !queue.ready() || self.dead {
-            return self.watch(false);
+    fn select_pairs(&mut self, count: u16) -> io::Result<()> {
+        let poller = self.poller.as_ref();
+        for (index, pair) in self.pairs.iter_mut().enumerate().skip(1) {
+            let active = index < usize::from(count);
+            if !active {
+                pair.watch(poller, None)?;
+            }
+            pair.tap.attach(active)?;
+            if active {
+                pair.watch(poller, Some(ITS_END))?;
+            }
         }
-        let stopped = self.rx.run(&self.tap, queue, io.mem)?;
-        if queue.needs_notification(io.mem).map_err(io::Error::other)? {
-            io.irq.queue_used(RX);
-        }
-        self.dead = stopped == Stopped::Dead;
-        self.watch(stopped == Stopped::Watch)
+        self.state.active_pairs = count;
+        Ok(())
     }
 
-    fn transmit(&mut self, io: &mut Io<'_>) -> io::Result<()> {
-        let queue = &mut io.queues[TX];
-        if !queue.ready() {
-            return Ok(());
+    fn transmit(&mut self, pair: usize, io: &mut Io<'_>) -> io::Result<()> {
+        if !self.pairs[pair].transmit(io)? {
+            self.again.write(1)?;
         }
-        queue
-            .disable_notification(io.mem)
-            .map_err(io::Error::other)?;
-        let mut sent = 0;
-        let done = loop {
-            if sent == TX_BUDGET {
-                break false;
-            }
-            let next = queue.iter(io.mem).map_err(io::Error::other)?.next();
-            let Some(chain) = next else {
-                if queue
-                    .enable_notification(io.mem)
-                    .map_err(io::Error::other)?
-                {
-                    continue;
-                }
-                break true;
-            };
-            sent += 1;
-            let head = chain.head_index();
-            if let Ok((packet, _)) = split(chain, io.mem)
-                && let Err(error) = packet.write_to(&self.tap)
-            {
-                // As a wire would: what cannot be sent is lost.
-                tracing::trace!(%error, "packet dropped");
-            }
-            queue.add_used(io.mem, head, 0).map_err(io::Error::other)?;
-        };
-        if queue.needs_notification(io.mem).map_err(io::Error::other)? {
-            io.irq.queue_used(TX);
-        }
-        if !done {
-            self.tx_again.write(1)?;
+        Ok(())
+    }
+
+    fn serve_control(&mut self, io: &mut Io<'_>) -> io::Result<()> {
+        if let Some(index) = self.control_queue()
+            && !self.control(index, io)?
+        {
+            self.again.write(1)?;
         }
         Ok(())
     }
@@ -145,78 +186,134 @@ impl Device for Net {
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &[256, 256]
+        &self.queue_sizes
     }
 
     fn features(&self) -> u64 {
-        let mtu = self.mtu.map_or(0, |_| 1 << VIRTIO_NET_F_MTU);
-        1 << VIRTIO_F_VERSION_1
-            | 1 << VIRTIO_RING_F_EVENT_IDX
-            | 1 << VIRTIO_RING_F_INDIRECT_DESC
-            | 1 << VIRTIO_NET_F_MAC
-            | 1 << VIRTIO_NET_F_MRG_RXBUF
-            | 1 << VIRTIO_NET_F_CSUM
-            | 1 << VIRTIO_NET_F_HOST_TSO4
-            | 1 << VIRTIO_NET_F_HOST_TSO6
-            | 1 << VIRTIO_NET_F_GUEST_CSUM
-            | 1 << VIRTIO_NET_F_GUEST_TSO4
-            | 1 << VIRTIO_NET_F_GUEST_TSO6
-            | mtu
+        let mut features = vec![
+            VIRTIO_F_VERSION_1,
+            VIRTIO_RING_F_EVENT_IDX,
+            VIRTIO_RING_F_INDIRECT_DESC,
+            VIRTIO_NET_F_MAC,
+            VIRTIO_NET_F_MRG_RXBUF,
+            VIRTIO_NET_F_CSUM,
+            VIRTIO_NET_F_HOST_TSO4,
+            VIRTIO_NET_F_HOST_TSO6,
+            VIRTIO_NET_F_GUEST_CSUM,
+            VIRTIO_NET_F_GUEST_TSO4,
+            VIRTIO_NET_F_GUEST_TSO6,
+        ];
+        if self.host.ufo {
+            features.extend([VIRTIO_NET_F_HOST_UFO, VIRTIO_NET_F_GUEST_UFO]);
+        }
+        if self.host.uso4 {
+            features.extend([
+                VIRTIO_NET_F_HOST_USO,
+                VIRTIO_NET_F_GUEST_USO4,
+                VIRTIO_NET_F_GUEST_USO6,
+            ]);
+        }
+        if self.state.mtu.is_some() {
+            features.push(VIRTIO_NET_F_MTU);
+        }
+        if self.pairs.len() > 1 {
+            features.extend([VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ]);
+        }
+        features.into_iter().fold(0, |all, bit| all | 1 << bit)
     }
 
     fn set_features(&mut self, features: u64) {
-        let has = |bit: u32| features & (1 << bit) != 0;
+        self.state.features = features;
         let offloads = Offloads {
-            checksum: has(VIRTIO_NET_F_GUEST_CSUM),
-            tso4: has(VIRTIO_NET_F_GUEST_TSO4),
-            tso6: has(VIRTIO_NET_F_GUEST_TSO6),
+            checksum: self.has(VIRTIO_NET_F_GUEST_CSUM),
+            tso4: self.has(VIRTIO_NET_F_GUEST_TSO4),
+            tso6: self.has(VIRTIO_NET_F_GUEST_TSO6),
+            ufo: self.has(VIRTIO_NET_F_GUEST_UFO),
+            uso4: self.has(VIRTIO_NET_F_GUEST_USO4),
+            uso6: self.has(VIRTIO_NET_F_GUEST_USO6),
         };
-        let segmented = offloads.tso4 || offloads.tso6;
-        let mtu = usize::from(self.mtu.unwrap_or(DEFAULT_MTU));
-        let largest = (!segmented).then_some(mtu + FRAME_OVERHEAD);
-        self.rx.configure(has(VIRTIO_NET_F_MRG_RXBUF), largest);
-        if let Err(error) = self.tap.set_offloads(offloads) {
+        let segmented = [
+            offloads.tso4,
+            offloads.tso6,
+            offloads.ufo,
+            offloads.uso4,
+            offloads.uso6,
+        ];
+        let mtu = usize::from(self.state.mtu.unwrap_or(DEFAULT_MTU));
+        let largest = (!segmented.contains(&true)).then_some(mtu + FRAME_OVERHEAD);
+        let mergeable = self.has(VIRTIO_NET_F_MRG_RXBUF);
+        for pair in &mut self.pairs {
+            pair.rx.configure(mergeable, largest);
+        }
+        // The tap's, whichever queue it is told through.
+        if let Err(error) = self.pairs[0].tap.set_offloads(offloads) {
             tracing::warn!(%error, ?offloads, "the tap takes no offloads");
         }
     }
 
     fn read_config(&self, offset: usize, data: &mut [u8]) {
         let mut config = [0; 12];
-        config[..6].copy_from_slice(&self.mac);
+        config[..6].copy_from_slice(&self.state.mac);
         // max_virtqueue_pairs
-        config[8..10].copy_from_slice(&1u16.to_le_bytes());
-        config[10..12].copy_from_slice(&self.mtu.unwrap_or(DEFAULT_MTU).to_le_bytes());
+        config[8..10].copy_from_slice(&self.pair_count().to_le_bytes());
+        let mtu = self.state.mtu.unwrap_or(DEFAULT_MTU);
+        config[10..12].copy_from_slice(&mtu.to_le_bytes());
         read_config_bytes(&config, offset, data);
     }
 
     fn start(&mut self, poller: Poller) -> io::Result<()> {
-        poller.add(&self.tx_again, TX_AGAIN, EpollFlags::EPOLLIN)?;
+        poller.add(&self.again, AGAIN, EpollFlags::EPOLLIN)?;
+        self.pairs[0].watch(Some(&poller), Some(ITS_END))?;
         self.poller = Some(poller);
         Ok(())
     }
 
     fn kicked(&mut self, index: usize, io: &mut Io<'_>) -> io::Result<()> {
-        if index == TX {
-            return self.transmit(io);
+        if self.control_queue() == Some(index) {
+            return self.serve_control(io);
         }
-        io.queues[RX]
+        let pair = index / 2;
+        // Queues of a pair not in use may be filled, but not served yet.
+        if pair >= usize::from(self.state.active_pairs) {
+            return Ok(());
+        }
+        if index == self.pairs[pair].tx_queue() {
+            return self.transmit(pair, io);
+        }
+        io.queues[index]
             .disable_notification(io.mem)
             .map_err(io::Error::other)?;
-        self.receive(io)
+        self.pairs[pair].receive(self.poller.as_ref(), io)
     }
 
-    fn host_ready(&mut self, token: u32, _: EpollFlags, io: &mut Io<'_>) -> io::Result<()> {
-        if token == TX_AGAIN {
-            // Spurious at worst: the queue is what counts.
-            let _ = self.tx_again.read();
-            return self.transmit(io);
+    fn host_ready(&mut self, token: u32, flags: EpollFlags, io: &mut Io<'_>) -> io::Result<()> {
+        if token == AGAIN {
+            // Spurious at worst: the queues are what counts.
+            let _ = self.again.read();
+            for pair in 0..usize::from(self.state.active_pairs) {
+                self.transmit(pair, io)?;
+            }
+            return self.serve_control(io);
         }
-        self.receive(io)
+        let poller = self.poller.clone();
+        let Some(pair) = self.active().get_mut(token as usize) else {
+            return Ok(());
+        };
+        if flags.contains(EpollFlags::EPOLLERR) {
+            return Err(pair.tap.gone());
+        }
+        pair.receive(poller.as_ref(), io)
     }
 
     fn reset(&mut self) {
-        self.rx.reset();
-        if let Err(error) = self.watch(false) {
+        self.state.features = 0;
+        let mut quiet = self.select_pairs(1);
+        for pair in &mut self.pairs {
+            pair.rx.reset();
+        }
+        let poller = self.poller.clone();
+        quiet = quiet.and(self.pairs[0].watch(poller.as_ref(), Some(ITS_END)));
+        if let Err(error) = quiet {
             tracing::warn!(%error, "cannot stop watching the tap");
         }
     }

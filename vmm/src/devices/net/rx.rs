@@ -13,6 +13,7 @@ use vm_memory::{GuestAddress, GuestMemoryMmap};
 use super::HEADER;
 use super::tap::Tap;
 use crate::devices::iov::Iov;
+use crate::transport::invalid;
 
 /// Packets moved before other devices of the loop get their turn.
 const BUDGET: usize = 64;
@@ -20,6 +21,10 @@ const BUDGET: usize = 64;
 const LARGEST: usize = HEADER + 14 + 65536;
 /// Where `num_buffers` lies in the header (virtio 1.2 §5.1.6).
 const NUM_BUFFERS: usize = 10;
+/// Descriptors of one buffer.
+const MAX_PARTS: usize = 1024;
+/// Buffers in a row that cannot be used, before the driver counts as broken.
+const MAX_UNFIT: u32 = 1024;
 
 /// A chain taken from the queue and not yet filled. Addresses, not mappings:
 /// the guest's memory may be set anew in between.
@@ -36,8 +41,6 @@ pub(super) enum Stopped {
     Watch,
     /// The guest has too few buffers: its kick wakes us.
     NoBuffers,
-    /// The tap has gone.
-    Dead,
 }
 
 pub(super) struct Rx {
@@ -83,10 +86,8 @@ impl Rx {
             let packet = match self.space(mem).read_from(tap) {
                 Ok(len) => len,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(Stopped::Watch),
-                Err(error) => {
-                    tracing::warn!(%error, "the pod's tap has gone; its NIC is silent");
-                    return Ok(Stopped::Dead);
-                }
+                Err(e) if Tap::is_gone(&e) => return Err(tap.gone()),
+                Err(e) => return Err(e),
             };
             self.deliver(packet, queue, mem)?;
         }
@@ -103,6 +104,7 @@ impl Rx {
 
     /// Holds enough buffers; false when the guest has too few for now.
     fn refill(&mut self, queue: &mut Queue, mem: &GuestMemoryMmap) -> io::Result<bool> {
+        let mut unfit = 0;
         while !self.enough() {
             let next = queue.iter(mem).map_err(io::Error::other)?.next();
             let Some(chain) = next else {
@@ -112,13 +114,27 @@ impl Rx {
                 return Ok(false);
             };
             let head = chain.head_index();
-            let parts: Vec<_> = chain.writable().map(|d| (d.addr(), d.len())).collect();
-            let len = parts.iter().map(|&(_, len)| len as usize).sum();
             let mut probe = Iov::default();
-            let sound = parts
-                .iter()
-                .all(|&(addr, len)| probe.push(mem, addr, len).is_ok());
+            let mut parts = Vec::new();
+            let mut sound = true;
+            for descriptor in chain.writable() {
+                let (addr, len) = (descriptor.addr(), descriptor.len());
+                // No more than a list can take, so that a chain of 65535
+                // empty buffers is not kept.
+                sound = parts.len() < MAX_PARTS && probe.push(mem, addr, len).is_ok();
+                if !sound {
+                    break;
+                }
+                parts.push((addr, len));
+            }
+            let len = probe.len();
             if !sound || len < HEADER {
+                unfit += 1;
+                if unfit > MAX_UNFIT {
+                    return Err(invalid(
+                        "the driver gives receive buffers that hold no packet",
+                    ));
+                }
                 queue.add_used(mem, head, 0).map_err(io::Error::other)?;
                 continue;
             }

@@ -9,15 +9,19 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollTimeout};
 use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
 
+use super::pair::TX_BUDGET;
 use super::*;
 use crate::devices::test_driver::{Driver, Part};
 
+const RX: usize = 0;
+const TX: usize = 1;
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const ALL: u64 = u64::MAX;
 
-/// A tap that is up, and a packet socket behind it.
-fn tap(vnet_hdr: bool) -> (File, OwnedFd) {
-    unshare(CloneFlags::CLONE_NEWNET).unwrap();
+const TAP_FLAGS: libc::c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+
+/// A queue of the tap `name`.
+fn tun(name: u8, flags: libc::c_int) -> (File, libc::ifreq) {
     let tun = File::options()
         .read(true)
         .write(true)
@@ -25,16 +29,19 @@ fn tap(vnet_hdr: bool) -> (File, OwnedFd) {
         .unwrap();
     // SAFETY: all-zero bytes are a valid ifreq.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    request.ifr_name[0] = b't' as libc::c_char;
-    let mut flags = libc::IFF_TAP | libc::IFF_NO_PI;
-    if vnet_hdr {
-        flags |= libc::IFF_VNET_HDR;
-    }
+    request.ifr_name[0] = name as libc::c_char;
     request.ifr_ifru.ifru_flags = flags as libc::c_short;
     // SAFETY: TUNSETIFF reads and writes one ifreq.
     assert_eq!(0, unsafe {
         libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF as _, &mut request)
     });
+    (tun, request)
+}
+
+/// A tap that is up, and a packet socket behind it.
+fn tap(flags: libc::c_int) -> (File, OwnedFd) {
+    unshare(CloneFlags::CLONE_NEWNET).unwrap();
+    let (tun, mut request) = tun(b't', flags);
     request.ifr_ifru.ifru_flags = libc::IFF_UP as libc::c_short;
     let raw = socket(
         AddressFamily::Packet,
@@ -82,8 +89,21 @@ struct Bench {
 }
 
 fn bench(features: u64) -> Bench {
-    let (tun, raw) = tap(true);
-    let mut net = Net::new(tun, MAC, Some(1400)).unwrap();
+    let (tun, raw) = tap(TAP_FLAGS);
+    bench_of(vec![tun], raw, features)
+}
+
+/// On a tap with `queues` queues.
+fn bench_with_queues(queues: usize) -> Bench {
+    let flags = TAP_FLAGS | libc::IFF_MULTI_QUEUE;
+    let (first, raw) = tap(flags);
+    let mut taps = vec![first];
+    taps.extend((1..queues).map(|_| tun(b't', flags).0));
+    bench_of(taps, raw, ALL)
+}
+
+fn bench_of(taps: Vec<File>, raw: OwnedFd, features: u64) -> Bench {
+    let mut net = Net::with_queues(taps, MAC, Some(1400)).unwrap();
     let epoll = Arc::new(Epoll::new(EpollCreateFlags::empty()).unwrap());
     net.start(Poller::new(epoll.clone(), 0)).unwrap();
     net.set_features(features & net.features());
@@ -249,37 +269,181 @@ fn a_long_queue_is_sent_in_turns() {
     });
 }
 
+fn delete_tap() {
+    let status = std::process::Command::new("ip")
+        .args(["link", "del", "dev", "t"])
+        .status()
+        .unwrap();
+    assert!(status.success());
+}
+
 #[test]
-fn a_tap_that_was_deleted_leaves_a_silent_nic() {
+fn a_tap_that_was_deleted_ends_the_machine_by_name() {
+    on_a_thread(|| {
+        // Whether the guest gave buffers or not, or is not even there.
+        for buffers in [50, 0] {
+            let mut bench = bench(0);
+            for _ in 0..buffers {
+                bench.driver.push(RX, &[Part::Write(2000)]);
+            }
+            bench.driver.kick(&mut bench.net, RX);
+            if buffers == 0 {
+                bench.net.reset();
+            }
+            delete_tap();
+            let mut events = [EpollEvent::empty(); 4];
+            let ready = bench.epoll.wait(&mut events, 10_000u16).unwrap();
+            assert_eq!(ready, 1, "the tap's end was not seen");
+            let (token, flags) = (events[0].data() as u32, events[0].events());
+            let net = &mut bench.net;
+            let error = bench
+                .driver
+                .with(net, |net, io| net.host_ready(token, flags, io))
+                .unwrap_err();
+            assert_eq!(error.to_string(), "the tap t has gone");
+        }
+    });
+}
+
+#[test]
+fn sending_to_a_tap_that_was_deleted_ends_the_machine_by_name() {
     on_a_thread(|| {
         let mut bench = bench(0);
-        // More than the kernel's own packets can take: the tap stays watched.
-        for _ in 0..50 {
-            bench.driver.push(RX, &[Part::Write(2000)]);
-        }
-        bench.driver.kick(&mut bench.net, RX);
-        let status = std::process::Command::new("ip")
-            .args(["link", "del", "dev", "t"])
-            .status()
-            .unwrap();
-        assert!(status.success());
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while !bench.net.dead {
-            assert!(Instant::now() < deadline, "the tap's end was not seen");
-            bench.turn();
-        }
-        assert!(!bench.turn(), "watched after its end");
+        delete_tap();
         let packet = [vec![0; HEADER], frame(60, 1)].concat();
         bench.driver.push(TX, &[Part::Read(&packet)]);
-        bench.driver.kick(&mut bench.net, TX);
-        assert!(bench.driver.used(TX).is_some());
+        let net = &mut bench.net;
+        let kicked = bench.driver.with(net, |net, io| net.kicked(TX, io));
+        assert_eq!(kicked.unwrap_err().to_string(), "the tap t has gone");
+    });
+}
+
+/// Sends VQ_PAIRS_SET to the control queue; the answer.
+fn set_pairs(bench: &mut Bench, pairs: u16) -> u8 {
+    command(bench, &[&[4, 0][..], &pairs.to_le_bytes()].concat())
+}
+
+fn command(bench: &mut Bench, command: &[u8]) -> u8 {
+    let control = bench.net.control_queue().unwrap();
+    let chain = bench
+        .driver
+        .push(control, &[Part::Read(command), Part::Write(1)]);
+    bench.driver.kick(&mut bench.net, control);
+    assert!(bench.driver.used(control).is_some());
+    bench.driver.read(&chain, 1)[0]
+}
+
+#[test]
+fn pairs_are_used_once_the_driver_asks_for_them() {
+    on_a_thread(|| {
+        let mut bench = bench_with_queues(3);
+        let mut config = [0; 2];
+        bench.net.read_config(8, &mut config);
+        assert_eq!(config, [3, 0]);
+        assert_eq!(bench.net.queue_sizes().len(), 7);
+        assert_eq!(bench.net.control_queue(), Some(6));
+
+        // Filled before they are in use.
+        let packet = [vec![0; HEADER], frame(80, 1)].concat();
+        bench.driver.push(5, &[Part::Read(&packet)]);
+        bench.driver.kick(&mut bench.net, 5);
+        assert!(bench.driver.used(5).is_none());
+        assert_eq!(set_pairs(&mut bench, 3), 0);
+        assert_eq!(bench.net.state().active_pairs, 3);
+        bench.turn();
+        assert!(bench.driver.used(5).is_some());
+
+        for (wrong, what) in [
+            (vec![4, 0, 0, 0], "no pair"),
+            (vec![4, 0, 4, 0], "more pairs than there are"),
+            (vec![4, 1, 1, 0], "another command"),
+            (vec![0, 0, 1, 0], "another class"),
+            (vec![4, 0, 1], "too short"),
+        ] {
+            assert_eq!(command(&mut bench, &wrong), 1, "{what}");
+        }
+        assert_eq!(bench.net.state().active_pairs, 3);
+        bench.net.reset();
+        assert_eq!(bench.net.state().active_pairs, 1);
+    });
+}
+
+#[test]
+fn packets_reach_whichever_pair_the_host_chooses() {
+    on_a_thread(|| {
+        let mut bench = bench_with_queues(2);
+        for pairs in [1, 2, 1, 2] {
+            assert_eq!(set_pairs(&mut bench, pairs), 0);
+            for queue in [0, 2] {
+                for _ in 0..80 {
+                    bench.driver.push(queue, &[Part::Write(1000)]);
+                }
+                bench.driver.kick(&mut bench.net, queue);
+            }
+            bench.send(&frame(100, pairs as u8));
+            let deadline = Instant::now() + Duration::from_secs(10);
+            let mut used = 0;
+            while used == 0 {
+                assert!(Instant::now() < deadline, "nothing received");
+                bench.turn();
+                used = [0, 2]
+                    .map(|q| bench.driver.used(q))
+                    .iter()
+                    .flatten()
+                    .count();
+            }
+        }
+    });
+}
+
+#[test]
+fn one_descriptor_means_no_control_queue() {
+    on_a_thread(|| {
+        let bench = bench(ALL);
+        let several = 1 << VIRTIO_NET_F_MQ | 1 << VIRTIO_NET_F_CTRL_VQ;
+        assert_eq!(bench.net.features() & several, 0);
+        assert_eq!(bench.net.queue_sizes(), [256, 256]);
+        assert_eq!(bench.net.control_queue(), None);
+    });
+}
+
+#[test]
+fn queues_that_do_not_belong_together_are_refused() {
+    on_a_thread(|| {
+        let refused = |taps| Net::with_queues(taps, MAC, None).err().unwrap().to_string();
+        unshare(CloneFlags::CLONE_NEWNET).unwrap();
+        let multi = TAP_FLAGS | libc::IFF_MULTI_QUEUE;
+        assert!(refused(vec![]).starts_with("0 descriptors"));
+        let two = vec![tun(b'a', multi).0, tun(b'b', multi).0];
+        assert_eq!(refused(two), "queues of two taps, a and b");
+        let single = vec![tun(b'a', multi).0, tun(b'c', TAP_FLAGS).0];
+        assert!(refused(single).contains("c has none"));
+    });
+}
+
+#[test]
+fn offloads_are_offered_as_the_tap_has_them() {
+    on_a_thread(|| {
+        let bench = bench(ALL);
+        let has = |bit: u32| bench.net.features() & 1 << bit != 0;
+        assert!(has(VIRTIO_NET_F_CSUM) && has(VIRTIO_NET_F_GUEST_TSO6));
+        assert_eq!(has(VIRTIO_NET_F_HOST_USO), bench.net.host.uso4);
+        assert_eq!(has(VIRTIO_NET_F_GUEST_UFO), bench.net.host.ufo);
+        let all = Offloads {
+            checksum: true,
+            tso4: true,
+            tso6: true,
+            ..bench.net.host
+        };
+        assert_eq!(bench.net.host, all);
+        bench.net.pairs[0].tap.set_offloads(all).unwrap();
     });
 }
 
 #[test]
 fn a_tap_of_the_wrong_kind_is_refused() {
     on_a_thread(|| {
-        let (tun, _) = tap(false);
+        let (tun, _) = tap(TAP_FLAGS & !libc::IFF_VNET_HDR);
         assert!(matches!(
             Net::new(tun, MAC, None),
             Err(TapError::Flags { .. })

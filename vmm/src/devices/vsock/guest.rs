@@ -24,7 +24,7 @@ impl Vsock {
 
     /// Sends all that waits for the guest, as far as it has buffers.
     pub(super) fn send_pending(&mut self, io: &mut Io<'_>) -> io::Result<()> {
-        let mut rx = Rx::new(io.mem, &mut io.queues[RX], self.guest_cid);
+        let mut rx = Rx::new(io.mem, &mut io.queues[RX], self.state.guest_cid);
         while let Some(reset) = self.resets.front() {
             let header = Header {
                 op: op::RST,
@@ -88,7 +88,7 @@ impl Vsock {
             return Ok(());
         };
         let header = Header::decode(&bytes);
-        if header.src_cid != self.guest_cid || header.dst_cid != HOST_CID {
+        if header.src_cid != self.state.guest_cid || header.dst_cid != HOST_CID {
             // No such host: nobody could answer (virtio 1.2 §5.10.6.4.1).
             return Ok(());
         }

@@ -28,6 +28,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 
 use nix::sys::epoll::EpollFlags;
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -81,8 +82,18 @@ struct Reset {
     kind: u16,
 }
 
+/// What the guest can see of the device. Connections are not part of it: they
+/// are the host's as well, and a guest that is restored is told that they have
+/// gone (virtio 1.2 §5.10.6.7).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    /// The driver's choice of features.
+    pub features: u64,
+    pub guest_cid: u64,
+}
+
 pub struct Vsock {
-    guest_cid: u64,
+    state: State,
     listener: UnixListener,
     listening: bool,
     accept_failing: bool,
@@ -108,7 +119,10 @@ impl Vsock {
         listener.set_nonblocking(true)?;
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         Ok(Self {
-            guest_cid: guest_cid.into(),
+            state: State {
+                features: 0,
+                guest_cid: guest_cid.into(),
+            },
             listener,
             listening: false,
             accept_failing: false,
@@ -121,6 +135,10 @@ impl Vsock {
             resets: VecDeque::new(),
             resets_lost: false,
         })
+    }
+
+    pub fn state(&self) -> State {
+        self.state.clone()
     }
 
     fn buffer_for_new(&self) -> u32 {
@@ -145,10 +163,12 @@ impl Device for Vsock {
         1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC
     }
 
-    fn set_features(&mut self, _features: u64) {}
+    fn set_features(&mut self, features: u64) {
+        self.state.features = features;
+    }
 
     fn read_config(&self, offset: usize, data: &mut [u8]) {
-        super::read_config_bytes(&self.guest_cid.to_le_bytes(), offset, data);
+        super::read_config_bytes(&self.state.guest_cid.to_le_bytes(), offset, data);
     }
 
     fn start(&mut self, poller: Poller) -> io::Result<()> {
@@ -183,6 +203,7 @@ impl Device for Vsock {
     }
 
     fn reset(&mut self) {
+        self.state.features = 0;
         self.resets.clear();
         for slot in self.table.slots_known_to_guest() {
             if let Err(e) = self.retire(slot) {

@@ -148,7 +148,10 @@ impl VhostUser {
                 }
                 lines.calls[index] = fd;
             }
-            Message::SetVringEnable(vring) => slot.enable(vring.index, vring.num != 0)?,
+            Message::SetVringEnable(vring) => {
+                slot.enable(vring.index, vring.num != 0)?;
+                slot.kicked(vring.index)?;
+            }
             Message::GetConfig {
                 offset,
                 size,

@@ -39,7 +39,7 @@ impl FrontEnd {
         let transport = VhostUser::listen(&path, Arc::default()).unwrap();
         let mut event_loop = EventLoop::new("test").unwrap();
         let disk = event_loop
-            .add("disk", Blk::empty("image0"), Box::new(transport))
+            .add("disk", Blk::empty("image0").unwrap(), Box::new(transport))
             .unwrap();
         let (sender, failed) = channel();
         event_loop

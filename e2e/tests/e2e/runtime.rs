@@ -1,0 +1,219 @@
+//! What the runtime tells of itself and of its node, and how it takes being
+//! asked for what it does not have.
+
+use std::process::{Command, Output};
+
+use anyhow::{Context, Result, ensure};
+use e2e::{Node, Server, artifacts};
+use k8s_cri::v1::*;
+use serde_json::json;
+use tonic::Code;
+
+use crate::refused;
+
+fn drupe() -> Result<Node> {
+    Node::builder().server(Server::Drupe).start()
+}
+
+#[test]
+fn the_runtime_names_itself_its_handlers_and_its_cgroup_driver() -> Result<()> {
+    let node = drupe()?;
+    let cri = node.cri()?;
+    let version = cri.version(VersionRequest::default())?;
+    assert_eq!(version.runtime_name, "drupe");
+    assert_eq!(version.runtime_api_version, "v1");
+    ensure!(!version.runtime_version.is_empty(), "{version:?}");
+
+    let brief = cri.status(StatusRequest { verbose: false })?;
+    ensure!(brief.info.is_empty(), "{:?}", brief.info);
+    let status = cri.status(StatusRequest { verbose: true })?;
+    for condition in ["RuntimeReady", "NetworkReady"] {
+        let conditions = &status.status.as_ref().context("status")?.conditions;
+        let ready = conditions.iter().any(|c| c.r#type == condition && c.status);
+        ensure!(ready, "{condition} is not true: {conditions:?}");
+    }
+    let handlers: Vec<_> = status.runtime_handlers.iter().map(|h| &h.name).collect();
+    assert_eq!(handlers, ["microvm", ""]);
+    let info: serde_json::Value =
+        serde_json::from_str(status.info.get("info").context("no verbose information")?)?;
+    assert_eq!(info["root"], json!(node.root()));
+    assert_eq!(info["defaultRuntime"], "microvm");
+
+    let config = cri.runtime_config(RuntimeConfigRequest {})?;
+    let linux = config.linux.context("no configuration for linux")?;
+    assert_eq!(linux.cgroup_driver(), CgroupDriver::Cgroupfs);
+    node.finish()
+}
+
+#[test]
+fn the_nodes_pod_addresses_are_taken_and_a_bad_range_is_named() -> Result<()> {
+    let node = drupe()?;
+    let cri = node.cri()?;
+    let update = |pod_cidr: &str| {
+        let network_config = Some(NetworkConfig {
+            pod_cidr: pod_cidr.to_owned(),
+        });
+        cri.update_runtime_config(UpdateRuntimeConfigRequest {
+            runtime_config: Some(RuntimeConfig { network_config }),
+        })
+    };
+    update("10.88.0.0/24,fd00:88::/64")?;
+    refused(
+        update("10.88.0.0/33"),
+        Code::InvalidArgument,
+        &["pod_cidr", "10.88.0.0/33"],
+    )?;
+    node.finish()
+}
+
+#[test]
+fn a_container_is_shown_in_detail_when_asked() -> Result<()> {
+    let node = drupe()?;
+    node.pull_busybox()?;
+    let pod = node.run_pod("detail")?;
+    let container = pod.start_idle("c")?;
+    let show = |verbose: bool| {
+        node.cri()?
+            .container_status(ContainerStatusRequest {
+                container_id: container.id.clone(),
+                verbose,
+            })
+            .context("ContainerStatus")
+    };
+    ensure!(show(false)?.info.is_empty());
+    let verbose = show(true)?;
+    let info: serde_json::Value =
+        serde_json::from_str(verbose.info.get("info").context("no verbose information")?)?;
+    assert_eq!(info["sandboxID"], json!(pod.id));
+    ensure!(info["pid"].as_u64().is_some_and(|pid| pid > 0), "{info}");
+
+    let request = PodSandboxStatusRequest {
+        pod_sandbox_id: pod.id.clone(),
+        verbose: true,
+    };
+    let verbose = node.cri()?.pod_sandbox_status(request)?;
+    assert_eq!(verbose.containers_statuses.len(), 1);
+    let info: serde_json::Value =
+        serde_json::from_str(verbose.info.get("info").context("no verbose information")?)?;
+    // The process that is the pod, and where its console is.
+    let pid = info["pid"].as_u64().context("no pid")?;
+    let processes = node.pod_processes()?;
+    let line = processes.get(&u32::try_from(pid)?).cloned();
+    ensure!(
+        line.as_ref().is_some_and(|line| line.contains("drupe-vmm")),
+        "process {pid} is {line:?}"
+    );
+    let console = info["console"].as_str().context("no console")?;
+    ensure!(std::fs::metadata(console)?.is_file(), "{console}");
+    node.finish()
+}
+
+#[test]
+fn what_is_not_there_yet_is_unimplemented() -> Result<()> {
+    let node = drupe()?;
+    let cri = node.cri()?;
+    let answers = [
+        ("Exec", cri.exec(ExecRequest::default()).err()),
+        ("Attach", cri.attach(AttachRequest::default()).err()),
+        (
+            "PortForward",
+            cri.port_forward(PortForwardRequest::default()).err(),
+        ),
+        (
+            "UpdateContainerResources",
+            cri.update_container_resources(UpdateContainerResourcesRequest::default())
+                .err(),
+        ),
+        (
+            "CheckpointContainer",
+            cri.checkpoint_container(CheckpointContainerRequest::default())
+                .err(),
+        ),
+        (
+            "GetContainerEvents",
+            cri.get_container_events(GetEventsRequest {}).err(),
+        ),
+        (
+            "ListMetricDescriptors",
+            cri.list_metric_descriptors(ListMetricDescriptorsRequest {})
+                .err(),
+        ),
+        (
+            "ListPodSandboxMetrics",
+            cri.list_pod_sandbox_metrics(ListPodSandboxMetricsRequest {})
+                .err(),
+        ),
+    ];
+    for (call, status) in answers {
+        let status = status.with_context(|| format!("{call} succeeded"))?;
+        refused(Err::<(), _>(status), Code::Unimplemented, &[call])?;
+    }
+    node.finish()
+}
+
+/// Runs the daemon's program with other arguments than the harness does.
+fn run(args: &[&str]) -> Result<Output> {
+    Command::new(artifacts::daemon()?)
+        .args(args)
+        .output()
+        .context("drupe")
+}
+
+#[test]
+fn a_node_is_told_what_it_lacks_and_the_remedy() -> Result<()> {
+    let node = Node::builder().server(Server::Drupe).prepare()?;
+    let config = node.config_file().display().to_string();
+    let good = run(&["check", "--config", &config])?;
+    let said = String::from_utf8_lossy(&good.stdout).into_owned();
+    ensure!(good.status.success(), "{said}");
+    ensure!(
+        said.contains("Pods can run") && !said.contains("BAD"),
+        "{said}"
+    );
+
+    let mut broken: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(node.config_file())?)?;
+    broken["runtimes"]["microvm"]["kernel"] = json!("/no/such/kernel");
+    broken["network"]["bin_dirs"] = json!(["/no/such/plugins"]);
+    node.write_config(&broken.to_string())?;
+    let bad = run(&["check", "--config", &config])?;
+    let said = String::from_utf8_lossy(&bad.stdout).into_owned();
+    assert_eq!(bad.status.code(), Some(1), "{said}");
+    for (missing, remedy) in [
+        ("/no/such/kernel", "set `kernel`"),
+        ("/no/such/plugins", "containernetworking-plugins"),
+    ] {
+        let mut lines = said.lines().skip_while(|line| !line.contains(missing));
+        ensure!(lines.next().is_some(), "{missing} is not in: {said}");
+        ensure!(
+            lines.next().is_some_and(|line| line.contains(remedy)),
+            "{remedy} does not follow {missing} in: {said}"
+        );
+    }
+    ensure!(said.contains("Pods cannot run"), "{said}");
+    node.finish_without_server()
+}
+
+#[test]
+fn the_printed_configuration_is_one_that_is_taken() -> Result<()> {
+    let printed = run(&["config"])?;
+    ensure!(printed.status.success());
+    let text = String::from_utf8(printed.stdout)?;
+    let keys = text.lines().filter(|line| line.contains(": ")).count();
+    let comments = text.lines().filter(|line| line.trim().starts_with('#'));
+    ensure!(keys > 10 && comments.count() > 10, "{text}");
+    let node = Node::builder().server(Server::Drupe).prepare()?;
+    node.write_config(&text)?;
+    let checked = run(&[
+        "check",
+        "--config",
+        &node.config_file().display().to_string(),
+    ])?;
+    // 2 is for a configuration that is refused.
+    ensure!(
+        matches!(checked.status.code(), Some(0 | 1)),
+        "{}",
+        String::from_utf8_lossy(&checked.stderr)
+    );
+    node.finish_without_server()
+}

@@ -1,0 +1,452 @@
+//! Which machine runs a handler's pods: decided once, from what the operator
+//! asked for, the CPU, /dev/kvm and the handler's kernel.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use vmm_client::Machine;
+
+use crate::config::{MachineChoice, RuntimeConfig};
+
+/// Where the kernel offers its virtual machines.
+pub const DEVICE: &str = "/dev/kvm";
+
+/// What this node can do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeFacts {
+    /// `vmx` or `svm`.
+    pub extension: Option<&'static str>,
+    pub vendor: Vendor,
+    /// The node is a virtual machine itself.
+    pub is_virtual: bool,
+    pub device: Device,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Vendor {
+    Intel,
+    Amd,
+    Other,
+}
+
+/// [`DEVICE`], opened for reading and writing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Device {
+    Opens,
+    Missing,
+    Refused(String),
+}
+
+/// What a kernel's file is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Kernel {
+    /// vmlinux with a PVH entry, or bzImage.
+    Kvm,
+    /// Another executable: User Mode Linux, presumably.
+    Uml,
+    /// In words, why it is neither.
+    No(String),
+}
+
+/// The machine of one handler.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Decision {
+    pub machine: Machine,
+    pub kernel: PathBuf,
+    /// One clause for logs and people.
+    pub why: String,
+    /// What would make kvm work here, where it was wanted or would be better.
+    pub remedy: Option<String>,
+    /// Whether pods can start.
+    pub usable: bool,
+}
+
+impl NodeFacts {
+    #[must_use]
+    pub fn read() -> Self {
+        let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let device = match File::options().read(true).write(true).open(DEVICE) {
+            Ok(_) => Device::Opens,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Device::Missing,
+            Err(error) => Device::Refused(error.to_string()),
+        };
+        Self::from_cpuinfo(&cpu, device)
+    }
+
+    fn from_cpuinfo(cpu: &str, device: Device) -> Self {
+        let field = |name: &str| {
+            cpu.lines()
+                .filter_map(|line| line.split_once(':'))
+                .find(|(key, _)| key.trim() == name)
+                .map_or("", |(_, value)| value.trim())
+        };
+        let has = |flag: &str| field("flags").split_whitespace().any(|f| f == flag);
+        Self {
+            extension: ["vmx", "svm"].into_iter().find(|flag| has(flag)),
+            vendor: match field("vendor_id") {
+                "GenuineIntel" => Vendor::Intel,
+                "AuthenticAMD" | "HygonGenuine" => Vendor::Amd,
+                _ => Vendor::Other,
+            },
+            is_virtual: has("hypervisor"),
+            device,
+        }
+    }
+
+    /// Whether kvm runs an ordinary guest here, as what was found; or what is
+    /// in the way and the remedy.
+    pub fn kvm(&self) -> Result<String, (String, String)> {
+        let module = match self.vendor {
+            Vendor::Intel => "kvm_intel",
+            Vendor::Amd => "kvm_amd",
+            Vendor::Other => "kvm",
+        };
+        let (found, remedy) = match (self.extension, &self.device) {
+            (Some(flag), Device::Opens) => {
+                return Ok(format!("the CPU has {flag} and {DEVICE} opens"));
+            }
+            (Some(flag), Device::Missing) => (
+                format!("the CPU has {flag} but there is no {DEVICE}"),
+                format!("modprobe {module}; in a container, hand it the device"),
+            ),
+            (Some(flag), Device::Refused(error)) => (
+                format!("the CPU has {flag} but {DEVICE} does not open: {error}"),
+                format!("run drupe as root and let its device cgroup have {DEVICE} (10:232)"),
+            ),
+            (None, Device::Opens) => (
+                format!(
+                    "{DEVICE} opens but the CPU shows neither vmx nor svm: a paravirtual KVM (PVM) host, which cannot run an ordinary guest kernel"
+                ),
+                "use a node with (nested) hardware virtualisation; or, with a guest kernel made for PVM, set machine: kvm".to_owned(),
+            ),
+            (None, _) if self.is_virtual => (
+                "this node is a virtual machine whose CPU shows neither vmx nor svm".to_owned(),
+                "turn on nested virtualisation for this node".to_owned(),
+            ),
+            (None, _) => (
+                "the CPU shows neither vmx nor svm".to_owned(),
+                "turn on virtualisation (VT-x, AMD-V) in the node's firmware".to_owned(),
+            ),
+        };
+        Err((found, remedy))
+    }
+}
+
+impl RuntimeConfig {
+    /// The machine and the kernel that pods of this handler get on `node`.
+    #[must_use]
+    pub fn decide(&self, node: &NodeFacts) -> Decision {
+        self.decide_with(node, kind_of)
+    }
+
+    fn decide_with(&self, node: &NodeFacts, kind: impl Fn(&Path) -> Kernel) -> Decision {
+        let uml = Machine::Uml(self.uml_mode);
+        let kernel = |name| self.kernel_for(name);
+        let kvm_kernel = match kind(&kernel("kvm")) {
+            Kernel::Kvm => Ok(()),
+            Kernel::Uml => Err(format!("{:?} is a kernel for uml", kernel("kvm"))),
+            Kernel::No(why) => Err(why),
+        };
+        let uml_kernel = match kind(&kernel("uml")) {
+            Kernel::Uml => Ok(()),
+            Kernel::Kvm => Err(format!("{:?} is a kernel for kvm", kernel("uml"))),
+            Kernel::No(why) => Err(why),
+        };
+        let install = || "install the guest kernel or set `kernel`".to_owned();
+        let decision = |machine, name, why: String, remedy, usable| Decision {
+            machine,
+            kernel: kernel(name),
+            why,
+            remedy,
+            usable,
+        };
+        match self.machine {
+            MachineChoice::Uml => match uml_kernel {
+                Ok(()) => decision(uml, "uml", "as configured".into(), None, true),
+                Err(why) => decision(uml, "uml", why, Some(install()), false),
+            },
+            MachineChoice::Kvm => match (&node.device, kvm_kernel) {
+                (_, Err(why)) => decision(Machine::Kvm, "kvm", why, Some(install()), false),
+                // The operator knows of a kernel that a PVM host can run.
+                (Device::Opens, Ok(())) => {
+                    decision(Machine::Kvm, "kvm", "as configured".into(), None, true)
+                }
+                (_, Ok(())) => {
+                    let (why, remedy) = node.kvm().err().unwrap_or_default();
+                    decision(Machine::Kvm, "kvm", why, Some(remedy), false)
+                }
+            },
+            MachineChoice::Auto => match (node.kvm(), kvm_kernel, uml_kernel) {
+                (Ok(found), Ok(()), _) => {
+                    decision(Machine::Kvm, "kvm", format!("auto: {found}"), None, true)
+                }
+                (Ok(_), Err(why), Ok(())) => {
+                    decision(uml, "uml", format!("auto: {why}"), Some(install()), true)
+                }
+                (Err((found, remedy)), _, Ok(())) => {
+                    decision(uml, "uml", format!("auto: {found}"), Some(remedy), true)
+                }
+                (Ok(_), Err(why), Err(_)) => {
+                    decision(Machine::Kvm, "kvm", why, Some(install()), false)
+                }
+                (Err((found, _)), _, Err(why)) => {
+                    let why = format!("{found}; and for uml {why}");
+                    decision(uml, "uml", why, Some(install()), false)
+                }
+            },
+        }
+    }
+
+    /// The handler's kernel for a machine: `{machine}` in its path stands for
+    /// the machine's name.
+    fn kernel_for(&self, machine: &str) -> PathBuf {
+        match self.kernel.to_str() {
+            Some(path) => path.replace("{machine}", machine).into(),
+            None => self.kernel.clone(),
+        }
+    }
+}
+
+/// Program headers of an ELF file that are looked at.
+const HEADERS_MAX: u16 = 64;
+/// A kernel's notes take some hundred bytes.
+const NOTES_MAX: u64 = 64 * 1024;
+/// XEN_ELFNOTE_PHYS32_ENTRY: where a PVH loader enters.
+const PVH_ENTRY: u32 = 18;
+
+#[must_use]
+pub fn kind_of(path: &Path) -> Kernel {
+    let read = File::open(path).and_then(|mut file| look(&mut file));
+    match read {
+        Ok(Some(kernel)) => kernel,
+        Ok(None) => Kernel::No(format!("{path:?} is no kernel")),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+            Kernel::No(format!("{path:?} is no kernel"))
+        }
+        Err(error) => Kernel::No(format!("guest kernel {path:?}: {error}")),
+    }
+}
+
+fn look(file: &mut (impl Read + Seek)) -> io::Result<Option<Kernel>> {
+    let mut head = [0; 0x206];
+    file.read_exact(&mut head)?;
+    // Documentation/arch/x86/boot.rst: boot sector magic and header magic.
+    if head[0x1fe..0x200] == [0x55, 0xaa] && head[0x202..0x206] == *b"HdrS" {
+        return Ok(Some(Kernel::Kvm));
+    }
+    // 64-bit, little-endian.
+    if head[..6] != *b"\x7fELF\x02\x01" {
+        return Ok(None);
+    }
+    let table = word64(&head, 32);
+    let (size, count) = (word16(&head, 54), word16(&head, 56).min(HEADERS_MAX));
+    for index in 0..u64::from(count) {
+        let mut header = [0; 56];
+        file.seek(SeekFrom::Start(
+            table.saturating_add(index * u64::from(size)),
+        ))?;
+        file.read_exact(&mut header)?;
+        const PT_NOTE: u32 = 4;
+        if word32(&header, 0) != PT_NOTE {
+            continue;
+        }
+        file.seek(SeekFrom::Start(word64(&header, 8)))?;
+        let mut notes = Vec::new();
+        file.take(word64(&header, 32).min(NOTES_MAX))
+            .read_to_end(&mut notes)?;
+        if has_pvh_entry(&notes) {
+            return Ok(Some(Kernel::Kvm));
+        }
+    }
+    Ok(Some(Kernel::Uml))
+}
+
+fn has_pvh_entry(mut notes: &[u8]) -> bool {
+    while notes.len() >= 12 {
+        let sizes = [word32(notes, 0) as usize, word32(notes, 4) as usize];
+        let kind = word32(notes, 8);
+        let name = &notes[12..];
+        if kind == PVH_ENTRY && name.starts_with(b"Xen\0") {
+            return true;
+        }
+        let [name_len, data_len] = sizes.map(|size| size.saturating_add(3) & !3);
+        let Some(rest) = name_len
+            .checked_add(data_len)
+            .and_then(|len| name.get(len..))
+        else {
+            return false;
+        };
+        notes = rest;
+    }
+    false
+}
+
+fn word16(bytes: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes([bytes[at], bytes[at + 1]])
+}
+
+fn word32(bytes: &[u8], at: usize) -> u32 {
+    u32::from(word16(bytes, at)) | u32::from(word16(bytes, at + 2)) << 16
+}
+
+fn word64(bytes: &[u8], at: usize) -> u64 {
+    u64::from(word32(bytes, at)) | u64::from(word32(bytes, at + 4)) << 32
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Cursor;
+
+    use proptest::prelude::*;
+    use vmm_client::UmlMode;
+
+    use super::*;
+
+    const UML: Machine = Machine::Uml(UmlMode::Seccomp);
+
+    fn node(extension: Option<&'static str>, device: Device) -> NodeFacts {
+        NodeFacts {
+            extension,
+            vendor: Vendor::Amd,
+            is_virtual: true,
+            device,
+        }
+    }
+
+    fn by_name(path: &Path) -> Kernel {
+        match path.to_str() {
+            Some(path) if path.ends_with("kvm") => Kernel::Kvm,
+            Some(path) if path.ends_with("uml") => Kernel::Uml,
+            _ => Kernel::No(format!("{path:?} is no kernel")),
+        }
+    }
+
+    fn decide(choice: MachineChoice, kernel: &str, node: &NodeFacts) -> Decision {
+        let runtime = RuntimeConfig {
+            machine: choice,
+            kernel: kernel.into(),
+            ..RuntimeConfig::default()
+        };
+        runtime.decide_with(node, by_name)
+    }
+
+    #[test]
+    fn auto_takes_kvm_where_it_works_and_says_why() {
+        let decision = decide(
+            MachineChoice::Auto,
+            "/k-{machine}",
+            &node(Some("svm"), Device::Opens),
+        );
+        assert_eq!(decision.machine, Machine::Kvm);
+        assert_eq!(decision.kernel, Path::new("/k-kvm"));
+        assert_eq!(decision.why, "auto: the CPU has svm and /dev/kvm opens");
+        assert!(decision.usable);
+    }
+
+    #[test]
+    fn auto_takes_uml_elsewhere_and_names_the_remedy() {
+        let refused = Device::Refused("Permission denied".into());
+        for (extension, device, remedy) in [
+            (Some("svm"), Device::Missing, "modprobe kvm_amd"),
+            (Some("vmx"), refused, "device cgroup"),
+            (None, Device::Opens, "made for PVM"),
+            (None, Device::Missing, "nested virtualisation"),
+        ] {
+            let decision = decide(
+                MachineChoice::Auto,
+                "/k-{machine}",
+                &node(extension, device),
+            );
+            assert_eq!(decision.machine, UML);
+            assert_eq!(decision.kernel, Path::new("/k-uml"));
+            assert!(decision.usable);
+            let told = decision.remedy.unwrap();
+            assert!(told.contains(remedy), "{told}");
+        }
+    }
+
+    #[test]
+    fn a_handlers_own_kernel_decides_for_its_machine() {
+        let able = node(Some("vmx"), Device::Opens);
+        let decision = decide(MachineChoice::Auto, "/own-uml", &able);
+        assert_eq!((decision.machine, decision.usable), (UML, true));
+        let decision = decide(MachineChoice::Auto, "/own-kvm", &able);
+        assert_eq!((decision.machine, decision.usable), (Machine::Kvm, true));
+        let decision = decide(
+            MachineChoice::Auto,
+            "/own-kvm",
+            &node(None, Device::Missing),
+        );
+        assert!(!decision.usable);
+        assert!(decision.why.contains("/own-kvm"), "{}", decision.why);
+    }
+
+    #[test]
+    fn what_was_configured_is_taken_or_refused_never_replaced() {
+        let pvm = node(None, Device::Opens);
+        let decision = decide(MachineChoice::Kvm, "/k-kvm", &pvm);
+        assert_eq!((decision.machine, decision.usable), (Machine::Kvm, true));
+        let decision = decide(MachineChoice::Kvm, "/k-kvm", &node(None, Device::Missing));
+        assert_eq!((decision.machine, decision.usable), (Machine::Kvm, false));
+        let decision = decide(MachineChoice::Uml, "/k-kvm", &pvm);
+        assert_eq!((decision.machine, decision.usable), (UML, false));
+    }
+
+    #[test]
+    fn the_cpu_is_read_as_the_kernel_shows_it() {
+        let cpu = "processor\t: 0\nvendor_id\t: AuthenticAMD\nflags\t\t: fpu svm_lock hypervisor\n";
+        let facts = NodeFacts::from_cpuinfo(cpu, Device::Missing);
+        assert_eq!(facts, node(None, Device::Missing));
+        let facts = NodeFacts::from_cpuinfo(&cpu.replace("svm_lock", "svm"), Device::Missing);
+        assert_eq!(facts.extension, Some("svm"));
+    }
+
+    fn elf(note_name: &[u8; 4], note_type: u32) -> Vec<u8> {
+        let mut file = vec![0; 0x300];
+        file[..6].copy_from_slice(b"\x7fELF\x02\x01");
+        file[32] = 64; // program headers
+        file[54] = 56;
+        file[56] = 1;
+        file[64] = 4; // PT_NOTE at 0x200
+        file[64 + 8 + 1] = 2;
+        file[64 + 32] = 40;
+        file[0x200] = 4; // a note before it: name of 4, data of 3
+        file[0x204] = 3;
+        file[0x214] = 4;
+        file[0x218] = 4;
+        file[0x21c..0x220].copy_from_slice(&note_type.to_le_bytes());
+        file[0x220..0x224].copy_from_slice(note_name);
+        file
+    }
+
+    #[test]
+    fn kernels_are_told_from_their_files() {
+        let mut bzimage = vec![0; 0x300];
+        bzimage[0x1fe..0x206].copy_from_slice(b"\x55\xaa\xeb\x66HdrS");
+        assert_eq!(look(&mut Cursor::new(bzimage)).unwrap(), Some(Kernel::Kvm));
+        let pvh = elf(b"Xen\0", PVH_ENTRY);
+        assert_eq!(look(&mut Cursor::new(pvh)).unwrap(), Some(Kernel::Kvm));
+        for other in [elf(b"GNU\0", PVH_ENTRY), elf(b"Xen\0", 5)] {
+            assert_eq!(look(&mut Cursor::new(other)).unwrap(), Some(Kernel::Uml));
+        }
+        assert_eq!(look(&mut Cursor::new(vec![b'x'; 0x300])).unwrap(), None);
+        let missing = kind_of(Path::new("/no/such/kernel"));
+        let Kernel::No(why) = missing else { panic!() };
+        assert!(why.contains("/no/such/kernel"), "{why}");
+    }
+
+    proptest! {
+        #[test]
+        fn no_file_makes_the_look_fail_otherwise_than_by_its_end(
+            mut file in prop::collection::vec(any::<u8>(), 0x206..0x400),
+        ) {
+            file[..6].copy_from_slice(b"\x7fELF\x02\x01");
+            if let Err(error) = look(&mut Cursor::new(file)) {
+                prop_assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+            }
+        }
+    }
+}
