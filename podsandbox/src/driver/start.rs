@@ -15,9 +15,7 @@ use nix::sys::socket::{
 };
 use tokio_util::sync::CancellationToken;
 use vmm_client::protocol::{Event, VmState};
-use vmm_client::{
-    Control, FdRole, Machine as MachineKind, SpawnRequest, UmlMode, VmSpec,
-};
+use vmm_client::{Control, FdRole, Machine as MachineKind, SpawnRequest, UmlMode, VmSpec};
 
 use super::{Driver, Machine, watch_vm};
 use crate::agent::AgentClient;

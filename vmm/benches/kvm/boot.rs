@@ -3,10 +3,10 @@
 
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 
 use crate::figures::{Aim, Samples, figure, heading, ratio};
-use crate::host::{Ready, ext4_disk, tempdir};
+use crate::host::{Ready, copy_sparse, ext4_disk, tempdir};
 use crate::proc::{between, helper_memory, own_memory, threads};
 use crate::vm::{Monitor, Running, Vm};
 use crate::{Files, ROUNDS};
@@ -27,6 +27,23 @@ struct Side {
     guest_wakeups: Samples,
 }
 
+impl Side {
+    /// With the one guest alone, which shares the monitor's text with nobody.
+    fn add_memory(&mut self, pids: &[u32], guest: u64) -> Result<()> {
+        let [monitor, helpers @ ..] = pids else {
+            bail!("a guest without a monitor");
+        };
+        let mut held = 0;
+        for pid in helpers {
+            held += helper_memory(*pid, guest)?;
+        }
+        self.memory_mib
+            .push(own_memory(*monitor, guest)? as f64 / MIB);
+        self.helpers_mib.push(held as f64 / MIB);
+        Ok(())
+    }
+}
+
 pub async fn measure(files: &Files) -> Result<()> {
     let dir = tempdir()?;
     let ready = Ready::listen()?;
@@ -36,7 +53,7 @@ pub async fn measure(files: &Files) -> Result<()> {
         for (monitor, side) in [Monitor::Drupe, QEMU].into_iter().zip(&mut sides) {
             // Each writes to its disk: it gets a fresh one.
             let own = dir.path().join("own");
-            std::fs::copy(&disk, &own)?;
+            copy_sparse(&disk, &own)?;
             let vm = vm(files, &own);
             let mut running = Running::start(monitor, &vm, &ready).await?;
             let took = running.agent(&ready).await?;
@@ -44,6 +61,7 @@ pub async fn measure(files: &Files) -> Result<()> {
             // The first one reads everything from the disk.
             if round > 0 {
                 side.boot_ms.push(took.as_secs_f64() * 1e3);
+                side.add_memory(&running.pids(), vm.memory_bytes())?;
             }
             running.end().await?;
         }
@@ -108,19 +126,19 @@ async fn idle(files: &Files, monitor: Monitor, side: &mut Side, ready: &Ready) -
     let mut guests = Vec::new();
     for number in 0..ROUNDS {
         let own = dir.path().join(number.to_string());
-        std::fs::copy(&disk, &own)?;
+        copy_sparse(&disk, &own)?;
         let vm = vm(files, &own);
         let mut running = Running::start(monitor, &vm, ready).await?;
         running.agent(ready).await?;
-        guests.push((running, vm.memory_bytes()));
+        guests.push(running);
     }
     tokio::time::sleep(SETTLE).await;
     let before = guests
         .iter()
-        .map(|(running, _)| running.pids().into_iter().map(threads).collect())
+        .map(|running| running.pids().into_iter().map(threads).collect())
         .collect::<Result<Vec<Vec<_>>>>()?;
     tokio::time::sleep(IDLE).await;
-    for (number, ((running, guest), before)) in guests.iter().zip(before).enumerate() {
+    for (number, (running, before)) in guests.iter().zip(before).enumerate() {
         let pids = running.pids();
         let (mut cpu_ns, mut wakeups, mut guest_wakeups) = (0, 0, 0);
         for (pid, before) in pids.iter().zip(&before) {
@@ -145,16 +163,45 @@ async fn idle(files: &Files, monitor: Monitor, side: &mut Side, ready: &Ready) -
         side.idle_percent.push(percent);
         side.wakeups.push(wakeups as f64);
         side.guest_wakeups.push(guest_wakeups as f64);
-        let mut helpers = 0;
-        for pid in pids.iter().skip(1) {
-            helpers += helper_memory(*pid, *guest)?;
-        }
-        side.memory_mib
-            .push(own_memory(pids[0], *guest)? as f64 / MIB);
-        side.helpers_mib.push(helpers as f64 / MIB);
     }
-    for (running, _) in guests {
+    for running in guests {
         running.end().await?;
+    }
+    Ok(())
+}
+
+pub async fn show(files: &Files) -> Result<()> {
+    let dir = tempdir()?;
+    let ready = Ready::listen()?;
+    let disk = ext4_disk(dir.path())?;
+    let sets = std::env::var("BENCH_SETS")?;
+    let mut guests = Vec::new();
+    for (n, set) in sets.split('|').enumerate() {
+        // SAFETY: one thread.
+        unsafe { std::env::set_var("BENCH_ARGS", set) };
+        let own = dir.path().join(n.to_string());
+        copy_sparse(&disk, &own)?;
+        let vm = vm(files, &own);
+        let mut running = Running::start(Monitor::Drupe, &vm, &ready).await?;
+        running.agent(&ready).await?;
+        guests.push((running, set.to_owned()));
+    }
+    tokio::time::sleep(SETTLE).await;
+    let mut before = Vec::new();
+    for (g, _) in &guests {
+        before.push(threads(g.pids()[0])?);
+    }
+    tokio::time::sleep(IDLE).await;
+    for ((g, set), before) in guests.iter().zip(before) {
+        for used in between(&before, threads(g.pids()[0])?) {
+            if used.name.starts_with("vcpu") {
+                eprintln!(
+                    "SHOW {set:?}: {} wake-ups {} us",
+                    used.wakeups,
+                    used.cpu_ns / 1000
+                );
+            }
+        }
     }
     Ok(())
 }

@@ -96,6 +96,12 @@ pub fn ext4_disk(dir: &Path) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// Copies a file, its holes as holes.
+pub fn copy_sparse(from: &Path, to: &Path) -> Result<()> {
+    let [from, to] = [from, to].map(|path| path.display().to_string());
+    run(&["cp", "--sparse=always", &from, &to])
+}
+
 pub fn netns(name: &str) -> Result<File> {
     File::open(Path::new("/run/netns").join(name)).with_context(|| name.to_owned())
 }

@@ -97,13 +97,16 @@ pub async fn measure(files: &Files) -> Result<()> {
     let host = make("host", &script(0, &with_host))?;
     let server = make("server", &script(0, "echo LISTENS\niperf3 -s"))?;
     let client = make("client", &script(1, "rate between '-c 10.231.7.2'"))?;
-    let disk = dir.path().join("disk");
-    std::fs::write(&disk, [0; 1 << 20])?;
+    // QEMU takes none that another one has open.
+    let disks = ["disk0", "disk1"].map(|name| dir.path().join(name));
+    for disk in &disks {
+        std::fs::write(disk, [0; 1 << 20])?;
+    }
     let vm = |initramfs, number| Vm {
         files,
         initramfs,
         memory_mib: 192,
-        disk: &disk,
+        disk: &disks[number],
         tap: Some(tap(number)),
     };
 

@@ -16,7 +16,8 @@ use crate::vm::{Vm, append};
 const VIRTIOFSD: &str = "/usr/lib/qemu/virtiofsd";
 
 /// As drupe's, but for the way to restart: microvm has no keyboard controller.
-const ARGS: &str = "console=ttyS0 reboot=t panic=-1 quiet rdinit=/init dummy.numdummies=0";
+const ARGS: &str = "console=ttyS0 reboot=t panic=-1 quiet rdinit=/init dummy.numdummies=0 \
+    tsc=nowatchdog sysctl.vm.compaction_proactiveness=0 sysctl.vm.stat_interval=10";
 
 pub struct Qemu {
     qemu: Kill,

@@ -25,7 +25,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use self::reclaim::{PAGE, give_back};
 use super::{Device, Io, Poller, iov, read_config_bytes};
@@ -109,7 +109,6 @@ impl Balloon {
 
     fn serve(&mut self, index: usize, io: &mut Io<'_>) -> io::Result<()> {
         let mem = io.mem;
-        tracing::info!(index, "DBG serve");
         if !io.queues.get(index).is_some_and(QueueT::ready) {
             return Ok(());
         }
@@ -129,7 +128,6 @@ impl Balloon {
                 break;
             }
             left -= 1;
-            tracing::info!(index, "DBG chain");
             let head = chain.head_index();
             match index {
                 INFLATE => self.inflate(chain, mem),
@@ -142,9 +140,7 @@ impl Balloon {
             used = true;
         }
         let queue = &mut io.queues[index];
-        let needs = used && queue.needs_notification(mem).map_err(io::Error::other)?;
-        tracing::info!(index, used, needs, used_event=?mem.read_obj::<u16>(GuestAddress(queue.avail_ring()+4+2*u64::from(queue.size()))), nu=queue.next_used(), evidx=queue.event_idx_enabled(), "DBG done");
-        if needs {
+        if used && queue.needs_notification(mem).map_err(io::Error::other)? {
             io.irq.queue_used(index);
         }
         Ok(())

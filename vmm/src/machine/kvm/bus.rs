@@ -2,29 +2,24 @@
 //! and the devices' windows. Everywhere else nothing answers.
 
 use std::io;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use super::layout::{KEYBOARD_COMMAND, KEYBOARD_DATA, KEYBOARD_RESET, MMIO, SERIAL_PORT};
 use vm_memory::GuestMemoryMmap;
 
 use super::serial::Serial;
-use crate::transport::mmio::{Change, Mmio, WINDOW};
+use crate::transport::mmio::{Mmio, WINDOW};
 
 const SERIAL_PORTS: u16 = 8;
 
-/// The guest is over: it asked to start over, or let go of all its devices.
-/// The latter is all there is to see of a kernel that powers off on a machine
-/// without a power switch; and nobody reaches a guest without devices.
+/// The guest asked to start over.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Over;
+pub struct Reset;
 
 /// Lock order: `serial` alone.
 pub struct Bus {
     serial: Mutex<Serial>,
     devices: Vec<Mmio>,
-    /// Devices that have a driver.
-    live: AtomicUsize,
     /// Mapped for as long as a processor may run.
     _mem: GuestMemoryMmap,
 }
@@ -34,7 +29,6 @@ impl Bus {
         Self {
             serial: Mutex::new(serial),
             devices,
-            live: AtomicUsize::new(0),
             _mem: mem,
         }
     }
@@ -58,14 +52,14 @@ impl Bus {
         data.fill(if idle { 0 } else { 0xff });
     }
 
-    pub fn port_out(&self, port: u16, data: &[u8]) -> Option<Over> {
+    pub fn port_out(&self, port: u16, data: &[u8]) -> Option<Reset> {
         if let Some(register) = Self::serial_register(port) {
             let mut serial = self.serial.lock().unwrap_or_else(PoisonError::into_inner);
             for byte in data {
                 serial.write(register, *byte);
             }
         }
-        (port == KEYBOARD_COMMAND && data == [KEYBOARD_RESET]).then_some(Over)
+        (port == KEYBOARD_COMMAND && data == [KEYBOARD_RESET]).then_some(Reset)
     }
 
     fn device(&self, address: u64) -> Option<(&Mmio, u64)> {
@@ -82,17 +76,10 @@ impl Bus {
     }
 
     /// An error ends the machine.
-    pub fn write(&self, address: u64, data: &[u8]) -> io::Result<Option<Over>> {
-        let Some((device, offset)) = self.device(address) else {
-            return Ok(None);
-        };
-        match device.write(offset, data)? {
-            Change::None => Ok(None),
-            Change::Live => {
-                self.live.fetch_add(1, Ordering::AcqRel);
-                Ok(None)
-            }
-            Change::Left => Ok((self.live.fetch_sub(1, Ordering::AcqRel) == 1).then_some(Over)),
+    pub fn write(&self, address: u64, data: &[u8]) -> io::Result<()> {
+        match self.device(address) {
+            Some((device, offset)) => device.write(offset, data),
+            None => Ok(()),
         }
     }
 }

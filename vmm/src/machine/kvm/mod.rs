@@ -45,7 +45,7 @@ use crate::transport::mmio::{Line, Mmio, NOTIFY, WINDOW};
 
 /// What the kernel is always told. The machine has no way to start over:
 /// `reboot=k` and `panic=-1` end it instead.
-const ARGS: [&str; 6] = [
+const ARGS: [&str; 9] = [
     "console=ttyS0",
     "reboot=k",
     "panic=-1",
@@ -53,6 +53,12 @@ const ARGS: [&str; 6] = [
     "rdinit=/init",
     // The driver is there for whoever asks; no pod shall find one unasked.
     "dummy.numdummies=0",
+    // An idle guest sleeps: nobody compares two clocks that are both the
+    // host's, nobody looks for memory to compact before anyone needs it, and
+    // the counters of memory are summed up every ten seconds.
+    "tsc=nowatchdog",
+    "sysctl.vm.compaction_proactiveness=0",
+    "sysctl.vm.stat_interval=10",
 ];
 
 /// Without any of these there is no machine.

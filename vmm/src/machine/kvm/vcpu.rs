@@ -13,7 +13,7 @@ use kvm_ioctls::{KvmRunWrapper, VcpuExit, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::signal::{Killable, SIGRTMIN};
 
-use super::bus::{Bus, Over};
+use super::bus::{Bus, Reset};
 
 /// Fast string instructions.
 const MSR_MISC_ENABLE: u32 = 0x1a0;
@@ -240,16 +240,16 @@ fn run(fd: &mut VcpuFd, bus: &Bus, stop: &AtomicBool) -> Option<End> {
         match exit {
             VcpuExit::IoIn(port, data) => bus.port_in(port, data),
             VcpuExit::IoOut(port, data) => {
-                if let Some(Over) = bus.port_out(port, data) {
+                if let Some(Reset) = bus.port_out(port, data) {
                     return Some(End::PowerOff);
                 }
             }
             VcpuExit::MmioRead(address, data) => bus.read(address, data),
-            VcpuExit::MmioWrite(address, data) => match bus.write(address, data) {
-                Ok(None) => {}
-                Ok(Some(Over)) => return Some(End::PowerOff),
-                Err(e) => return failed(e.to_string()),
-            },
+            VcpuExit::MmioWrite(address, data) => {
+                if let Err(e) = bus.write(address, data) {
+                    return failed(e.to_string());
+                }
+            }
             VcpuExit::Intr => {}
             VcpuExit::Shutdown => {
                 return failed("the guest's processor shut down (triple fault)".into());

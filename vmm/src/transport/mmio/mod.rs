@@ -71,16 +71,6 @@ pub(crate) mod reg {
     pub(crate) const CONFIG: u64 = 0x100;
 }
 
-/// What a write came to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Change {
-    None,
-    /// A driver took the device over.
-    Live,
-    /// The driver let go of the device.
-    Left,
-}
-
 /// QueueNotify: where an ioeventfd listens.
 pub const NOTIFY: u64 = reg::QUEUE_NOTIFY;
 
@@ -197,16 +187,16 @@ impl Mmio {
 
     /// The guest writes `data` at `offset` of the window. An error means that
     /// its driver broke the protocol beyond repair: the machine ends.
-    pub fn write(&self, offset: u64, data: &[u8]) -> io::Result<Change> {
+    pub fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         if offset >= reg::CONFIG {
             let at = (offset - reg::CONFIG) as usize;
             if self.registers().has(status::DRIVER) {
                 self.slot.lock().device_mut().write_config(at, data);
             }
-            return Ok(Change::None);
+            return Ok(());
         }
         let Ok(data) = <[u8; 4]>::try_from(data) else {
-            return Ok(Change::None);
+            return Ok(());
         };
         self.write_register(offset, u32::from_le_bytes(data))
             .map_err(|e| {
@@ -215,14 +205,14 @@ impl Mmio {
             })
     }
 
-    fn write_register(&self, offset: u64, value: u32) -> io::Result<Change> {
+    fn write_register(&self, offset: u64, value: u32) -> io::Result<()> {
         match offset {
             reg::INTERRUPT_ACK => {
                 self.line.acknowledge(value);
-                return Ok(Change::None);
+                return Ok(());
             }
             // An ioeventfd takes those of queues that exist.
-            reg::QUEUE_NOTIFY => return Ok(Change::None),
+            reg::QUEUE_NOTIFY => return Ok(()),
             _ => {}
         }
         let mut registers = self.registers();
@@ -249,7 +239,7 @@ impl Mmio {
                 }
             }
         }
-        Ok(Change::None)
+        Ok(())
     }
 
     fn set_queue_ready(&self, registers: &mut Registers, value: u32) -> io::Result<()> {
@@ -276,13 +266,12 @@ impl Mmio {
     }
 
     /// Bits are only added, in the order of virtio 1.2 §3.1.1; 0 resets.
-    fn set_status(&self, registers: &mut Registers, value: u32) -> io::Result<Change> {
+    fn set_status(&self, registers: &mut Registers, value: u32) -> io::Result<()> {
         if value == 0 {
-            let was_live = registers.has(status::DRIVER_OK);
             registers.reset();
             self.slot.lock().reset()?;
             self.line.clear();
-            return Ok(if was_live { Change::Left } else { Change::None });
+            return Ok(());
         }
         let known = status::ACKNOWLEDGE | status::DRIVER | status::FAILED;
         registers.status |= value & known;
@@ -309,9 +298,8 @@ impl Mmio {
                 }
             }
             self.line.remind();
-            return Ok(Change::Live);
         }
-        Ok(Change::None)
+        Ok(())
     }
 
     /// Hands queue `index` to the device, whose loop then looks at it once.

@@ -47,6 +47,11 @@ pub struct VhostUser {
     poller: Option<Poller>,
     memory: Arc<Memory>,
     lines: Arc<Lines>,
+    /// The front end says when a queue is enabled. One that did not take
+    /// VHOST_USER_F_PROTOCOL_FEATURES does not: there a queue is, once it has
+    /// its kick. `virtio_uml` loses that bit for a driver that changes its
+    /// mind about features, as the balloon's does.
+    enables: bool,
 }
 
 enum State {
@@ -65,6 +70,7 @@ impl VhostUser {
             poller: None,
             memory,
             lines: Arc::new(Lines::default()),
+            enables: false,
         })
     }
 
@@ -102,6 +108,7 @@ impl VhostUser {
                         features & !offered
                     )));
                 }
+                self.enables = features & F_PROTOCOL_FEATURES != 0;
                 slot.set_features(features & !F_PROTOCOL_FEATURES);
             }
             Message::GetProtocolFeatures => connection.reply_u64(15, PROTOCOL_FEATURES)?,
@@ -138,7 +145,12 @@ impl VhostUser {
             }
             Message::SetVringKick(index, fd) => {
                 let fd = fd.map(nonblocking).transpose()?;
+                let started = fd.is_some() && !self.enables;
                 slot.set_kick(index, fd)?;
+                if started {
+                    slot.enable(index, true)?;
+                    slot.kicked(index)?;
+                }
             }
             Message::SetVringCall(index, fd) => {
                 slot.queue(index)?;

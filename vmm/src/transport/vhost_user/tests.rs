@@ -199,6 +199,31 @@ fn a_driver_sets_the_device_up_and_is_served() {
     assert!(UnixStream::connect(front._dir.path().join("socket")).is_err());
 }
 
+/// As `virtio_uml` does for a driver that changed its mind about features.
+#[test]
+fn without_protocol_features_a_queue_is_enabled_by_its_kick() {
+    let front = FrontEnd::connect();
+    front.long(2, 1 << VIRTIO_F_VERSION_1, &[]);
+    front.set_memory(BASE, BASE, SIZE);
+    front.words(8, &[0, 256]);
+    front.words(10, &[0, 0]);
+    front.set_addr(BASE);
+    let (mut call, call_end) = UnixStream::pair().unwrap();
+    call.set_read_timeout(Some(PATIENCE)).unwrap();
+    front.long(13, 0, &[call_end.as_fd()]);
+    // A chain of one readable buffer: no request, so it is just returned.
+    let mut desc = (BASE + 0x8000).to_le_bytes().to_vec();
+    desc.extend([16, 0, 0, 0, 0, 0, 0, 0]);
+    front.memory.write_all_at(&desc, 0).unwrap();
+    front.memory.write_all_at(&[1, 0], 0x1002).unwrap();
+    let kick = EventFd::from_value(1).unwrap();
+    front.long(12, 0, &[kick.as_fd()]);
+    call.read_exact(&mut [0; 8]).unwrap();
+    let mut used = [0; 2];
+    front.memory.read_exact_at(&mut used, 0x2002).unwrap();
+    assert_eq!(used, [1, 0]);
+}
+
 #[test]
 fn a_message_in_pieces_is_waited_for() {
     let mut front = FrontEnd::connect();
