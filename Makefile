@@ -17,10 +17,10 @@ export DRUPE_TEST_KERNEL := $(CURDIR)/out/guest/kernel-uml
 export DRUPE_TEST_INITRAMFS := $(CURDIR)/out/guest/initramfs
 export DRUPE_TEST_VMM := $(CURDIR)/out/bin/drupe-vmm
 
-.PHONY: help setup build demo test e2e test-kvm fuzz bench lint clean
+.PHONY: help setup build demo test e2e test-kvm fuzz bench bench-kvm lint clean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Install the Debian packages, build the guest kernel and the test tools (kept in a cache)
 	@deploy/install-packages.sh $(SETUP_EXTRA)
@@ -57,6 +57,9 @@ bench: ## Measure pods; PEER=containerd measures Debian's containerd and runc be
 bench: SETUP_EXTRA = $(if $(PEER),$(PEER) runc)
 bench: setup build
 	@$(TARGET_DIR)/release/bench $(PEER)
+
+bench-kvm: setup build ## Measure the kvm machine beside QEMU's microvm, in an emulated node; BENCH=boot|disk|net takes a part
+	@CARGO=$(CARGO) e2e/node/bench.sh $(BENCH)
 
 lint: ## Check format, lints, scripts (and licences, where cargo-deny is installed)
 	@$(CARGO) fmt --all --check

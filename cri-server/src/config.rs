@@ -150,10 +150,10 @@ impl Config {
                     "is below 64, too little for a guest kernel".to_owned(),
                 );
             }
-            if !(1..=64).contains(&runtime.disk_slots) {
+            if !(1..=32).contains(&runtime.disk_slots) {
                 return fail(
                     &field("disk_slots"),
-                    format!("{} is not in 1 to 64", runtime.disk_slots),
+                    format!("{} is not in 1 to 32", runtime.disk_slots),
                 );
             }
             if runtime.scratch_gib == 0

@@ -102,6 +102,9 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// In words, with its path.
+    #[error("the guest kernel cannot be used: {0}")]
+    GuestKernel(String),
     #[error("{program} failed: {stderr}")]
     Tool {
         program: &'static str,

@@ -145,16 +145,8 @@ impl RuntimeConfig {
     fn decide_with(&self, node: &NodeFacts, kind: impl Fn(&Path) -> Kernel) -> Decision {
         let uml = Machine::Uml(self.uml_mode);
         let kernel = |name| self.kernel_for(name);
-        let kvm_kernel = match kind(&kernel("kvm")) {
-            Kernel::Kvm => Ok(()),
-            Kernel::Uml => Err(format!("{:?} is a kernel for uml", kernel("kvm"))),
-            Kernel::No(why) => Err(why),
-        };
-        let uml_kernel = match kind(&kernel("uml")) {
-            Kernel::Uml => Ok(()),
-            Kernel::Kvm => Err(format!("{:?} is a kernel for kvm", kernel("uml"))),
-            Kernel::No(why) => Err(why),
-        };
+        let kvm_kernel = fits(&kernel("kvm"), Machine::Kvm, &kind);
+        let uml_kernel = fits(&kernel("uml"), uml, &kind);
         let install = || "install the guest kernel or set `kernel`".to_owned();
         let decision = |machine, name, why: String, remedy, usable| Decision {
             machine,
@@ -207,6 +199,22 @@ impl RuntimeConfig {
             Some(path) => path.replace("{machine}", machine).into(),
             None => self.kernel.clone(),
         }
+    }
+}
+
+/// Fails with a sentence that names `kernel` unless `machine` can run it.
+pub fn check_kernel(kernel: &Path, machine: Machine) -> Result<(), String> {
+    fits(kernel, machine, kind_of)
+}
+
+fn fits(path: &Path, machine: Machine, kind: impl Fn(&Path) -> Kernel) -> Result<(), String> {
+    match (machine, kind(path)) {
+        (Machine::Kvm, Kernel::Kvm) | (Machine::Uml(_), Kernel::Uml) => Ok(()),
+        (Machine::Kvm, Kernel::Uml) => Err(format!(
+            "{path:?} is no kernel for kvm: it has no PVH entry and is no bzImage"
+        )),
+        (Machine::Uml(_), Kernel::Kvm) => Err(format!("{path:?} is a kernel for kvm")),
+        (_, Kernel::No(why)) => Err(why),
     }
 }
 

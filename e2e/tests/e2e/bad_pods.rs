@@ -508,7 +508,7 @@ fn a_guest_kernel_that_is_no_kernel_is_named() -> Result<()> {
         refused(
             answer,
             Code::Internal,
-            &["phase vmm", "guest kernel", "Exec format error"],
+            &["phase vmm", "broken-kernel", "is no kernel"],
         )?;
         node.assert_no_pod_left()
     })

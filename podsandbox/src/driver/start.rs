@@ -22,6 +22,7 @@ use crate::agent::AgentClient;
 use crate::config::Runtime;
 use crate::context::now_nanos;
 use crate::error::Step;
+use crate::machine::check_kernel;
 use crate::phase::PodEvent;
 use crate::record::{PhaseTime, PodNetworkRecord};
 use crate::{Error, Result, cgroup, network, scratch, volumes};
@@ -326,11 +327,11 @@ impl Driver {
                 source,
             })?
             .into();
+        let kernel = open("guest kernel", &runtime.decision.kernel)?;
+        check_kernel(&runtime.decision.kernel, runtime.decision.machine)
+            .map_err(Error::GuestKernel)?;
         let mut fds = vec![
-            (
-                FdRole::Kernel,
-                open("guest kernel", &runtime.decision.kernel)?,
-            ),
+            (FdRole::Kernel, kernel),
             (
                 FdRole::Initramfs,
                 open("initramfs", &runtime.settings.initramfs)?,

@@ -169,39 +169,3 @@ async fn idle(files: &Files, monitor: Monitor, side: &mut Side, ready: &Ready) -
     }
     Ok(())
 }
-
-pub async fn show(files: &Files) -> Result<()> {
-    let dir = tempdir()?;
-    let ready = Ready::listen()?;
-    let disk = ext4_disk(dir.path())?;
-    let sets = std::env::var("BENCH_SETS")?;
-    let mut guests = Vec::new();
-    for (n, set) in sets.split('|').enumerate() {
-        // SAFETY: one thread.
-        unsafe { std::env::set_var("BENCH_ARGS", set) };
-        let own = dir.path().join(n.to_string());
-        copy_sparse(&disk, &own)?;
-        let vm = vm(files, &own);
-        let mut running = Running::start(Monitor::Drupe, &vm, &ready).await?;
-        running.agent(&ready).await?;
-        guests.push((running, set.to_owned()));
-    }
-    tokio::time::sleep(SETTLE).await;
-    let mut before = Vec::new();
-    for (g, _) in &guests {
-        before.push(threads(g.pids()[0])?);
-    }
-    tokio::time::sleep(IDLE).await;
-    for ((g, set), before) in guests.iter().zip(before) {
-        for used in between(&before, threads(g.pids()[0])?) {
-            if used.name.starts_with("vcpu") {
-                eprintln!(
-                    "SHOW {set:?}: {} wake-ups {} us",
-                    used.wakeups,
-                    used.cpu_ns / 1000
-                );
-            }
-        }
-    }
-    Ok(())
-}

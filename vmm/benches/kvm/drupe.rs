@@ -79,11 +79,7 @@ impl Drupe {
             vcpus: 1,
             memory_mib: vm.memory_mib,
             huge_pages: HugePages::Off,
-            kernel_args: std::env::var("BENCH_ARGS")
-                .unwrap_or_default()
-                .split_whitespace()
-                .map(str::to_owned)
-                .collect(),
+            kernel_args: Vec::new(),
             mac: vm.tap.map(|tap| tap.mac),
             mtu: vm.tap.map(|_| 1500),
             image_slots: 0,

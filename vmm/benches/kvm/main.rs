@@ -47,7 +47,7 @@ fn main() -> Result<()> {
     let parts: Vec<String> = args.collect();
     if let Some(unknown) = parts
         .iter()
-        .find(|part| !["boot", "disk", "net", "show"].contains(&part.as_str()))
+        .find(|part| !["boot", "disk", "net"].contains(&part.as_str()))
     {
         bail!("no part {unknown:?}: boot, disk or net");
     }
@@ -56,9 +56,6 @@ fn main() -> Result<()> {
         .enable_all()
         .build()?;
     runtime.block_on(async {
-        if parts.iter().any(|p| p == "show") {
-            boot::show(&files).await?;
-        }
         if wanted("boot") {
             boot::measure(&files).await?;
         }

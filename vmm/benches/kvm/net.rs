@@ -70,7 +70,7 @@ impl Drop for Network {
 /// The guest with the tap of this number, and a script for its init.
 fn script(number: usize, then: &str) -> String {
     format!(
-        "rate() {{ echo \"$1 $(iperf3 -f k -t 3 $2 | awk '/receiver/ {{ print $7 }}')\"; }}\n\
+        "rate() {{ echo \"$1 $(iperf3 -f k -t 2 $2 | awk '/receiver/ {{ print $7 }}')\"; }}\n\
          ip link set lo up\n\
          ip link set eth0 up\n\
          ip addr add 10.231.7.{}/24 dev eth0\n\
@@ -102,11 +102,11 @@ pub async fn measure(files: &Files) -> Result<()> {
     for disk in &disks {
         std::fs::write(disk, [0; 1 << 20])?;
     }
-    let vm = |initramfs, number| Vm {
+    let vm = |initramfs, number: usize| Vm {
         files,
         initramfs,
         memory_mib: 192,
-        disk: &disks[number],
+        disk: disks[number].as_path(),
         tap: Some(tap(number)),
     };
 

@@ -51,7 +51,7 @@ impl Vm<'_> {
 }
 
 enum Process {
-    Drupe(Drupe),
+    Drupe(Box<Drupe>),
     Qemu(Qemu),
 }
 
@@ -72,7 +72,7 @@ impl Running {
                 let begun = Instant::now();
                 (
                     begun,
-                    Process::Drupe(Drupe::start(prepared, dir.path()).await?),
+                    Process::Drupe(Box::new(Drupe::start(prepared, dir.path()).await?)),
                 )
             }
             Monitor::Qemu { vhost_net } => {

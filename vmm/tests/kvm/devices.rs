@@ -245,25 +245,10 @@ fn a_queue_that_runs_wild_ends_its_loop_and_nothing_else() {
     running.machine.kill();
 }
 
-/// A machine whose devices have all been let go of ends: a second one is kept.
 #[test]
 fn a_reset_device_starts_over() {
-    let Some(mut machine) = with(rng()) else {
-        return;
-    };
-    let mut event_loop = EventLoop::new("other").unwrap();
-    let line = Arc::new(Line::new().unwrap());
-    let transport = Box::new(MmioTransport::new(line.clone()));
-    let other = event_loop.add("other", rng(), transport).unwrap();
-    machine.builder.add(other.slot(), line).unwrap();
-
-    let other_status = STATUS + 0x1000;
-    let script = chains(Script::new(), &[(BUFFER, 64, WRITE)])
-        .write(other_status, 3)
-        .write(WINDOW + 0x1024, 1)
-        .write(WINDOW + 0x1020, 1)
-        .write(other_status, 11)
-        .write(other_status, 15);
+    let Some(machine) = with(rng()) else { return };
+    let script = chains(Script::new(), &[(BUFFER, 64, WRITE)]);
     let script = kick_and_wait(set_up(script, DESC), 1)
         .write(STATUS, 0)
         .expect(STATUS, 0)
@@ -272,16 +257,9 @@ fn a_reset_device_starts_over() {
         .write(NOTIFY, 0)
         .write(USED, 0);
     let script = set_up(script, DESC).poll(USED, 1 << 16, u32::MAX);
-    let script = script
-        .wait(2)
-        .write(STATUS, 0)
-        .print("one left;")
-        .write(other_status, 0)
-        .print("none left");
-    assert_eq!(
-        machine.run(&script),
-        (End::PowerOff, "one left;".to_owned())
-    );
+    // Nor does it matter to the guest itself that nothing drives it.
+    let script = script.wait(2).write(STATUS, 0).print("ok");
+    assert_eq!(machine.run(&script), (End::PowerOff, "ok".to_owned()));
 }
 
 #[test]
