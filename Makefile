@@ -28,7 +28,6 @@ setup: ## Install the Debian packages, build the guest kernel and the test tools
 	@$(TIMED) "guest kernel for kvm" deploy/guest-kernel/build.sh kvm out/guest
 	@e2e/tools/build.sh out/tools
 	@e2e/fetch-packages.sh out/debs
-	@e2e/node/build.sh out/node
 
 build: ## Build the daemon, the VMM, the agent and the guest's initramfs into out/
 	@$(TIMED) "drupe and drupe-vmm" $(CARGO) build --release --workspace
@@ -40,15 +39,18 @@ demo: setup build ## Run one pod on its own kernel and show it; IMAGE=... takes 
 
 # Always the whole workspace: another selection of packages would mean another
 # selection of features, and the dependencies compiled anew.
-test: setup build ## Unit tests, the end-to-end tests, and those of test-kvm
+test: setup build ## Unit tests, then the end-to-end tests
 	@$(TIMED) "all tests" $(CARGO) test --release --workspace -- --test-threads=$(TEST_THREADS)
-	@$(EMULATED_NODE)
 
 e2e: setup build ## Only the end-to-end tests
 	@$(TIMED) "end-to-end tests" $(CARGO) test --release --workspace --test e2e -- --test-threads=$(TEST_THREADS)
 
-test-kvm: setup build ## End-to-end tests on kvm, in an emulated bare-metal node
+test-kvm: setup build out/node ## End-to-end tests on kvm, in an emulated bare-metal node
 	@$(EMULATED_NODE)
+
+.PHONY: out/node
+out/node:
+	@e2e/node/build.sh $@
 
 fuzz: ## Fuzz the devices with hostile guests, FUZZ_SECONDS (60) each; FUZZ=blk takes one
 	@vmm/fuzz/run.sh $(or $(FUZZ_SECONDS),60) $(FUZZ)
@@ -58,7 +60,7 @@ bench: SETUP_EXTRA = $(if $(PEER),$(PEER) runc)
 bench: setup build
 	@$(TARGET_DIR)/release/bench $(PEER)
 
-bench-kvm: setup build ## Measure the kvm machine beside QEMU's microvm, in an emulated node; BENCH=boot|disk|net takes a part
+bench-kvm: setup build out/node ## Measure the kvm machine beside QEMU's microvm, in an emulated node; BENCH=boot|disk|net takes a part
 	@CARGO=$(CARGO) e2e/node/bench.sh $(BENCH)
 
 lint: ## Check format, lints, scripts (and licences, where cargo-deny is installed)

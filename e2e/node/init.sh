@@ -53,6 +53,7 @@ if [ -z "$output" ] || [ -z "$status" ]; then
 fi
 
 must cd /drupe
+echo up > "$status" || fail "the node could not be said to be up"
 setsid bash /drupe/command < /dev/null > "$output" 2>&1
 code=$?
 echo "$code" > "$status" || fail "the exit code $code could not be told"
