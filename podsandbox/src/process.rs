@@ -24,11 +24,12 @@ impl Process {
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).ok()?;
         // Looked at after the descriptor is held, so it is of that process.
         let path = format!("/proc/{}/cmdline", pid.as_raw_nonzero());
-        // In the middle of its exec a process shows no arguments, and the
-        // kernel reports no event for its end.
+        // Until its exec is over a process shows those of the one that spawned
+        // it, us perhaps, or none; the kernel reports no event for its end.
+        let own = fs::read("/proc/self/cmdline").ok()?;
         for _ in 0..EXEC_LOOKS {
             let cmdline = fs::read(&path).ok()?;
-            if !cmdline.is_empty() {
+            if !cmdline.is_empty() && cmdline != own {
                 let is_ours = cmdline
                     .split(|&byte| byte == 0)
                     .any(|word| word == id.as_bytes());
@@ -88,7 +89,7 @@ mod tests {
 
     #[test]
     fn a_process_is_known_from_the_moment_it_was_spawned() {
-        for _ in 0..200 {
+        for _ in 0..300 {
             let mut child = std::process::Command::new("sleep")
                 .arg("1000")
                 .spawn()
