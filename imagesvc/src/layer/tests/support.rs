@@ -183,10 +183,17 @@ impl Mounted {
     /// Mounts the file `image` in `dir`.
     pub(super) fn at(dir: TempDir) -> Self {
         let (image, root) = (dir.path().join("image"), dir.path().join("root"));
+        // It reads an attribute header after every inode, also where there is
+        // none and the image ends; a disk would go on there.
+        let file = fs::File::options().write(true).open(&image).unwrap();
+        let len = file.metadata().unwrap().len();
+        file.set_len(len + 4096).unwrap();
         // It recurses with a path's worth of stack a directory.
         run(Command::new("sh")
             .args(["-c", "ulimit -s unlimited && exec fsck.erofs \"$0\""])
             .arg(&image));
+        file.set_len(len).unwrap();
+        drop(file);
         fs::create_dir(&root).unwrap();
         run(Command::new("mount")
             .args(["-t", "erofs", "-o", "loop,ro"])
