@@ -46,6 +46,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    end_on_panic();
     match Cli::parse().command {
         Command::Config => {
             print!("{}", config::DEFAULT_YAML);
@@ -69,6 +70,16 @@ fn main() -> ExitCode {
             }
         }),
     }
+}
+
+/// A fault in one task must not leave a daemon that only looks alive: it ends,
+/// is started again and takes its pods up.
+fn end_on_panic() {
+    let tell = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        tell(panic);
+        std::process::abort();
+    }));
 }
 
 fn with_config(path: Option<PathBuf>, then: impl FnOnce(Config) -> ExitCode) -> ExitCode {

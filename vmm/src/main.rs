@@ -13,6 +13,7 @@ const LOG_LIMIT_BYTES: u64 = 256 * 1024;
 
 fn main() -> ExitCode {
     let since = Instant::now();
+    end_on_panic();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     // A file that the daemon has made in the pod's directory.
     let Ok(stderr) = BoundedLog::new(std::io::stderr(), LOG_LIMIT_BYTES) else {
@@ -37,4 +38,13 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// A machine that has lost a thread is not to go on: it ends as a whole.
+fn end_on_panic() {
+    let tell = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        tell(panic);
+        std::process::abort();
+    }));
 }
