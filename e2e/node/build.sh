@@ -7,6 +7,8 @@ set -euo pipefail
 readonly KERNEL_PACKAGE=linux-image-cloud-amd64
 # What it takes to find the root file system; its own modprobe loads the rest.
 readonly BOOT_MODULES=(virtio_pci virtio_blk erofs overlay)
+# How long a system outlives its last use.
+readonly KEEP_DAYS=7
 
 [ $# -eq 1 ] || { echo "usage: build.sh OUTDIR" >&2; exit 2; }
 here=$(cd "$(dirname "$0")" && pwd)
@@ -100,11 +102,13 @@ if [ ! -d "$cache/$key" ]; then
     work=$(mktemp -d "$cache/new.XXXXXX")
     trap 'rm -rf "$work"' EXIT
     build
-    # An older system is of no use once there is a newer one.
-    find "$cache" -mindepth 1 -maxdepth 1 -type d ! -path "$work" -exec rm -rf {} +
+    # Another checkout may run another system; one that none has asked for
+    # lately is of no use.
+    find "$cache" -mindepth 1 -maxdepth 1 -type d ! -path "$work" -mtime "+$KEEP_DAYS" -exec rm -rf {} +
     mv "$work/result" "$cache/$key"
     echo "node: built in $((SECONDS - begun)) s"
 fi
+touch "$cache/$key"
 mkdir -p "$1"
 for file in kernel initramfs rootfs.erofs; do
     ln -sf "$cache/$key/$file" "$1/$file"
