@@ -68,6 +68,8 @@ fn open_database(path: &Path) -> Result<Database, redb::Error> {
         .create(true)
         .truncate(false)
         .open(path)?;
+    // redb does not wait, and tells of a file that another process has.
+    imagesvc::lock(&file)?;
     let file = ReservedFile::new(file)?;
     Ok(Database::builder().create_with_backend(file)?)
 }

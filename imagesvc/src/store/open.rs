@@ -3,7 +3,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    fs::{self, File, TryLockError},
+    fs::{self, File},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, RwLock},
 };
@@ -22,14 +22,10 @@ impl Store {
         let files = Files::create(root)?;
         let lock_path = files.lock();
         let lock = File::create(&lock_path).map_err(|e| StoreError::io(&lock_path, e))?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                return Err(StoreError::InUse {
-                    path: root.to_owned(),
-                });
-            }
-            Err(TryLockError::Error(e)) => return Err(StoreError::io(lock_path, e)),
+        if !crate::lock(&lock).map_err(|e| StoreError::io(lock_path, e))? {
+            return Err(StoreError::InUse {
+                path: root.to_owned(),
+            });
         }
         for path in files::list(&files.tmp())? {
             files::remove_file(&path)?;
