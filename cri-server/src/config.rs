@@ -156,6 +156,12 @@ impl Config {
                     format!("{} is not in 1 to 32", runtime.disk_slots),
                 );
             }
+            if !(1..=32).contains(&runtime.net_queues) {
+                return fail(
+                    &field("net_queues"),
+                    format!("{} is not in 1 to 32", runtime.net_queues),
+                );
+            }
             if runtime.scratch_gib == 0
                 || runtime.boot_timeout_seconds == 0
                 || runtime.default_vcpus == 0
@@ -230,9 +236,16 @@ mod tests {
     fn a_value_that_cannot_work_is_refused_by_its_key() {
         let error = load("default_runtime: kata\n").unwrap_err().to_string();
         assert!(error.contains("default_runtime"), "{error}");
-        let error = load("runtimes: {microvm: {disk_slots: 0}}\n")
-            .unwrap_err()
-            .to_string();
-        assert!(error.contains("runtimes.microvm.disk_slots"), "{error}");
+        for key in ["disk_slots", "net_queues"] {
+            let error = load(&format!("runtimes: {{microvm: {{{key}: 0}}}}\n"));
+            let error = error.unwrap_err().to_string();
+            assert!(
+                error.contains(&format!("runtimes.microvm.{key}")),
+                "{error}"
+            );
+        }
+        let limit = "runtimes: {microvm: {disk_limit: {bytes_per_second: 0}}}\n";
+        let error = load(limit).unwrap_err().to_string();
+        assert!(error.contains("disk_limit"), "{error}");
     }
 }

@@ -101,6 +101,7 @@ mod tests {
         fs::File,
         io::{ErrorKind, Read, Write},
         net::{IpAddr, Ipv4Addr, UdpSocket},
+        num::NonZeroU32,
         os::fd::AsFd,
         time::{Duration, Instant},
     };
@@ -112,6 +113,7 @@ mod tests {
 
     /// The virtio-net header before each frame, 10 bytes unless set otherwise.
     const VNET_HEADER: usize = 10;
+    const ONE: NonZeroU32 = NonZeroU32::MIN;
     const ARP: u16 = 0x0806;
     const IPV4: u16 = 0x0800;
     const IPV6: u16 = 0x86dd;
@@ -187,11 +189,11 @@ mod tests {
         };
         let interface = read_interface(&netns, "eth0").await.unwrap();
 
-        let tap = create_tap(&netns, "tap0", 65534).await.unwrap();
+        let mut taps = create_tap(&netns, "tap0", 65534, ONE).await.unwrap();
         redirect(&netns, "eth0", "tap0").await.unwrap();
         redirect(&netns, "eth0", "tap0").await.unwrap();
         let mut guest = Guest {
-            tap: tap.into(),
+            tap: taps.remove(0).into(),
             tap_mac: read_interface(&netns, "tap0").await.unwrap().mac,
             mac: interface.mac,
         };
@@ -255,10 +257,15 @@ mod tests {
         // The tap goes with its descriptor, and can be made again.
         drop(guest);
         assert!(!testing::ip(netns.path(), "link").contains("tap0"));
-        let again = create_tap(&netns, "tap0", 65534).await.unwrap();
+        let four = NonZeroU32::new(4).unwrap();
+        let again = create_tap(&netns, "tap0", 65534, four).await.unwrap();
+        assert_eq!(again.len(), 4);
         redirect(&netns, "eth0", "tap0").await.unwrap();
-        let taken = create_tap(&netns, "tap0", 65534).await.unwrap_err();
-        assert!(matches!(taken, NetnsError::File { .. }), "{taken}");
+        for queues in [ONE, four] {
+            let taken = create_tap(&netns, "tap0", 65534, queues).await;
+            let taken = taken.unwrap_err();
+            assert!(matches!(taken, NetnsError::File { .. }), "{taken}");
+        }
         drop(again);
         cni.del("p", "eth0").await.unwrap();
         assert!(!testing::ip(netns.path(), "link").contains("eth0"));
@@ -268,13 +275,15 @@ mod tests {
     async fn a_missing_interface_is_named() {
         let host = testing::Host::enter();
         let netns = Netns::create(host.dir(), "pod").await.unwrap();
-        let _tap = create_tap(&netns, "tap0", 0).await.unwrap();
+        let _tap = create_tap(&netns, "tap0", 0, ONE).await.unwrap();
         let error = redirect(&netns, "eth0", "tap0").await.unwrap_err();
         assert!(
             error.to_string().contains("interface eth0 is not in"),
             "{error}"
         );
-        let error = create_tap(&netns, "a-name-too-long-", 0).await.unwrap_err();
+        let error = create_tap(&netns, "a-name-too-long-", 0, ONE)
+            .await
+            .unwrap_err();
         assert!(matches!(error, NetnsError::InterfaceName { .. }));
     }
 }

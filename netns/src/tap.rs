@@ -1,8 +1,9 @@
 //! The tap device that carries a pod's packets to and from its VMM.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::OpenOptions,
     io,
+    num::NonZeroU32,
     os::{
         fd::{AsRawFd, OwnedFd},
         unix::fs::OpenOptionsExt,
@@ -27,20 +28,26 @@ mod ioctl {
 
 /// Makes the tap `name` in `netns` and brings it up.
 ///
-/// The descriptor is non-blocking, of type `IFF_TAP | IFF_NO_PI |
-/// IFF_VNET_HDR`; header size and offloads are left to who reads it. The tap is
-/// not persistent: it goes with the last copy of the descriptor. `owner` may
-/// open its queues again without a capability.
+/// It has `queues` queues and as many descriptors: non-blocking, of type
+/// `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, and `IFF_MULTI_QUEUE` if they are
+/// several; header size and offloads are left to who reads them. The tap is not
+/// persistent: it goes with the last copy of a descriptor. `owner` may open its
+/// queues again without a capability.
 ///
 /// The namespace's own stack does not speak on it: IPv6 is off and ARP is
 /// neither sent nor answered.
-pub async fn create_tap(netns: &Netns, name: &str, owner: u32) -> Result<OwnedFd, NetnsError> {
+pub async fn create_tap(
+    netns: &Netns,
+    name: &str,
+    owner: u32,
+    queues: NonZeroU32,
+) -> Result<Vec<OwnedFd>, NetnsError> {
     check_interface_name(name)?;
     let name = name.to_owned();
     let path = netns.path().to_owned();
     netns
         .run(move || async move {
-            let tap = open_tap(&name, owner).map_err(|source| NetnsError::File {
+            let taps = open_queues(&name, owner, queues).map_err(|source| NetnsError::File {
                 action: "make a tap with",
                 path: TUN_DEVICE.into(),
                 source,
@@ -54,12 +61,25 @@ pub async fn create_tap(netns: &Netns, name: &str, owner: u32) -> Result<OwnedFd
                     LinkUnspec::new_with_index(index).arp(false).up().build(),
                 )
                 .await?;
-            Ok(tap.into())
+            Ok(taps)
         })
         .await
 }
 
-fn open_tap(name: &str, owner: u32) -> io::Result<File> {
+fn open_queues(name: &str, owner: u32, queues: NonZeroU32) -> io::Result<Vec<OwnedFd>> {
+    let mut flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    if queues.get() > 1 {
+        flags |= libc::IFF_MULTI_QUEUE;
+    }
+    // The first makes the tap, and finds none of that name.
+    let first = open_queue(name, flags | libc::IFF_TUN_EXCL)?;
+    // SAFETY: the descriptor is open; the argument is a number, no pointer.
+    unsafe { ioctl::tun_set_owner(first.as_raw_fd(), owner.cast_signed()) }?;
+    let others = (1..queues.get()).map(|_| open_queue(name, flags));
+    std::iter::once(Ok(first)).chain(others).collect()
+}
+
+fn open_queue(name: &str, flags: i32) -> io::Result<OwnedFd> {
     let tap = OpenOptions::new()
         .read(true)
         .write(true)
@@ -71,15 +91,12 @@ fn open_tap(name: &str, owner: u32) -> io::Result<File> {
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *to = from.cast_signed();
     }
-    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_TUN_EXCL;
     // The flags field is a short whose bits matter, not its sign.
     request.ifr_ifru.ifru_flags = (flags & 0xffff) as libc::c_short;
     // SAFETY: the descriptor is open and `request` is a valid ifreq that
     // outlives the call.
     unsafe { ioctl::tun_set_iff(tap.as_raw_fd(), &raw const request) }?;
-    // SAFETY: the descriptor is open; the argument is a number, no pointer.
-    unsafe { ioctl::tun_set_owner(tap.as_raw_fd(), owner.cast_signed()) }?;
-    Ok(tap)
+    Ok(tap.into())
 }
 
 /// Sets a kernel parameter of the namespace that this thread is in. A kernel

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-use vmm_client::{HugePages, UmlMode};
+use vmm_client::{HugePages, RateLimit, UmlMode};
 
 use crate::machine::Decision;
 
@@ -32,6 +32,10 @@ pub struct RuntimeConfig {
     pub scratch_gib: u32,
     /// How many image disks, so containers, a pod can hold at once.
     pub disk_slots: u32,
+    /// What each disk of a pod may move.
+    pub disk_limit: RateLimit,
+    /// Queues that a pod's network interface has at most: one for each vCPU.
+    pub net_queues: u32,
     /// How long a guest may take to report ready.
     pub boot_timeout_seconds: u64,
 }
@@ -50,6 +54,8 @@ impl Default for RuntimeConfig {
             guest_overhead_mib: 64,
             scratch_gib: 10,
             disk_slots: 8,
+            disk_limit: RateLimit::default(),
+            net_queues: 8,
             boot_timeout_seconds: 30,
         }
     }

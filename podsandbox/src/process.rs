@@ -9,7 +9,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 /// An exec takes well under a millisecond of its process's own time; a busy
 /// node may not give it that for a while. Kernel threads never have arguments.
-const EXEC_LOOK: u8 = 2; // ms
+const EXEC_LOOK_MS: u8 = 2;
 const EXEC_LOOKS: usize = 250;
 
 /// A VMM, held so that its process id cannot come to mean another process.
@@ -38,7 +38,7 @@ impl Process {
             // Nor does one that has ended; that can be waited for.
             let ended = poll(
                 &mut [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)],
-                EXEC_LOOK,
+                EXEC_LOOK_MS,
             );
             if matches!(ended, Ok(1)) {
                 return None;

@@ -96,6 +96,9 @@ pub struct ExitRecord {
     pub finished_at_nanos: i64,
     pub reason: ExitReason,
     pub message: String,
+    /// Its end was not seen: it is being removed, and must have ended by then.
+    #[serde(default)]
+    pub presumed: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -113,18 +113,23 @@ fn start(
     let mut devices = Devices::new(wiring)?;
 
     let workers = Workers::default();
+    let limited = |disk: Blk| disk.with_workers(&workers).with_rate_limit(spec.disk_limit);
     if let Some(file) = fds.scratch.take() {
         let disk = Blk::scratch("scratch", file).map_err(device_error("scratch"))?;
-        devices.add(Kind::Disk, "scratch", disk.with_workers(&workers))?;
+        let disk = limited(disk).map_err(device_error("scratch"))?;
+        devices.add(Kind::Disk, "scratch", disk)?;
     }
     let mut disks = Vec::new();
     for slot in 0..spec.image_slots {
         let label = format!("image{slot}");
-        let disk = Blk::empty(&label).map_err(device_error(&label))?;
-        disks.push(devices.add(Kind::Disk, &label, disk.with_workers(&workers))?);
+        let disk = Blk::empty(&label)
+            .and_then(limited)
+            .map_err(device_error(&label))?;
+        disks.push(devices.add(Kind::Disk, &label, disk)?);
     }
-    if let (Some(tap), Some(mac)) = (fds.tap.take(), spec.mac) {
-        let net = Net::new(tap, mac, spec.mtu).map_err(device_error("net"))?;
+    if let Some(mac) = spec.mac {
+        let queues = std::mem::take(&mut fds.tap);
+        let net = Net::new(queues, mac, spec.mtu).map_err(device_error("net"))?;
         devices.add(Kind::Quick, "net", net)?;
     }
     let logs = LogService::start().map_err(|e| BootError::Prepare("start the log thread", e))?;

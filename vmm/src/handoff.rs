@@ -52,7 +52,8 @@ pub struct Fds {
     pub kernel: OwnedFd,
     pub initramfs: OwnedFd,
     pub netns: Option<OwnedFd>,
-    pub tap: Option<File>,
+    /// Its queues; none in a pod without a network.
+    pub tap: Vec<File>,
     pub console: File,
     pub control: OwnedFd,
     pub vsock: UnixListener,
@@ -160,11 +161,14 @@ fn sort(spec: &VmSpec, fds: Vec<OwnedFd>) -> Result<Fds, HandoffError> {
     }
     let mut sorted: Vec<(FdRole, OwnedFd)> = Vec::new();
     for (&role, fd) in spec.fds.iter().zip(fds) {
-        if sorted.iter().any(|(known, _)| *known == role) {
+        if role != FdRole::Tap && sorted.iter().any(|(known, _)| *known == role) {
             return Err(HandoffError::Twice { role });
         }
         sorted.push((role, fd));
     }
+    let is_tap = |(role, _): &mut (FdRole, OwnedFd)| *role == FdRole::Tap;
+    let tap = sorted.extract_if(.., is_tap);
+    let tap = tap.map(|(_, fd)| fd.into()).collect();
     let mut take = |role| {
         let at = sorted.iter().position(|(known, _)| *known == role)?;
         Some(sorted.swap_remove(at).1)
@@ -177,7 +181,7 @@ fn sort(spec: &VmSpec, fds: Vec<OwnedFd>) -> Result<Fds, HandoffError> {
         control: need(FdRole::ControlListener)?,
         vsock: need(FdRole::VsockListener)?.into(),
         netns: take(FdRole::Netns),
-        tap: take(FdRole::Tap).map(File::from),
+        tap,
         scratch: take(FdRole::Scratch).map(File::from),
         kvm: take(FdRole::Kvm),
     })
@@ -185,7 +189,7 @@ fn sort(spec: &VmSpec, fds: Vec<OwnedFd>) -> Result<Fds, HandoffError> {
 
 #[cfg(test)]
 mod tests {
-    use vmm_client::HugePages;
+    use vmm_client::{HugePages, RateLimit};
 
     use super::*;
 
@@ -200,6 +204,7 @@ mod tests {
             mac: None,
             mtu: None,
             image_slots: 4,
+            disk_limit: RateLimit::default(),
             jail_root: "/jail".into(),
             shared_dir: "/shared".into(),
             uid: 1000,
@@ -225,7 +230,15 @@ mod tests {
     fn descriptors_are_found_in_any_order() {
         check(&spec()).unwrap();
         let sorted = sort(&spec(), fds(5)).unwrap();
-        assert!(sorted.tap.is_none() && sorted.netns.is_none());
+        assert!(sorted.tap.is_empty() && sorted.netns.is_none());
+    }
+
+    #[test]
+    fn a_tap_may_have_several_queues() {
+        let mut spec = spec();
+        spec.fds.insert(1, FdRole::Tap);
+        spec.fds.push(FdRole::Tap);
+        assert_eq!(sort(&spec, fds(7)).unwrap().tap.len(), 2);
     }
 
     #[test]

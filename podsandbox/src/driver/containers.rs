@@ -21,9 +21,6 @@ const LAYER_ALIGN: u64 = 4096;
 const MOUNT_TIMEOUT: Duration = Duration::from_secs(30);
 /// What a shell reports of a process that SIGKILL ended.
 pub(super) const KILLED: i32 = 137;
-/// What is told of a container that is removed before anybody saw it end, until
-/// its exit is known.
-const REMOVED: &str = "the container was removed";
 /// What containerd answers for a process that never ran.
 const START_ERROR_CODE: i32 = 128;
 
@@ -36,7 +33,7 @@ pub(super) struct Freed {
 /// Whether the container's end was not seen but presumed, because it is being
 /// removed.
 pub(super) fn end_is_presumed(record: &ContainerRecord) -> bool {
-    let presumed = |exit: &ExitRecord| exit.message == REMOVED;
+    let presumed = |exit: &ExitRecord| exit.presumed;
     record.phase == ContainerPhase::Removing && record.exit.as_ref().is_some_and(presumed)
 }
 
@@ -308,6 +305,7 @@ impl Driver {
                     finished_at_nanos: now_nanos(),
                     reason: ExitReason::StartError,
                     message: message.clone(),
+                    presumed: false,
                 });
             }
             Err(_) => {}
@@ -343,7 +341,8 @@ impl Driver {
             code: KILLED,
             finished_at_nanos: now_nanos(),
             reason: ExitReason::Error,
-            message: REMOVED.to_owned(),
+            message: "the container was removed".to_owned(),
+            presumed: true,
         });
         if let Err(error) = self.save_container(id).await {
             // What it holds may be what the disk is short of.

@@ -4,6 +4,7 @@
 //! fails, [`Driver::undo`] frees everything the pod's id may have left.
 
 use std::fs;
+use std::num::NonZeroU32;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::Path;
@@ -19,7 +20,7 @@ use vmm_client::{Control, FdRole, Machine as MachineKind, SpawnRequest, UmlMode,
 
 use super::{Driver, Machine, watch_vm};
 use crate::agent::AgentClient;
-use crate::config::Runtime;
+use crate::config::{Runtime, RuntimeConfig};
 use crate::context::now_nanos;
 use crate::error::Step;
 use crate::machine::check_kernel;
@@ -68,7 +69,8 @@ impl Timeline {
 /// Files and descriptors that the VMM is handed.
 struct Parts {
     netns: netns::Netns,
-    tap: OwnedFd,
+    /// Its queues.
+    tap: Vec<OwnedFd>,
     scratch: fs::File,
     /// Filled in once the VMM runs.
     vmm_pid: OnceLock<u32>,
@@ -135,7 +137,8 @@ impl Driver {
             .await?;
         let tap = timeline
             .time(Step::Netns, async {
-                Ok(netns::create_tap(&netns, TAP, self.record.uid).await?)
+                let queues = net_queues(&runtime.settings, self.record.vcpus);
+                Ok(netns::create_tap(&netns, TAP, self.record.uid, queues).await?)
             })
             .await?;
         let parts = Parts {
@@ -337,7 +340,6 @@ impl Driver {
                 open("initramfs", &runtime.settings.initramfs)?,
             ),
             (FdRole::Netns, parts.netns.fd()?),
-            (FdRole::Tap, clone("tap", &parts.tap)?),
             (
                 FdRole::ConsoleLog,
                 file("console log", &self.paths.console)?.into(),
@@ -352,6 +354,9 @@ impl Driver {
             ),
             (FdRole::Scratch, scratch),
         ];
+        for queue in &parts.tap {
+            fds.push((FdRole::Tap, clone("tap", queue)?));
+        }
         if runtime.decision.machine == MachineKind::Kvm {
             let device = Path::new(crate::machine::DEVICE);
             let opened = fs::File::options().read(true).write(true).open(device);
@@ -372,6 +377,7 @@ impl Driver {
             mac: Some(boot_mac(&self.record.id)),
             mtu: None,
             image_slots: runtime.settings.disk_slots,
+            disk_limit: runtime.settings.disk_limit,
             jail_root: self.paths.jail.clone(),
             shared_dir: self.paths.shared.clone(),
             uid: self.record.uid,
@@ -436,6 +442,11 @@ impl Driver {
 }
 
 /// The guest can make the console as long as its limit; an error takes less.
+/// A queue for each vCPU; more than the vCPUs are of no use.
+fn net_queues(settings: &RuntimeConfig, vcpus: u32) -> NonZeroU32 {
+    NonZeroU32::new(vcpus.min(settings.net_queues)).unwrap_or(NonZeroU32::MIN)
+}
+
 fn read_tail(path: &Path) -> std::io::Result<Vec<u8>> {
     let file = fs::File::open(path)?;
     let length = file.metadata()?.len();

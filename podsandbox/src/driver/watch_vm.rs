@@ -203,6 +203,7 @@ impl Driver {
                 .clamp(record.created_at_nanos, now_nanos()),
             reason: ExitReason::of(exit.code, exit.oom_killed, &exit.start_error),
             message: plain(&exit.start_error),
+            presumed: false,
         });
         self.save_logged(id).await;
         // The next container needs the slot.
@@ -249,6 +250,7 @@ impl Driver {
                     finished_at_nanos: now_nanos(),
                     reason,
                     message: message.to_owned(),
+                    presumed: false,
                 });
                 self.save_logged(&id).await;
             }

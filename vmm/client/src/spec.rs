@@ -6,6 +6,7 @@
 //! VMM opens no path of the host: whatever it uses is in that list.
 
 use std::fmt;
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -32,6 +33,9 @@ pub struct VmSpec {
     /// Disk slots that exist from boot beside the scratch disk; a container's
     /// image is attached to one.
     pub image_slots: u32,
+    /// Holds for each disk alone.
+    #[serde(default)]
+    pub disk_limit: RateLimit,
     /// Where the jail's root tmpfs is mounted: an empty directory.
     pub jail_root: PathBuf,
     /// The directory whose mounts the guest sees through virtio-fs. The jail's
@@ -88,6 +92,14 @@ pub enum HugePages {
     Reserved,
 }
 
+/// What a disk may move; nothing stated is unlimited.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RateLimit {
+    pub bytes_per_second: Option<NonZeroU64>,
+    pub requests_per_second: Option<NonZeroU64>,
+}
+
 /// What a descriptor that came with the [`VmSpec`] is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -98,7 +110,8 @@ pub enum FdRole {
     Initramfs,
     /// The pod's network namespace.
     Netns,
-    /// The tap beside CNI's interface (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR).
+    /// The tap beside CNI's interface (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR);
+    /// once for each of its queues, if they are several (IFF_MULTI_QUEUE).
     Tap,
     /// The console log, opened for append and read.
     ConsoleLog,

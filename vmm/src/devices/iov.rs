@@ -92,10 +92,6 @@ impl<'m> Iov<'m> {
         self.len == 0
     }
 
-    pub fn slice_count(&self) -> usize {
-        self.slices.len()
-    }
-
     /// Takes the first `count` bytes (or all there are) out of the list.
     #[must_use]
     pub fn take(&mut self, count: usize) -> Self {
@@ -137,10 +133,7 @@ impl<'m> Iov<'m> {
             return None;
         }
         let mut bytes = [0; N];
-        let mut at = 0;
-        for slice in &self.take(N).slices {
-            at += slice.copy_to(&mut bytes[at..]);
-        }
+        self.take(N).copy_to(&mut bytes);
         Some(bytes)
     }
 
@@ -184,52 +177,48 @@ impl<'m> Iov<'m> {
 
     /// Fills the list from `file` at `offset`; an end of the file before that
     /// is an error.
-    pub fn read_exact_at(mut self, file: impl AsFd, mut offset: u64) -> io::Result<()> {
-        while !self.is_empty() {
-            let done = self.call(|iov, count| {
-                // SAFETY: every iovec lies in guest memory that `self` borrows
-                // and that is only ever accessed as volatile.
-                unsafe { libc::preadv(file.as_fd().as_raw_fd(), iov, count, signed(offset)) }
-            })?;
-            if done == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            offset += done as u64;
-            drop(self.take(done));
-        }
-        Ok(())
+    pub fn read_exact_at(self, file: impl AsFd, offset: u64) -> io::Result<()> {
+        let fd = file.as_fd().as_raw_fd();
+        self.transfer(offset, io::ErrorKind::UnexpectedEof, |iov, count, at| {
+            // SAFETY: every iovec lies in guest memory that `self` borrows and
+            // that is only ever accessed as volatile.
+            unsafe { libc::preadv(fd, iov, count, at) }
+        })
     }
 
     /// As [`Iov::read_exact_at`] where the host has all of it in its page
     /// cache; `WouldBlock` where it would have to wait for a disk, `Unsupported`
     /// where its file system cannot tell.
-    pub fn read_cached_at(mut self, file: impl AsFd, mut offset: u64) -> io::Result<()> {
-        while !self.is_empty() {
-            let done = self.call(|iov, count| {
-                let fd = file.as_fd().as_raw_fd();
-                // SAFETY: every iovec lies in guest memory that `self` borrows
-                // and that is only ever accessed as volatile.
-                unsafe { libc::preadv2(fd, iov, count, signed(offset), libc::RWF_NOWAIT) }
-            })?;
-            if done == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            offset += done as u64;
-            drop(self.take(done));
-        }
-        Ok(())
+    pub fn read_cached_at(self, file: impl AsFd, offset: u64) -> io::Result<()> {
+        let fd = file.as_fd().as_raw_fd();
+        self.transfer(offset, io::ErrorKind::UnexpectedEof, |iov, count, at| {
+            // SAFETY: every iovec lies in guest memory that `self` borrows and
+            // that is only ever accessed as volatile.
+            unsafe { libc::preadv2(fd, iov, count, at, libc::RWF_NOWAIT) }
+        })
     }
 
     /// Writes the whole list to `file` at `offset`.
-    pub fn write_all_at(mut self, file: impl AsFd, mut offset: u64) -> io::Result<()> {
+    pub fn write_all_at(self, file: impl AsFd, offset: u64) -> io::Result<()> {
+        let fd = file.as_fd().as_raw_fd();
+        self.transfer(offset, io::ErrorKind::WriteZero, |iov, count, at| {
+            // SAFETY: every iovec lies in guest memory that `self` borrows and
+            // that is only ever accessed as volatile.
+            unsafe { libc::pwritev(fd, iov, count, at) }
+        })
+    }
+
+    /// Calls until all of the list was moved; `end` when a call moves nothing.
+    fn transfer(
+        mut self,
+        mut offset: u64,
+        end: io::ErrorKind,
+        call: impl Fn(*const libc::iovec, libc::c_int, libc::off_t) -> isize,
+    ) -> io::Result<()> {
         while !self.is_empty() {
-            let done = self.call(|iov, count| {
-                // SAFETY: every iovec lies in guest memory that `self` borrows
-                // and that is only ever accessed as volatile.
-                unsafe { libc::pwritev(file.as_fd().as_raw_fd(), iov, count, signed(offset)) }
-            })?;
+            let done = self.call(|iov, count| call(iov, count, signed(offset)))?;
             if done == 0 {
-                return Err(io::ErrorKind::WriteZero.into());
+                return Err(end.into());
             }
             offset += done as u64;
             drop(self.take(done));

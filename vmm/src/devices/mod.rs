@@ -6,6 +6,7 @@
 //! registered with its [`Poller`] is ready. A device never blocks in a call,
 //! never trusts a length or an address of the guest, and bounds what it holds.
 
+mod again;
 pub mod balloon;
 pub mod blk;
 pub mod fs;
@@ -13,6 +14,7 @@ pub mod fs;
 pub mod hostile;
 pub mod iov;
 pub mod net;
+mod queue;
 pub mod rng;
 #[cfg(test)]
 mod test_driver;
@@ -21,9 +23,9 @@ pub mod vsock;
 use std::any::Any;
 use std::io;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
-use std::sync::Arc;
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 

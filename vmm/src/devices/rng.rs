@@ -5,13 +5,13 @@ use std::io;
 use std::path::Path;
 
 use nix::sys::epoll::EpollFlags;
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{QueueOwnedT, QueueT};
 
+use super::again::Again;
 use super::iov::split;
 use super::{Device, Io, Poller};
 
@@ -34,8 +34,7 @@ pub struct State {
 pub struct Rng {
     state: State,
     source: File,
-    /// Rings when requests were left for a later turn.
-    again: EventFd,
+    again: Again,
 }
 
 impl Rng {
@@ -43,7 +42,7 @@ impl Rng {
         Ok(Self {
             state: State::default(),
             source: File::open(source)?,
-            again: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
+            again: Again::new()?,
         })
     }
 
@@ -52,25 +51,14 @@ impl Rng {
     }
 
     fn serve(&mut self, io: &mut Io<'_>) -> io::Result<()> {
-        let queue = &mut io.queues[QUEUE];
-        if !queue.ready() {
+        if !io.queues[QUEUE].ready() {
             return Ok(());
         }
         let mut left = REQUESTS_PER_TURN;
-        loop {
-            let next = queue.iter(io.mem).map_err(io::Error::other)?.next();
-            let Some(chain) = next else {
-                if queue
-                    .enable_notification(io.mem)
-                    .map_err(io::Error::other)?
-                {
-                    continue;
-                }
-                break;
-            };
+        while let Some(chain) = io.next_chain(QUEUE)? {
             if left == 0 {
-                queue.go_to_previous_position();
-                self.again.write(1)?;
+                io.queues[QUEUE].go_to_previous_position();
+                self.again.ring()?;
                 break;
             }
             left -= 1;
@@ -82,14 +70,9 @@ impl Rng {
                 }
                 Err(_) => 0,
             };
-            queue
-                .add_used(io.mem, head, written as u32)
-                .map_err(io::Error::other)?;
+            io.give_back(QUEUE, head, written as u32)?;
         }
-        if queue.needs_notification(io.mem).map_err(io::Error::other)? {
-            io.irq.queue_used(QUEUE);
-        }
-        Ok(())
+        io.notify(QUEUE)
     }
 }
 
@@ -115,7 +98,7 @@ impl Device for Rng {
     }
 
     fn start(&mut self, poller: Poller) -> io::Result<()> {
-        poller.add(&self.again, AGAIN, EpollFlags::EPOLLIN)
+        self.again.watch(&poller, AGAIN)
     }
 
     fn kicked(&mut self, _: usize, io: &mut Io<'_>) -> io::Result<()> {
@@ -123,8 +106,7 @@ impl Device for Rng {
     }
 
     fn host_ready(&mut self, _: u32, _: EpollFlags, io: &mut Io<'_>) -> io::Result<()> {
-        // Spurious at worst: the queue is what counts.
-        let _ = self.again.read();
+        self.again.take()?;
         self.serve(io)
     }
 

@@ -7,6 +7,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::{Device, Interrupt, Io};
+use crate::transport::place_rings;
 
 const SIZE: u16 = 256;
 const RING_SPACE: u64 = 0x4000;
@@ -71,10 +72,7 @@ impl Driver {
             .map(|i| {
                 let base = RING_SPACE * i;
                 let mut queue = Queue::new(SIZE).unwrap();
-                // Address 0 counts as unset.
-                queue.set_desc_table_address(Some(base as u32), None);
-                queue.set_avail_ring_address(Some((base + AVAIL) as u32), None);
-                queue.set_used_ring_address(Some((base + USED) as u32), None);
+                place_rings(&mut queue, [base, base + AVAIL, base + USED]);
                 queue.set_ready(true);
                 queue
             })

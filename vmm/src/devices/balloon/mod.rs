@@ -19,15 +19,16 @@ mod tests;
 use std::io;
 
 use nix::sys::epoll::EpollFlags;
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
+use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use self::reclaim::{PAGE, give_back};
+use super::again::Again;
+use super::queue::Chain;
 use super::{Device, Io, Poller, iov, read_config_bytes};
 
 /// VIRTIO_BALLOON_F_DEFLATE_ON_OOM and VIRTIO_BALLOON_F_REPORTING.
@@ -64,8 +65,7 @@ pub struct State {
 
 pub struct Balloon {
     state: State,
-    /// Rings when chains were left for a later turn.
-    again: EventFd,
+    again: Again,
     /// Bytes given back to the host so far.
     reclaimed: u64,
     /// The host took pages back once and refused; said only once.
@@ -76,7 +76,7 @@ impl Balloon {
     pub fn new() -> io::Result<Self> {
         Ok(Self {
             state: State::default(),
-            again: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
+            again: Again::new()?,
             reclaimed: 0,
             refused: false,
         })
@@ -114,17 +114,10 @@ impl Balloon {
         }
         let mut left = CHAINS_PER_TURN;
         let mut used = false;
-        loop {
-            let queue = &mut io.queues[index];
-            let Some(chain) = queue.iter(mem).map_err(io::Error::other)?.next() else {
-                if queue.enable_notification(mem).map_err(io::Error::other)? {
-                    continue;
-                }
-                break;
-            };
+        while let Some(chain) = io.next_chain(index)? {
             if left == 0 {
-                queue.go_to_previous_position();
-                self.again.write(1)?;
+                io.queues[index].go_to_previous_position();
+                self.again.ring()?;
                 break;
             }
             left -= 1;
@@ -135,19 +128,14 @@ impl Balloon {
                 // Deflating: the pages come back when they are touched.
                 _ => {}
             }
-            let queue = &mut io.queues[index];
-            queue.add_used(mem, head, 0).map_err(io::Error::other)?;
+            io.give_back(index, head, 0)?;
             used = true;
         }
-        let queue = &mut io.queues[index];
-        if used && queue.needs_notification(mem).map_err(io::Error::other)? {
-            io.irq.queue_used(index);
-        }
-        Ok(())
+        if used { io.notify(index) } else { Ok(()) }
     }
 
     /// Gives back the pages whose numbers a chain holds (le32 each).
-    fn inflate(&mut self, chain: DescriptorChain<&GuestMemoryMmap>, mem: &GuestMemoryMmap) {
+    fn inflate(&mut self, chain: Chain<'_>, mem: &GuestMemoryMmap) {
         let Ok((mut list, _)) = iov::split(chain, mem) else {
             return;
         };
@@ -166,7 +154,7 @@ impl Balloon {
     }
 
     /// Gives back the whole pages in the buffers of a chain.
-    fn report(&mut self, chain: DescriptorChain<&GuestMemoryMmap>, mem: &GuestMemoryMmap) {
+    fn report(&mut self, chain: Chain<'_>, mem: &GuestMemoryMmap) {
         for range in chain.writable().take(RANGES_PER_CHAIN) {
             let addr = range.addr().0;
             let (Some(start), Some(end)) = (
@@ -236,7 +224,7 @@ impl Device for Balloon {
     }
 
     fn start(&mut self, poller: Poller) -> io::Result<()> {
-        poller.add(&self.again, AGAIN, EpollFlags::EPOLLIN)
+        self.again.watch(&poller, AGAIN)
     }
 
     fn kicked(&mut self, index: usize, io: &mut Io<'_>) -> io::Result<()> {
@@ -244,8 +232,7 @@ impl Device for Balloon {
     }
 
     fn host_ready(&mut self, _: u32, _: EpollFlags, io: &mut Io<'_>) -> io::Result<()> {
-        // Spurious at worst: the queues are what counts.
-        let _ = self.again.read();
+        self.again.take()?;
         for index in 0..QUEUE_SIZES.len() {
             self.serve(index, io)?;
         }

@@ -55,7 +55,7 @@ impl From<io::Error> for BackingError {
     }
 }
 
-pub enum Backing {
+pub(super) enum Backing {
     Empty,
     /// Read-only files one after another.
     Image(Vec<Extent>),
@@ -66,7 +66,7 @@ pub enum Backing {
     },
 }
 
-pub struct Extent {
+pub(super) struct Extent {
     file: File,
     /// Where it begins on the disk.
     start: u64,
@@ -105,7 +105,7 @@ impl Backing {
     }
 
     /// Bytes; a multiple of 4096.
-    pub fn capacity(&self) -> u64 {
+    pub(super) fn capacity(&self) -> u64 {
         match self {
             Self::Empty => 0,
             Self::Image(extents) => extents.last().map_or(0, |last| last.start + last.len),

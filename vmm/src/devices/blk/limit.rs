@@ -7,17 +7,12 @@
 use std::num::NonZeroU64;
 use std::time::Duration;
 
+use vmm_client::RateLimit;
+
 /// What a bucket can save up: this long at its rate.
 const BURST: Duration = Duration::from_millis(100);
 
 const NANOS: i128 = 1_000_000_000;
-
-/// What a disk may move; nothing stated is unlimited.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct RateLimit {
-    pub bytes_per_second: Option<NonZeroU64>,
-    pub requests_per_second: Option<NonZeroU64>,
-}
 
 /// The state of a [`RateLimit`]. Times are since any fixed moment.
 #[derive(Debug, Default)]

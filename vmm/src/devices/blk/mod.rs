@@ -34,12 +34,12 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::GuestMemoryMmap;
+use vmm_client::RateLimit;
 
-pub use backing::{AttachError, Backing};
-pub use limit::RateLimit;
+pub use backing::AttachError;
 pub use workers::Workers;
 
-use self::backing::BackingError;
+use self::backing::{Backing, BackingError};
 use self::flight::Flight;
 use self::limit::Limiter;
 use self::request::{Op, Outcome, Request};
@@ -83,7 +83,6 @@ pub struct Blk {
     /// Whether the host's file system can say that a read would wait.
     tells_cached: bool,
     flight: Flight,
-    poller: Option<Poller>,
     throttle: Option<Throttle>,
 }
 
@@ -121,7 +120,6 @@ impl Blk {
             backing: Arc::new(backing),
             tells_cached: true,
             flight: Flight::new(Workers::default())?,
-            poller: None,
             throttle: None,
         })
     }
@@ -133,22 +131,18 @@ impl Blk {
         self
     }
 
-    /// Limits the disk from now on, or no longer.
-    pub fn set_rate_limit(&mut self, limit: RateLimit, io: &mut Io<'_>) -> io::Result<()> {
+    /// Limits what the disk moves.
+    pub fn with_rate_limit(mut self, limit: RateLimit) -> io::Result<Self> {
         let limiter = Limiter::new(limit, Duration::ZERO);
-        self.throttle = None;
         if !limiter.is_off() {
             let flags = TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK;
-            let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?;
-            let poller = self.poller.as_ref().ok_or(io::ErrorKind::NotConnected)?;
-            poller.add(&timer, TIMER, EpollFlags::EPOLLIN)?;
             self.throttle = Some(Throttle {
                 limiter,
                 since: Instant::now(),
-                timer,
+                timer: TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?,
             });
         }
-        self.take_requests(io)
+        Ok(self)
     }
 
     pub fn state(&self) -> State {
@@ -205,23 +199,18 @@ impl Blk {
             .disable_notification(io.mem)
             .map_err(io::Error::other)?;
         for _ in 0..REQUESTS_PER_TURN {
-            if self.flight.is_full() || self.must_wait()? {
+            if self.flight.is_full() {
                 return Ok(());
             }
-            let queue = &mut io.queues[QUEUE];
-            let next = queue.iter(io.mem).map_err(io::Error::other)?.next();
-            let Some(chain) = next else {
-                if !queue
-                    .enable_notification(io.mem)
-                    .map_err(io::Error::other)?
-                {
-                    return Ok(());
-                }
-                queue
-                    .disable_notification(io.mem)
-                    .map_err(io::Error::other)?;
-                continue;
+            let Some(chain) = io.next_chain(QUEUE)? else {
+                return Ok(());
             };
+            let queue = &mut io.queues[QUEUE];
+            // Where there is no request, none waits: the timer stays off.
+            if self.must_wait()? {
+                queue.go_to_previous_position();
+                return Ok(());
+            }
             let head = chain.head_index();
             let last = queue
                 .avail_idx(io.mem, std::sync::atomic::Ordering::Acquire)
@@ -324,13 +313,8 @@ impl Blk {
 
 /// Gives a chain back to the driver; an error when the disk can not go on.
 fn use_chain(head: u16, outcome: Outcome, io: &mut Io<'_>) -> io::Result<()> {
-    let queue = &mut io.queues[QUEUE];
-    queue
-        .add_used(io.mem, head, outcome.written)
-        .map_err(io::Error::other)?;
-    if queue.needs_notification(io.mem).map_err(io::Error::other)? {
-        io.irq.queue_used(QUEUE);
-    }
+    io.give_back(QUEUE, head, outcome.written)?;
+    io.notify(QUEUE)?;
     match outcome.failure {
         Some(failure) => Err(io::Error::other(failure)),
         None => Ok(()),
@@ -375,7 +359,9 @@ impl Device for Blk {
 
     fn start(&mut self, poller: Poller) -> io::Result<()> {
         poller.add(self.flight.event(), LANDED, EpollFlags::EPOLLIN)?;
-        self.poller = Some(poller);
+        if let Some(throttle) = &self.throttle {
+            poller.add(&throttle.timer, TIMER, EpollFlags::EPOLLIN)?;
+        }
         Ok(())
     }
 
@@ -400,7 +386,5 @@ impl Device for Blk {
     }
 }
 
-#[cfg(test)]
-mod bench;
 #[cfg(test)]
 mod tests;

@@ -106,12 +106,7 @@ impl Front {
             255 => script.len(),
             _ => payload.len() as u32,
         };
-        let mut message = Vec::new();
-        for word in [request, flags, size] {
-            message.extend(word.to_ne_bytes());
-        }
-        message.extend(payload);
-        self.send(&message, &fds)
+        self.send(&message([request, flags, size], &payload), &fds)
     }
 
     /// What a front end that follows the rules says.
@@ -129,12 +124,8 @@ impl Front {
             (18, words(&[vring(1)]), None),
         ] {
             let fds = fd.map(descriptor).transpose()?;
-            let mut message = Vec::new();
-            for word in [request, 1, payload.len() as u32] {
-                message.extend(word.to_ne_bytes());
-            }
-            message.extend(payload);
-            self.send(&message, fds.as_slice())?;
+            let header = [request, 1, payload.len() as u32];
+            self.send(&message(header, &payload), fds.as_slice())?;
         }
         Ok(())
     }
@@ -147,6 +138,12 @@ impl Front {
         sendmsg::<()>(socket, &iov, cmsgs, MsgFlags::MSG_NOSIGNAL, None)?;
         Ok(())
     }
+}
+
+/// A message; its header is request, flags and the payload's size.
+fn message(header: [u32; 3], payload: &[u8]) -> Vec<u8> {
+    let header = header.map(u32::to_ne_bytes);
+    [header.as_flattened(), payload].concat()
 }
 
 fn descriptor(kind: u8) -> io::Result<OwnedFd> {

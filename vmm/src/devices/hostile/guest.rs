@@ -14,6 +14,7 @@ use super::Script;
 use super::memory::{Guarded, REGIONS};
 use super::templates::Templates;
 use crate::devices::{Device, Interrupt, Io, Poller};
+use crate::transport::place_rings;
 
 /// Each queue's rings: descriptors, then these.
 const RING_SPACE: u64 = 0x4000;
@@ -94,11 +95,9 @@ impl<D: Device> Guest<D> {
         let features = features & self.device.features();
         self.device.set_features(features);
         for (index, queue) in (0u64..).zip(&mut self.queues) {
-            let base = (RING_SPACE * index) as u32;
+            let base = RING_SPACE * index;
             queue.reset();
-            queue.set_desc_table_address(Some(base), Some(0));
-            queue.set_avail_ring_address(Some(base + AVAIL as u32), Some(0));
-            queue.set_used_ring_address(Some(base + USED as u32), Some(0));
+            place_rings(queue, [base, base + AVAIL, base + USED]);
             queue.set_event_idx(features & 1 << VIRTIO_RING_F_EVENT_IDX != 0);
             queue.set_ready(true);
         }
@@ -323,28 +322,19 @@ impl<D: Device> Guest<D> {
 
     /// The queue is taken away or put elsewhere, if it is fit to be used then.
     fn change_queue(&mut self, index: usize, script: &mut Script<'_>) {
-        let (desc, avail, used) = (
-            self.address(script),
-            self.address(script),
-            self.address(script),
-        );
+        let places = [(); 3].map(|()| self.address(script));
         let queue = &mut self.queues[index];
-        let before = (queue.desc_table(), queue.avail_ring(), queue.used_ring());
-        let place = |queue: &mut Queue, (desc, avail, used): (u64, u64, u64)| {
-            queue.set_desc_table_address(Some(desc as u32), Some((desc >> 32) as u32));
-            queue.set_avail_ring_address(Some(avail as u32), Some((avail >> 32) as u32));
-            queue.set_used_ring_address(Some(used as u32), Some((used >> 32) as u32));
-        };
+        let before = [queue.desc_table(), queue.avail_ring(), queue.used_ring()];
         match script.byte() % 4 {
             0 => queue.set_ready(false),
             1 => queue.set_event_idx(script.byte() & 1 == 0),
             2 => queue.set_size(1 << (script.byte() % 9)),
             _ => {
-                place(queue, (desc, avail, used));
+                place_rings(queue, places);
                 queue.set_ready(true);
                 // What a transport refuses, too.
                 if !queue.is_valid(&self.mem) {
-                    place(queue, before);
+                    place_rings(queue, before);
                 }
             }
         }

@@ -17,11 +17,13 @@ use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, getsockname, listen, socket,
 };
 
+use vmm_client::RateLimit;
+
 pub use super::front::vhost_user;
 pub use super::world::World;
 use super::{Script, guest::play, templates};
 use crate::devices::balloon::Balloon;
-use crate::devices::blk::{Blk, RateLimit};
+use crate::devices::blk::Blk;
 use crate::devices::fs::Fs;
 use crate::devices::net::Net;
 use crate::devices::rng::Rng;
@@ -52,15 +54,12 @@ pub fn blk(script: &[u8]) -> io::Result<Ended> {
     let mut script = Script::new(script);
     if script.byte() & 1 == 0 {
         let disk = Blk::scratch("scratch", memory_file(1 << 20)?).map_err(io::Error::other)?;
-        return play(disk, &mut script, templates::blk(), |disk, io, what| {
-            let requests_per_second = NonZeroU64::new(u64::from(what) << 8);
-            let limit = RateLimit {
-                requests_per_second,
-                ..RateLimit::default()
-            };
-            // Off, or a rate that a short script meets.
-            let _ = disk.set_rate_limit(limit, io);
-        });
+        // Off, or a rate that a short script meets.
+        let disk = disk.with_rate_limit(RateLimit {
+            requests_per_second: NonZeroU64::new(u64::from(script.byte()) << 8),
+            ..RateLimit::default()
+        })?;
+        return play(disk, &mut script, templates::blk(), |_, _, _| {});
     }
     let shrinking = memory_file(100_000)?;
     let view = shrinking.try_clone()?;
@@ -96,7 +95,7 @@ pub fn net_world() -> io::Result<World> {
 fn net(script: &[u8]) -> io::Result<Ended> {
     let mut script = Script::new(script);
     let taps = tap(2 - usize::from(script.byte() & 1))?;
-    let net = Net::with_queues(taps, [2, 0, 0, 0, 0, 1], Some(1400));
+    let net = Net::new(taps, [2, 0, 0, 0, 0, 1], Some(1400));
     let net = net.map_err(io::Error::other)?;
     play(net, &mut script, templates::net(), |_, _, _| {})
 }

@@ -6,7 +6,7 @@ use std::io;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_ERR, VIRTIO_NET_OK,
 };
-use virtio_queue::{QueueOwnedT, QueueT};
+use virtio_queue::QueueT;
 
 use super::Net;
 use crate::devices::Io;
@@ -23,15 +23,7 @@ impl Net {
             return Ok(true);
         }
         for _ in 0..COMMANDS_PER_TURN {
-            let queue = &mut io.queues[index];
-            let next = queue.iter(io.mem).map_err(io::Error::other)?.next();
-            let Some(chain) = next else {
-                if queue
-                    .enable_notification(io.mem)
-                    .map_err(io::Error::other)?
-                {
-                    continue;
-                }
+            let Some(chain) = io.next_chain(index)? else {
                 return Ok(true);
             };
             let head = chain.head_index();
@@ -49,13 +41,8 @@ impl Net {
                 }
                 Err(_) => 0,
             };
-            let queue = &mut io.queues[index];
-            queue
-                .add_used(io.mem, head, written as u32)
-                .map_err(io::Error::other)?;
-            if queue.needs_notification(io.mem).map_err(io::Error::other)? {
-                io.irq.queue_used(index);
-            }
+            io.give_back(index, head, written as u32)?;
+            io.notify(index)?;
         }
         Ok(false)
     }

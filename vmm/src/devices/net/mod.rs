@@ -14,7 +14,6 @@ use std::fs::File;
 use std::io;
 
 use nix::sys::epoll::EpollFlags;
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
@@ -30,9 +29,10 @@ use virtio_queue::QueueT;
 
 use self::pair::{ITS_END, Pair};
 use self::tap::{Offloads, Tap};
+use super::again::Again;
 use super::{Device, Io, Poller, read_config_bytes};
 
-pub use tap::{TapError, TapGone};
+pub use tap::TapError;
 
 /// virtio_net_hdr_v1.
 const HEADER: usize = 12;
@@ -65,21 +65,13 @@ pub struct Net {
     pairs: Vec<Pair>,
     queue_sizes: Vec<u16>,
     poller: Option<Poller>,
-    /// Raised by the device itself when it left work for a later turn.
-    again: EventFd,
+    again: Again,
 }
 
 impl Net {
-    /// `tap` is IFF_TAP | IFF_NO_PI | IFF_VNET_HDR.
-    pub fn new(tap: File, mac: [u8; 6], mtu: Option<u16>) -> Result<Self, TapError> {
-        Self::with_queues(vec![tap], mac, mtu)
-    }
-
-    /// `taps` are queues of one tap, which is IFF_MULTI_QUEUE as well if they
-    /// are several; each makes a queue pair.
-    pub fn with_queues(taps: Vec<File>, mac: [u8; 6], mtu: Option<u16>) -> Result<Self, TapError> {
-        let again = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-            .map_err(|e| TapError::Setup(e.into()))?;
+    /// `taps` are the queues of one tap, IFF_TAP | IFF_NO_PI | IFF_VNET_HDR and,
+    /// if they are several, IFF_MULTI_QUEUE; each makes a queue pair.
+    pub fn new(taps: Vec<File>, mac: [u8; 6], mtu: Option<u16>) -> Result<Self, TapError> {
         let mut taps = Tap::queues(taps)?;
         // Packets shall not be steered to where nobody looks.
         for tap in &mut taps[1..] {
@@ -100,7 +92,7 @@ impl Net {
             pairs: (0..).zip(taps).map(|(i, tap)| Pair::new(tap, i)).collect(),
             queue_sizes,
             poller: None,
-            again,
+            again: Again::new().map_err(TapError::Setup)?,
         })
     }
 
@@ -143,8 +135,7 @@ impl Net {
             pair.receive(poller.as_ref(), io)?;
         }
         // New pairs may have something to send since before they were used.
-        self.again.write(1)?;
-        Ok(())
+        self.again.ring()
     }
 
     fn select_pairs(&mut self, count: u16) -> io::Result<()> {
@@ -165,7 +156,7 @@ impl Net {
 
     fn transmit(&mut self, pair: usize, io: &mut Io<'_>) -> io::Result<()> {
         if !self.pairs[pair].transmit(io)? {
-            self.again.write(1)?;
+            self.again.ring()?;
         }
         Ok(())
     }
@@ -174,7 +165,7 @@ impl Net {
         if let Some(index) = self.control_queue()
             && !self.control(index, io)?
         {
-            self.again.write(1)?;
+            self.again.ring()?;
         }
         Ok(())
     }
@@ -262,7 +253,7 @@ impl Device for Net {
     }
 
     fn start(&mut self, poller: Poller) -> io::Result<()> {
-        poller.add(&self.again, AGAIN, EpollFlags::EPOLLIN)?;
+        self.again.watch(&poller, AGAIN)?;
         self.pairs[0].watch(Some(&poller), Some(ITS_END))?;
         self.poller = Some(poller);
         Ok(())
@@ -288,8 +279,7 @@ impl Device for Net {
 
     fn host_ready(&mut self, token: u32, flags: EpollFlags, io: &mut Io<'_>) -> io::Result<()> {
         if token == AGAIN {
-            // Spurious at worst: the queues are what counts.
-            let _ = self.again.read();
+            self.again.take()?;
             for pair in 0..usize::from(self.state.active_pairs) {
                 self.transmit(pair, io)?;
             }

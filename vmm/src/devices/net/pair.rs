@@ -3,11 +3,12 @@
 use std::io;
 
 use nix::sys::epoll::EpollFlags;
-use virtio_queue::{QueueOwnedT, QueueT};
+use virtio_queue::QueueT;
 
 use super::rx::{Rx, Stopped};
 use super::tap::Tap;
 use crate::devices::iov::split;
+use crate::devices::queue::broken;
 use crate::devices::{Io, Poller};
 
 /// Packets sent before other devices of the loop get their turn.
@@ -71,9 +72,7 @@ impl Pair {
             return self.watch(poller, Some(ITS_END));
         }
         let stopped = self.rx.run(&self.tap, queue, io.mem)?;
-        if queue.needs_notification(io.mem).map_err(io::Error::other)? {
-            io.irq.queue_used(index);
-        }
+        io.notify(index)?;
         let flags = match stopped {
             Stopped::Watch => EpollFlags::EPOLLIN,
             Stopped::NoBuffers => ITS_END,
@@ -89,22 +88,13 @@ impl Pair {
         if !queue.ready() {
             return Ok(true);
         }
-        queue
-            .disable_notification(io.mem)
-            .map_err(io::Error::other)?;
+        queue.disable_notification(io.mem).map_err(broken)?;
         let mut sent = 0;
         let done = loop {
             if sent == TX_BUDGET {
                 break false;
             }
-            let next = queue.iter(io.mem).map_err(io::Error::other)?.next();
-            let Some(chain) = next else {
-                if queue
-                    .enable_notification(io.mem)
-                    .map_err(io::Error::other)?
-                {
-                    continue;
-                }
+            let Some(chain) = io.next_chain(index)? else {
                 break true;
             };
             sent += 1;
@@ -118,11 +108,9 @@ impl Pair {
                 // As a wire would: what cannot be sent is lost.
                 tracing::trace!(%error, "packet dropped");
             }
-            queue.add_used(io.mem, head, 0).map_err(io::Error::other)?;
+            io.give_back(index, head, 0)?;
         };
-        if queue.needs_notification(io.mem).map_err(io::Error::other)? {
-            io.irq.queue_used(index);
-        }
+        io.notify(index)?;
         Ok(done)
     }
 }

@@ -7,12 +7,13 @@
 use std::collections::VecDeque;
 use std::io;
 
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::HEADER;
 use super::tap::Tap;
 use crate::devices::iov::Iov;
+use crate::devices::queue::{broken, next_chain};
 use crate::transport::invalid;
 
 /// Packets moved before other devices of the loop get their turn.
@@ -106,11 +107,7 @@ impl Rx {
     fn refill(&mut self, queue: &mut Queue, mem: &GuestMemoryMmap) -> io::Result<bool> {
         let mut unfit = 0;
         while !self.enough() {
-            let next = queue.iter(mem).map_err(io::Error::other)?.next();
-            let Some(chain) = next else {
-                if queue.enable_notification(mem).map_err(io::Error::other)? {
-                    continue;
-                }
+            let Some(chain) = next_chain(queue, mem)? else {
                 return Ok(false);
             };
             let head = chain.head_index();
@@ -135,7 +132,7 @@ impl Rx {
                         "the driver gives receive buffers that hold no packet",
                     ));
                 }
-                queue.add_used(mem, head, 0).map_err(io::Error::other)?;
+                queue.add_used(mem, head, 0).map_err(broken)?;
                 continue;
             }
             self.capacity += len;
@@ -182,7 +179,7 @@ impl Rx {
             left -= used;
             queue
                 .add_used(mem, buffer.head, used as u32)
-                .map_err(io::Error::other)?;
+                .map_err(broken)?;
         }
         Ok(())
     }

@@ -48,12 +48,12 @@ pub enum TapError {
 /// The host has deleted the tap (or moved it away with its namespace).
 #[derive(Debug, thiserror::Error)]
 #[error("the tap {name} has gone")]
-pub struct TapGone {
+struct TapGone {
     name: String,
 }
 
 /// Queues of one tap: more than a guest has CPUs are of no use.
-pub const MAX_QUEUES: usize = 32;
+const MAX_QUEUES: usize = 32;
 
 /// What of a packet's work its receiver takes over.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -103,7 +103,7 @@ fn bench_with_queues(queues: usize) -> Bench {
 }
 
 fn bench_of(taps: Vec<File>, raw: OwnedFd, features: u64) -> Bench {
-    let mut net = Net::with_queues(taps, MAC, Some(1400)).unwrap();
+    let mut net = Net::new(taps, MAC, Some(1400)).unwrap();
     let epoll = Arc::new(Epoll::new(EpollCreateFlags::empty()).unwrap());
     net.start(Poller::new(epoll.clone(), 0)).unwrap();
     net.set_features(features & net.features());
@@ -410,7 +410,7 @@ fn one_descriptor_means_no_control_queue() {
 #[test]
 fn queues_that_do_not_belong_together_are_refused() {
     on_a_thread(|| {
-        let refused = |taps| Net::with_queues(taps, MAC, None).err().unwrap().to_string();
+        let refused = |taps| Net::new(taps, MAC, None).err().unwrap().to_string();
         unshare(CloneFlags::CLONE_NEWNET).unwrap();
         let multi = TAP_FLAGS | libc::IFF_MULTI_QUEUE;
         assert!(refused(vec![]).starts_with("0 descriptors"));
@@ -445,11 +445,14 @@ fn a_tap_of_the_wrong_kind_is_refused() {
     on_a_thread(|| {
         let (tun, _) = tap(TAP_FLAGS & !libc::IFF_VNET_HDR);
         assert!(matches!(
-            Net::new(tun, MAC, None),
+            Net::new(vec![tun], MAC, None),
             Err(TapError::Flags { .. })
         ));
         let null = File::open("/dev/null").unwrap();
-        assert!(matches!(Net::new(null, MAC, None), Err(TapError::NoTun(_))));
+        assert!(matches!(
+            Net::new(vec![null], MAC, None),
+            Err(TapError::NoTun(_))
+        ));
     });
 }
 

@@ -3,11 +3,11 @@
 
 use std::io;
 
-use virtio_queue::{QueueOwnedT, QueueT};
+use virtio_queue::QueueT;
 
 use super::connection::{Connection, Phase, Pumped};
 use super::packet::{HEADER_LEN, HOST_CID, Header, Ports, TYPE_STREAM, op};
-use super::rx::{Rx, broken};
+use super::rx::Rx;
 use super::{MAX_CONNECTIONS, MAX_RESETS, PACKETS_PER_TURN, RX, Reset, TX, Vsock};
 use crate::devices::Io;
 use crate::devices::iov::{self, Iov};
@@ -49,37 +49,26 @@ impl Vsock {
 
     /// Handles packets of the guest, up to one turn's worth.
     pub(super) fn receive_packets(&mut self, io: &mut Io<'_>) -> io::Result<()> {
-        let mem = io.mem;
         if !io.queues[TX].ready() {
             return Ok(());
         }
         let mut used_any = false;
         let mut left = PACKETS_PER_TURN;
-        loop {
-            let queue = &mut io.queues[TX];
-            let Some(chain) = queue.iter(mem).map_err(broken)?.next() else {
-                if queue.enable_notification(mem).map_err(broken)? {
-                    continue;
-                }
-                break;
-            };
-            let index = chain.head_index();
-            match iov::split(chain, mem) {
+        while let Some(chain) = io.next_chain(TX)? {
+            let head = chain.head_index();
+            match iov::split(chain, io.mem) {
                 Ok((packet, _)) => self.packet(packet)?,
                 Err(e) => tracing::debug!(error = %e, "vsock: a packet was dropped"),
             }
-            io.queues[TX].add_used(mem, index, 0).map_err(broken)?;
+            io.give_back(TX, head, 0)?;
             used_any = true;
             left -= 1;
             if left == 0 {
-                self.again.write(1)?;
+                self.again.ring()?;
                 break;
             }
         }
-        if used_any && io.queues[TX].needs_notification(mem).map_err(broken)? {
-            io.irq.queue_used(TX);
-        }
-        Ok(())
+        if used_any { io.notify(TX) } else { Ok(()) }
     }
 
     pub(super) fn packet(&mut self, mut packet: Iov<'_>) -> io::Result<()> {

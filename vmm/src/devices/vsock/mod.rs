@@ -27,12 +27,12 @@ use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use nix::sys::epoll::EpollFlags;
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
+use super::again::Again;
 use super::{Device, Io, Poller};
 use packet::Ports;
 use table::Table;
@@ -99,8 +99,7 @@ pub struct Vsock {
     accept_failing: bool,
     ports: Box<dyn HostPorts>,
     poller: Option<Poller>,
-    /// Rings when packets of the guest were left for a later turn.
-    again: EventFd,
+    again: Again,
     table: Table,
     greetings: usize,
     greeting_serial: u64,
@@ -117,7 +116,6 @@ impl Vsock {
         ports: Box<dyn HostPorts>,
     ) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
-        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         Ok(Self {
             state: State {
                 features: 0,
@@ -128,7 +126,7 @@ impl Vsock {
             accept_failing: false,
             ports,
             poller: None,
-            again: EventFd::from_value_and_flags(0, flags)?,
+            again: Again::new()?,
             table: Table::new(),
             greetings: 0,
             greeting_serial: 0,
@@ -172,7 +170,7 @@ impl Device for Vsock {
     }
 
     fn start(&mut self, poller: Poller) -> io::Result<()> {
-        poller.add(&self.again, TOKEN_AGAIN, EpollFlags::EPOLLIN)?;
+        self.again.watch(&poller, TOKEN_AGAIN)?;
         self.poller = Some(poller);
         self.listen(true)
     }
@@ -191,10 +189,7 @@ impl Device for Vsock {
         match token {
             TOKEN_LISTENER => self.accept()?,
             TOKEN_AGAIN => {
-                match self.again.read() {
-                    Ok(_) | Err(nix::errno::Errno::EAGAIN) => {}
-                    Err(e) => return Err(e.into()),
-                }
+                self.again.take()?;
                 self.receive_packets(io)?;
             }
             _ => self.connection_ready((token - TOKEN_CONNECTIONS) as usize, flags)?,

@@ -8,6 +8,7 @@ use vm_memory::GuestMemoryMmap;
 use super::packet::{HEADER_LEN, HOST_CID, Header, Ports, TYPE_STREAM};
 use crate::devices::Interrupt;
 use crate::devices::iov::{self, Iov};
+use crate::devices::queue::{broken, next_chain};
 
 /// Buffers in a row that are too small for a header or lie outside memory,
 /// before the driver counts as broken. A sane driver makes none.
@@ -46,16 +47,7 @@ impl<'a> Rx<'a> {
             return Ok(None);
         }
         let mut bad = 0;
-        loop {
-            let chain = self.queue.iter(self.mem).map_err(broken)?.next();
-            let Some(chain) = chain else {
-                // Ask for a kick, then look again: a buffer may have come
-                // between the look and the asking.
-                if self.queue.enable_notification(self.mem).map_err(broken)? {
-                    continue;
-                }
-                return Ok(None);
-            };
+        while let Some(chain) = next_chain(self.queue, self.mem)? {
             let index = chain.head_index();
             if let Ok((_, mut payload)) = iov::split(chain, self.mem) {
                 let header = payload.take(HEADER_LEN);
@@ -76,6 +68,7 @@ impl<'a> Rx<'a> {
             }
             self.add_used(index, 0)?;
         }
+        Ok(None)
     }
 
     /// Hands a buffer to the guest: `header` (addresses and type are filled
@@ -125,9 +118,4 @@ impl<'a> Rx<'a> {
         }
         Ok(())
     }
-}
-
-/// A ring that cannot be worked with: nothing on it can be believed any more.
-pub(super) fn broken(e: virtio_queue::Error) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, e)
 }

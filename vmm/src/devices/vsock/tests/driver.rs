@@ -16,6 +16,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use crate::devices::vsock::packet::{HEADER_LEN, HOST_CID, Header, Ports, TYPE_STREAM};
 use crate::devices::vsock::{HostPorts, QUEUE_SIZES, RX, TX, Vsock};
 use crate::devices::{Device, Interrupt, Io, Poller};
+use crate::transport::place_rings;
 
 pub(super) const GUEST_CID: u32 = 42;
 const RX_BUFFER: u32 = 4096;
@@ -133,9 +134,7 @@ impl Driver {
             };
             let mut queue = Queue::new(size).unwrap();
             queue.set_size(size);
-            queue.set_desc_table_address(Some(ring.desc as u32), Some(0));
-            queue.set_avail_ring_address(Some(ring.avail as u32), Some(0));
-            queue.set_used_ring_address(Some(ring.used as u32), Some(0));
+            place_rings(&mut queue, [ring.desc, ring.avail, ring.used]);
             queue.set_event_idx(true);
             queue.set_ready(true);
             rings.push(ring);

@@ -20,13 +20,12 @@ use std::thread::ThreadId;
 use std::time::Duration;
 
 use nix::sys::epoll::EpollFlags;
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::resource::{Resource, getrlimit};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
+use virtio_queue::QueueT;
 use virtiofsd::descriptor_utils::{Reader, Writer};
 use virtiofsd::fuse::Opcode;
 use virtiofsd::passthrough::{
@@ -37,7 +36,9 @@ use vm_memory::bitmap::Bitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 
+use super::again::Again;
 use super::iov::{self, Iov};
+use super::queue::Chain;
 use super::{Device, Io, Poller};
 
 /// hiprio (FORGET) and one request queue. Linux lets one request fill the
@@ -88,8 +89,7 @@ pub struct State {
 pub struct Fs {
     state: State,
     server: Server<PassthroughFs>,
-    /// Rings when requests were left for a later turn.
-    again: EventFd,
+    again: Again,
     /// The thread that was made ready to serve.
     thread: Option<ThreadId>,
 }
@@ -134,14 +134,13 @@ impl Fs {
             })
         })
         .map_err(bad_root)?;
-        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         Ok(Self {
             state: State {
                 features: 0,
                 tag: tag.to_owned(),
             },
             server: Server::new(passthrough),
-            again: EventFd::from_value_and_flags(0, flags).map_err(|e| FsError::Setup(e.into()))?,
+            again: Again::new().map_err(FsError::Setup)?,
             thread: None,
         })
     }
@@ -162,31 +161,24 @@ impl Fs {
 
     fn serve(&mut self, index: usize, io: &mut Io<'_>) -> io::Result<()> {
         self.ready_thread()?;
-        let mem = io.mem;
-        let Some(queue) = io.queues.get_mut(index).filter(|queue| queue.ready()) else {
+        if !io.queues.get(index).is_some_and(QueueT::ready) {
             return Ok(());
-        };
+        }
         for _ in 0..REQUESTS_PER_TURN {
-            let Some(chain) = queue.iter(mem).map_err(broken)?.next() else {
-                if queue.enable_notification(mem).map_err(broken)? {
-                    continue;
-                }
+            let Some(chain) = io.next_chain(index)? else {
                 return Ok(());
             };
             let head = chain.head_index();
-            let written = self.request(mem, chain);
-            queue.add_used(mem, head, written).map_err(broken)?;
+            let written = self.request(io.mem, chain);
+            io.give_back(index, head, written)?;
             // Each at once: the next one may take its time on the disk.
-            if queue.needs_notification(mem).map_err(broken)? {
-                io.irq.queue_used(index);
-            }
+            io.notify(index)?;
         }
-        self.again.write(1)?;
-        Ok(())
+        self.again.ring()
     }
 
     /// Handles one FUSE request; the bytes of its reply.
-    fn request(&self, mem: &GuestMemoryMmap, chain: DescriptorChain<&GuestMemoryMmap>) -> u32 {
+    fn request(&self, mem: &GuestMemoryMmap, chain: Chain<'_>) -> u32 {
         let Ok((mut readable, writable)) = iov::split(chain.clone(), mem) else {
             tracing::debug!("virtio-fs: a request outside of guest memory was dropped");
             return 0;
@@ -209,11 +201,7 @@ impl Fs {
         }
     }
 
-    fn handle(
-        &self,
-        mem: &GuestMemoryMmap,
-        chain: DescriptorChain<&GuestMemoryMmap>,
-    ) -> io::Result<usize> {
+    fn handle(&self, mem: &GuestMemoryMmap, chain: Chain<'_>) -> io::Result<usize> {
         let view = View::of(mem)?;
         let reader = Reader::new(view.get(), chain.clone()).map_err(io::Error::other)?;
         let writer = Writer::new(view.get(), chain).map_err(io::Error::other)?;
@@ -223,10 +211,6 @@ impl Fs {
             .handle_message(reader, writer, mapper)
             .map_err(io::Error::other)
     }
-}
-
-fn broken(e: virtio_queue::Error) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, e)
 }
 
 /// Whether a request is one without a reply.
@@ -313,7 +297,7 @@ impl Device for Fs {
     }
 
     fn start(&mut self, poller: Poller) -> io::Result<()> {
-        poller.add(&self.again, TOKEN_AGAIN, EpollFlags::EPOLLIN)
+        self.again.watch(&poller, TOKEN_AGAIN)
     }
 
     fn kicked(&mut self, index: usize, io: &mut Io<'_>) -> io::Result<()> {
@@ -321,10 +305,7 @@ impl Device for Fs {
     }
 
     fn host_ready(&mut self, _token: u32, _flags: EpollFlags, io: &mut Io<'_>) -> io::Result<()> {
-        match self.again.read() {
-            Ok(_) | Err(nix::errno::Errno::EAGAIN) => {}
-            Err(e) => return Err(e.into()),
-        }
+        self.again.take()?;
         for index in 0..QUEUE_SIZES.len() {
             self.serve(index, io)?;
         }

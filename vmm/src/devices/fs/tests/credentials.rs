@@ -1,0 +1,110 @@
+//! Whose files are, and what the VMM needs for that.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+use caps::{CapSet, Capability, CapsHashSet};
+use virtiofsd::fuse::{AttrOut, Opcode, SetattrIn};
+use virtiofsd::soft_idmap::{GuestGid, GuestUid};
+use vm_memory::ByteValued;
+
+use super::guest::{Guest, REQUESTS, ROOT};
+
+/// A uid that a pod's VMM might have.
+const POD: libc::c_long = 777_777;
+
+/// Makes the calling thread what the jail makes of the VMM: the pod's uid and
+/// a few capabilities.
+fn become_the_pod() {
+    let kept: CapsHashSet = [
+        Capability::CAP_CHOWN,
+        Capability::CAP_DAC_OVERRIDE,
+        Capability::CAP_FOWNER,
+        Capability::CAP_FSETID,
+        Capability::CAP_MKNOD,
+        Capability::CAP_SETFCAP,
+        Capability::CAP_SETGID,
+        Capability::CAP_SETUID,
+    ]
+    .into_iter()
+    .collect();
+    nix::sys::prctl::set_keepcaps(true).unwrap();
+    let none: *const libc::gid_t = std::ptr::null();
+    // SAFETY: system calls on ids of this thread; an empty list of groups.
+    unsafe {
+        assert_eq!(libc::syscall(libc::SYS_setgroups, 0, none), 0);
+        assert_eq!(libc::syscall(libc::SYS_setresgid, POD, POD, POD), 0);
+        assert_eq!(libc::syscall(libc::SYS_setresuid, POD, POD, POD), 0);
+    }
+    caps::clear(None, CapSet::Inheritable).unwrap();
+    caps::set(None, CapSet::Effective, &kept).unwrap();
+    caps::set(None, CapSet::Permitted, &kept).unwrap();
+}
+
+#[test]
+fn files_are_their_guest_users_though_the_vmm_is_nobody() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path();
+    fs::set_permissions(path, PermissionsExt::from_mode(0o755)).unwrap();
+    for (name, mode) in [("open", 0o1777), ("roots", 0o700)] {
+        fs::create_dir(path.join(name)).unwrap();
+        fs::set_permissions(path.join(name), PermissionsExt::from_mode(mode)).unwrap();
+    }
+    let owner = |name: &str| {
+        let file = fs::metadata(path.join(name)).unwrap();
+        (file.uid(), file.gid())
+    };
+    std::thread::scope(|scope| {
+        let served = scope.spawn(|| {
+            become_the_pod();
+            let mut guest = Guest::mounted(path);
+            let open = guest.lookup(ROOT, "open").unwrap().nodeid;
+            let roots = guest.lookup(ROOT, "roots").unwrap().nodeid;
+
+            guest.create(open, "by-root").unwrap();
+            guest.uid = 1000;
+            guest.create(open, "by-user").unwrap();
+            let denied = guest.create(roots, "by-user").unwrap_err();
+            assert_eq!(denied.kind(), ErrorKind::PermissionDenied);
+            // And back again.
+            guest.uid = 0;
+            let (file, _) = guest.create(roots, "by-root").unwrap();
+
+            // What root may: give a file away, and use it still.
+            let chown = SetattrIn {
+                valid: 0b110,
+                uid: GuestUid::from(33_u32),
+                gid: GuestGid::from(44_u32),
+                ..Default::default()
+            };
+            let out: AttrOut = guest
+                .call(Opcode::Setattr, file.nodeid, &[chown.as_slice()])
+                .unwrap();
+            assert_eq!(out.attr.uid, GuestUid::from(33_u32));
+            guest.read_file(file.nodeid).unwrap();
+        });
+        served.join().unwrap();
+    });
+    assert_eq!(owner("open/by-root"), (0, 0));
+    assert_eq!(owner("open/by-user"), (1000, 1000));
+    assert_eq!(owner("roots/by-root"), (33, 44));
+}
+
+#[test]
+fn a_vmm_without_the_capability_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o755)).unwrap();
+    std::thread::scope(|scope| {
+        let served = scope.spawn(|| {
+            become_the_pod();
+            caps::clear(None, CapSet::Effective).unwrap();
+            caps::clear(None, CapSet::Permitted).unwrap();
+            let mut guest = Guest::new(dir.path());
+            let error = guest.kick(REQUESTS).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::PermissionDenied);
+            assert!(error.to_string().contains("gid 0"), "{error}");
+        });
+        served.join().unwrap();
+    });
+}
