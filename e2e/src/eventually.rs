@@ -8,7 +8,8 @@ use anyhow::{Result, bail};
 
 use crate::patient;
 
-/// How often a state that sends no event is looked at.
+/// How often to look. Most of what is waited for is an answer of the server or
+/// of a pod, which sends no event.
 const INTERVAL: Duration = Duration::from_millis(10);
 
 /// Calls `check` until it returns Ok; fails with its last Err once `within`,

@@ -9,6 +9,7 @@ mod builder;
 mod config;
 mod containerd;
 mod server;
+mod small_root;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -32,6 +33,7 @@ use crate::{Cri, artifacts, leaks, reaper};
 
 pub use builder::{NodeBuilder, Server};
 pub use config::{BRIDGE, SUBNET_V4, SUBNET_V6};
+pub use containerd::shim_sockets;
 
 /// The image that every node's registry has.
 pub const BUSYBOX: &str = "127.0.0.1:5000/busybox:latest";
@@ -168,6 +170,19 @@ impl Node {
         fs::write(self.config_file(), text).context("write the server's configuration")
     }
 
+    /// Edits the daemon's configuration, as [`NodeBuilder::config`] does, where
+    /// the edit needs the node's directory. Read when the server starts.
+    pub fn edit_config(&self, edit: impl FnOnce(&mut Value)) -> Result<()> {
+        if self.server != Server::Drupe {
+            return Ok(());
+        }
+        let text = fs::read(self.config_file()).context("read the server's configuration")?;
+        // YAML, but written as JSON.
+        let mut config = serde_json::from_slice(&text).context("the server's configuration")?;
+        edit(&mut config);
+        self.write_config(&config.to_string())
+    }
+
     /// Runs crictl against this node.
     pub fn crictl(&self, args: &[&str]) -> Result<Output> {
         let endpoint = format!("unix://{}", self.socket().display());
@@ -287,20 +302,14 @@ impl Node {
     /// Fails with what removed pods have left, unless it is nothing. The
     /// server may run.
     pub fn assert_no_pod_left(&self) -> Result<()> {
-        let pods = self.run_dir().join("pods");
-        let mut scope = self.leak_scope(&[]);
-        scope.of_pods.push(pods);
-        scope.of_pods.push(self.image_leases());
-        leaks::assert_none(&scope)
+        leaks::assert_none(&self.leak_scope_of_removed(&[]))
     }
 
     /// Like [`Self::assert_no_pod_left`] while the test has mounted a file
     /// system of its own at `point`.
     pub fn assert_no_pod_left_on(&self, point: &Path) -> Result<()> {
-        let mut scope = self.leak_scope(&[]);
+        let mut scope = self.leak_scope_of_removed(&[]);
         scope.standing_mount = Some(point);
-        scope.of_pods.push(self.run_dir().join("pods"));
-        scope.of_pods.push(self.image_leases());
         leaks::assert_none(&scope)
     }
 
@@ -317,16 +326,18 @@ impl Node {
             "the socket of the server that ended is still there"
         );
         let run_dir = self.run_dir();
-        let volatile = [run_dir.as_path()];
-        let mut scope = self.leak_scope(&volatile);
-        scope.of_pods.push(run_dir.join("pods"));
-        scope.of_pods.push(self.image_leases());
-        leaks::assert_none(&scope)
+        leaks::assert_none(&self.leak_scope_of_removed(&[run_dir.as_path()]))
     }
 
-    /// Where drupe notes which containers use an image.
-    fn image_leases(&self) -> PathBuf {
-        self.root().join("images/leases")
+    /// With what stopped pods keep: their directories, and their notes of which
+    /// images they use.
+    fn leak_scope_of_removed<'a>(&'a self, volatile_dirs: &'a [&'a Path]) -> leaks::Scope<'a> {
+        let mut scope = self.leak_scope(volatile_dirs);
+        scope.of_pods.extend([
+            self.run_dir().join("pods"),
+            self.root().join("images/leases"),
+        ]);
+        scope
     }
 
     fn leak_scope<'a>(&'a self, volatile_dirs: &'a [&'a Path]) -> leaks::Scope<'a> {

@@ -369,3 +369,9 @@ impl Container {
             .ok_or_else(|| Status::internal("no stats"))
     }
 }
+
+/// What a container may do and as whom, to be changed.
+pub fn security(config: &mut ContainerConfig) -> &mut LinuxContainerSecurityContext {
+    let linux = config.linux.get_or_insert_default();
+    linux.security_context.get_or_insert_default()
+}

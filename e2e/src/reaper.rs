@@ -5,17 +5,14 @@
 use std::fs;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
+use tokio::runtime;
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cgroup::Cgroup;
-
-/// How long an orphan may stay a zombie. Processes that watch for its exit by
-/// pid see it that much later than under a real init.
-const INTERVAL: Duration = Duration::from_millis(20);
 
 /// A node whose orphans are reaped, and its own child that is waited for
 /// elsewhere.
@@ -30,8 +27,7 @@ static WATCHED: OnceLock<Mutex<Vec<Watched>>> = OnceLock::new();
 pub fn watch(cgroup: &Arc<Cgroup>) -> Result<()> {
     let mut result = Ok(());
     let watched = WATCHED.get_or_init(|| {
-        result = nix::sys::prctl::set_child_subreaper(true).context("become a child subreaper");
-        thread::spawn(reap_forever);
+        result = start();
         Mutex::default()
     });
     result?;
@@ -68,25 +64,45 @@ pub fn forget(cgroup: &Arc<Cgroup>) {
     }
 }
 
-fn reap_forever() {
-    loop {
-        thread::sleep(INTERVAL);
-        let Some(watched) = WATCHED.get() else {
-            continue;
-        };
-        let watched = watched.lock().unwrap_or_else(PoisonError::into_inner);
-        if watched.is_empty() {
-            continue;
-        }
-        for pid in zombie_children() {
-            let membership = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
-            let orphan = watched
-                .iter()
-                .any(|node| node.cgroup.holds(&membership) && !node.own_children.contains(&pid));
-            if orphan && let Ok(pid) = i32::try_from(pid) {
-                // Gone already is as good as reaped.
-                let _ = waitpid(Pid::from_raw(pid), Some(WaitPidFlag::WNOHANG));
+fn start() -> Result<()> {
+    nix::sys::prctl::set_child_subreaper(true).context("become a child subreaper")?;
+    let tokio = runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("start a tokio runtime")?;
+    // The kernel sends it for those, too, that were zombies before they became
+    // this process's.
+    let mut ended = {
+        let _inside = tokio.enter();
+        signal(SignalKind::child()).context("listen to SIGCHLD")?
+    };
+    thread::spawn(move || {
+        tokio.block_on(async {
+            while ended.recv().await.is_some() {
+                reap();
             }
+        });
+    });
+    Ok(())
+}
+
+/// Reaps all that there are: many signals may arrive as one.
+fn reap() {
+    let Some(watched) = WATCHED.get() else {
+        return;
+    };
+    let watched = watched.lock().unwrap_or_else(PoisonError::into_inner);
+    if watched.is_empty() {
+        return;
+    }
+    for pid in zombie_children() {
+        let membership = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+        let orphan = watched
+            .iter()
+            .any(|node| node.cgroup.holds(&membership) && !node.own_children.contains(&pid));
+        if orphan && let Ok(pid) = i32::try_from(pid) {
+            // Gone already is as good as reaped.
+            let _ = waitpid(Pid::from_raw(pid), Some(WaitPidFlag::WNOHANG));
         }
     }
 }

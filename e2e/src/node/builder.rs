@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use anyhow::{Context, Result};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{BRIDGE, Node, config};
 use crate::cgroup::Cgroup;
@@ -79,6 +79,17 @@ impl NodeBuilder {
     pub fn cni(mut self, edit: impl FnOnce(&mut Value) + 'static) -> Self {
         self.cni.push(Box::new(edit));
         self
+    }
+
+    /// Has the network list end with one more plugin: see
+    /// [`Node::write_plugin`].
+    #[must_use]
+    pub fn plugin(self, kind: &'static str) -> Self {
+        self.cni(move |conflist| {
+            if let Some(plugins) = conflist["plugins"].as_array_mut() {
+                plugins.push(json!({ "type": kind }));
+            }
+        })
     }
 
     pub fn start(self) -> Result<Node> {

@@ -2,17 +2,18 @@
 
 use std::fs;
 use std::io::ErrorKind;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-/// Removes the sockets of shims that were killed. Each is named in the
-/// directory of its task, below containerd's state directory.
-pub(super) fn remove_shim_sockets(state: &Path) -> Result<()> {
+/// Where its shims listen. Each socket is named in the directory of its task,
+/// below containerd's state directory; containers of a pod share one.
+pub fn shim_sockets(state: &Path) -> Result<Vec<PathBuf>> {
     let tasks = state.join("io.containerd.runtime.v2.task/k8s.io");
+    let mut sockets = Vec::new();
     let entries = match fs::read_dir(&tasks) {
         // Of another runtime, or without any task.
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(sockets),
         entries => entries.with_context(|| tasks.display().to_string())?,
     };
     for entry in entries {
@@ -21,13 +22,19 @@ pub(super) fn remove_shim_sockets(state: &Path) -> Result<()> {
             Err(error) if error.kind() == ErrorKind::NotFound => continue,
             address => address.with_context(|| file.display().to_string())?,
         };
-        let Some(socket) = address.trim().strip_prefix("unix://") else {
-            continue;
-        };
-        match fs::remove_file(socket) {
-            // Containers of a pod share one shim.
+        sockets.extend(address.trim().strip_prefix("unix://").map(PathBuf::from));
+    }
+    sockets.sort();
+    sockets.dedup();
+    Ok(sockets)
+}
+
+/// Removes the sockets of shims that were killed.
+pub(super) fn remove_shim_sockets(state: &Path) -> Result<()> {
+    for socket in shim_sockets(state)? {
+        match fs::remove_file(&socket) {
             Err(error) if error.kind() == ErrorKind::NotFound => {}
-            removed => removed.with_context(|| socket.to_owned())?,
+            removed => removed.with_context(|| socket.display().to_string())?,
         }
     }
     Ok(())

@@ -15,12 +15,7 @@ use serde_json::json;
 use tar::EntryType;
 use tonic::Code;
 
-use crate::refused;
-
-/// A node whose answers are drupe's own to give.
-fn drupe() -> Result<Node> {
-    Node::builder().server(Server::Drupe).start()
-}
+use crate::{drupe, refused};
 
 /// Fails if a failed pull has left an image or anything of one.
 fn assert_no_image_left(node: &Node) -> Result<()> {
@@ -239,15 +234,7 @@ fn a_decompression_bomb_is_refused_at_the_bound() -> Result<()> {
 #[test]
 fn a_full_disk_is_told_and_left_clean() -> Result<()> {
     let node = Node::builder().server(Server::Drupe).prepare()?;
-    let small = node.root();
-    nix::mount::mount(
-        Some("tmpfs"),
-        &small,
-        Some("tmpfs"),
-        nix::mount::MsFlags::empty(),
-        Some("size=8m"),
-    )
-    .context("mount a small file system")?;
+    node.mount_small_root("8m")?;
     node.start_server()?;
     let mut image = image::busybox()?;
     let noise: Vec<u8> = (0..20_000_000_u32)
@@ -267,11 +254,7 @@ fn a_full_disk_is_told_and_left_clean() -> Result<()> {
     assert_no_image_left(&node)?;
     // What fits still works.
     node.pull_busybox()?;
-    node.remove_all_pods()?;
-    node.stop_server()?;
-    nix::mount::umount2(&small, nix::mount::MntFlags::empty()).context("unmount")?;
-    node.start_server()?;
-    node.finish()
+    node.finish_with_small_root()
 }
 
 #[test]

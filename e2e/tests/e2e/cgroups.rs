@@ -8,14 +8,11 @@ use e2e::cgroup::{self, OF_DAEMON};
 use k8s_cri::v1::*;
 use tonic::Code;
 
-use crate::{refused, shares_the_hosts_kernel, with_node};
+use crate::{refused, with_drupe};
 
 #[test]
 fn a_pod_without_a_parent_is_charged_to_one_that_goes_with_the_last() -> Result<()> {
-    with_node(|node| {
-        if shares_the_hosts_kernel(node) {
-            return Ok(());
-        }
+    with_drupe(|node| {
         let _other_tests_look_later = cgroup::lock_parent_of_daemon();
         let groups = || cgroup::groups(OF_DAEMON);
         // As an earlier version, or a daemon that was killed, left it.
@@ -61,10 +58,7 @@ fn a_pod_without_a_parent_is_charged_to_one_that_goes_with_the_last() -> Result<
 
 #[test]
 fn limits_of_huge_pages_are_kept_or_refused() -> Result<()> {
-    with_node(|node| {
-        if shares_the_hosts_kernel(node) {
-            return Ok(()); // It depends on the host's kernel.
-        }
+    with_drupe(|node| {
         let pod = node.run_pod("huge")?;
         let config = |name: &str, bytes: u64| {
             let mut config = pod.container_config(name, e2e::pod::IDLE);

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use e2e::eventually;
 use k8s_cri::v1::*;
 
-use crate::{shares_the_hosts_kernel, with_node};
+use crate::{shares_the_hosts_kernel, took_less, with_node};
 
 #[test]
 fn a_container_runs_its_images_command_unless_it_is_given_another() -> Result<()> {
@@ -274,11 +274,7 @@ fn stopping_asks_first_and_kills_only_who_does_not_listen() -> Result<()> {
         })?;
         let begun = Instant::now();
         polite.stop(20)?;
-        ensure!(
-            begun.elapsed() < e2e::patient(Duration::from_secs(10)),
-            "it took {:?}",
-            begun.elapsed()
-        );
+        took_less(begun, Duration::from_secs(10))?;
         assert_eq!(polite.status()?.exit_code, 7);
 
         let deaf = pod.start(
@@ -421,11 +417,7 @@ fn a_container_has_the_capabilities_it_was_left_with() -> Result<()> {
         let effective =
             |name: &str, capability: Option<Capability>, privileged: bool| -> Result<u64> {
                 let mut config = pod.container_config(name, e2e::pod::IDLE);
-                let context = config
-                    .linux
-                    .get_or_insert_default()
-                    .security_context
-                    .get_or_insert_default();
+                let context = e2e::pod::security(&mut config);
                 context.capabilities = capability;
                 context.privileged = privileged;
                 let container = pod.start_with(config)?;

@@ -134,12 +134,7 @@ fn a_read_only_root_stays_as_the_image_is() -> Result<()> {
     with_node(|node| {
         let pod = node.run_pod("fixed")?;
         let mut config = pod.container_config("c", e2e::pod::IDLE);
-        config
-            .linux
-            .get_or_insert_default()
-            .security_context
-            .get_or_insert_default()
-            .readonly_rootfs = true;
+        e2e::pod::security(&mut config).readonly_rootfs = true;
         let container = pod.start_with(config)?;
         let answer = container.exec_sync(&["sh", "-c", "echo x > /new"], 20)?;
         ensure!(

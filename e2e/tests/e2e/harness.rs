@@ -5,26 +5,13 @@ use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 use e2e::leaks::mount_points;
+use e2e::node::shim_sockets;
 use e2e::{Node, cgroup};
 
 use crate::shares_the_hosts_kernel;
 
 /// Where containerd's shims listen, whatever directories it is given.
 const SHIM_SOCKETS: &str = "/run/containerd/s";
-
-/// Sockets whose shim is told in the node's directory.
-fn shim_sockets(node: &Node) -> Result<Vec<PathBuf>> {
-    let mut sockets = Vec::new();
-    let tasks = node.run_dir().join("io.containerd.runtime.v2.task/k8s.io");
-    if tasks.exists() {
-        for task in fs::read_dir(tasks)? {
-            let address = fs::read_to_string(task?.path().join("address"))?;
-            sockets.extend(address.trim().strip_prefix("unix://").map(PathBuf::from));
-        }
-        ensure!(!sockets.is_empty() && sockets[0].starts_with(SHIM_SOCKETS));
-    }
-    Ok(sockets)
-}
 
 #[test]
 fn a_node_whose_test_fails_leaves_nothing_on_the_machine_but_its_logs() -> Result<()> {
@@ -34,11 +21,13 @@ fn a_node_whose_test_fails_leaves_nothing_on_the_machine_but_its_logs() -> Resul
     let dir = node.dir.clone();
     let processes = node.pod_processes()?;
     ensure!(!processes.is_empty());
-    let sockets = shim_sockets(&node)?;
+    let sockets = shim_sockets(&node.run_dir())?;
     if shares_the_hosts_kernel(&node) {
         let mounts = mount_points(&dir)?;
         let is_netns = |path: &PathBuf| path.to_string_lossy().contains("/netns/cni-");
         ensure!(mounts.iter().any(is_netns), "not in {mounts:?}");
+        let is_shims = |path: &PathBuf| path.starts_with(SHIM_SOCKETS);
+        ensure!(sockets.iter().any(is_shims), "no shim in {sockets:?}");
     }
     let name = dir
         .file_name()

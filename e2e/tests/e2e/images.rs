@@ -200,12 +200,7 @@ fn links_devices_attributes_and_odd_names_are_kept() -> Result<()> {
         let script = ["/capable/grep", "CapEff", "/proc/self/status"];
         let mut config = pod.container_config("c", &script);
         config.image.get_or_insert_default().image = "127.0.0.1:5000/odd:latest".to_owned();
-        config
-            .linux
-            .get_or_insert_default()
-            .security_context
-            .get_or_insert_default()
-            .run_as_user = Some(Int64Value { value: 1000 });
+        e2e::pod::security(&mut config).run_as_user = Some(Int64Value { value: 1000 });
         let capable = pod.start_with(config)?;
         capable.wait_exit()?;
         assert_eq!(capable.output()?, "CapEff:\t0000000000000400\n");

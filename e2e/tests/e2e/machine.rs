@@ -7,14 +7,11 @@ use anyhow::{Result, ensure};
 use e2e::{Container, Node, Pod, eventually};
 use k8s_cri::v1::*;
 
-use crate::{shares_the_hosts_kernel, with_node};
+use crate::with_drupe;
 
 #[test]
 fn a_pod_that_asks_for_four_cpus_runs_on_four() -> Result<()> {
-    with_node(|node| {
-        if shares_the_hosts_kernel(node) {
-            return Ok(());
-        }
+    with_drupe(|node| {
         let host = std::thread::available_parallelism()?.get();
         let mut config = node.pod_config("wide");
         config.linux.get_or_insert_default().resources = Some(LinuxContainerResources {
@@ -48,10 +45,7 @@ fn a_pod_that_asks_for_four_cpus_runs_on_four() -> Result<()> {
 
 #[test]
 fn a_guest_that_is_restarted_or_switched_off_from_inside_ends_its_pod() -> Result<()> {
-    with_node(|node| {
-        if shares_the_hosts_kernel(node) {
-            return Ok(());
-        }
+    with_drupe(|node| {
         for command in ["reboot", "poweroff"] {
             let pod = node.run_pod(command)?;
             let container = pod.start_idle("idle")?;
@@ -72,10 +66,7 @@ fn a_guest_that_is_restarted_or_switched_off_from_inside_ends_its_pod() -> Resul
 
 #[test]
 fn a_guest_that_panics_ends_its_pod_with_its_last_words() -> Result<()> {
-    with_node(|node| {
-        if shares_the_hosts_kernel(node) {
-            return Ok(());
-        }
+    with_drupe(|node| {
         let pod = node.run_pod("panicky")?;
         let container = pod.start_idle("idle")?;
         // 2: panic whoever's memory it is that ran out.
@@ -99,12 +90,7 @@ fn a_guest_that_panics_ends_its_pod_with_its_last_words() -> Result<()> {
 /// A container that may do to its guest what root may.
 fn privileged(pod: &Pod, name: &str) -> Result<Container> {
     let mut config = pod.container_config(name, e2e::pod::IDLE);
-    config
-        .linux
-        .get_or_insert_default()
-        .security_context
-        .get_or_insert_default()
-        .privileged = true;
+    e2e::pod::security(&mut config).privileged = true;
     pod.start_with(config)
 }
 

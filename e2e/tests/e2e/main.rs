@@ -1,7 +1,9 @@
 //! What a user of a node gains, tried with the real parts.
 #![forbid(unsafe_code)]
 
+mod bad_containers;
 mod bad_input;
+mod bad_networks;
 mod bad_pods;
 mod cgroups;
 mod containers;
@@ -20,8 +22,10 @@ mod restart_sweep;
 mod runtime;
 mod stats;
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Result, bail, ensure};
-use e2e::{Node, Server};
+use e2e::{Node, Server, patient};
 use tonic::{Code, Status};
 
 /// Fails unless `result` is an error of `code` whose message is one line that
@@ -53,6 +57,38 @@ fn with_node(test: impl FnOnce(&Node) -> Result<()>) -> Result<()> {
     let node = Node::start()?;
     node.pull_busybox()?;
     test(&node)?;
+    node.finish()
+}
+
+/// Fails if more has passed since `begun` than `limit`, on a slow machine a
+/// multiple of it.
+fn took_less(begun: Instant, limit: Duration) -> Result<()> {
+    let took = begun.elapsed();
+    ensure!(took < patient(limit), "it took {took:?}");
+    Ok(())
+}
+
+/// A node whose server is drupe, whatever other tests try.
+fn drupe() -> Result<Node> {
+    Node::builder().server(Server::Drupe).start()
+}
+
+/// Like [`with_node`], but passes over another runtime: what is tried is drupe's
+/// own.
+fn with_drupe(test: impl FnOnce(&Node) -> Result<()>) -> Result<()> {
+    with_node(|node| {
+        if shares_the_hosts_kernel(node) {
+            return Ok(());
+        }
+        test(node)
+    })
+}
+
+/// The same on a node that the test has made.
+fn on_drupe(node: Node, test: impl FnOnce(&Node) -> Result<()>) -> Result<()> {
+    if !shares_the_hosts_kernel(&node) {
+        test(&node)?;
+    }
     node.finish()
 }
 

@@ -9,7 +9,7 @@ use e2e::node::{BRIDGE, SUBNET_V4};
 use e2e::{Node, eventually, http};
 use k8s_cri::v1::*;
 
-use crate::{shares_the_hosts_kernel, with_node};
+use crate::{shares_the_hosts_kernel, with_drupe, with_node};
 
 const WEB_SERVER: &[&str] = &[
     "sh",
@@ -283,11 +283,7 @@ fn containers_see_each_others_processes_only_where_the_pod_asks_for_it() -> Resu
             let pod = node.run_pod_with(config)?;
             let start = |name: &str, command: &[&str]| {
                 let mut config = pod.container_config(name, command);
-                let linux = config.linux.get_or_insert_default();
-                linux
-                    .security_context
-                    .get_or_insert_default()
-                    .namespace_options = Some(options.clone());
+                e2e::pod::security(&mut config).namespace_options = Some(options.clone());
                 pod.start_with(config)
             };
             start("a", &["sleep", "98765"])?;
@@ -423,10 +419,7 @@ fn a_kubelet_that_asks_twice_gets_one_pod() -> Result<()> {
 
 #[test]
 fn a_machine_is_as_large_as_the_pod_asks() -> Result<()> {
-    with_node(|node| {
-        if shares_the_hosts_kernel(node) {
-            return Ok(());
-        }
+    with_drupe(|node| {
         let memory_of = |name: &str, limit: i64| -> Result<u64> {
             let mut config = node.pod_config(name);
             config.linux.get_or_insert_default().resources = Some(LinuxContainerResources {
@@ -457,10 +450,7 @@ fn a_machine_is_as_large_as_the_pod_asks() -> Result<()> {
 
 #[test]
 fn inspecting_a_pod_shows_how_long_each_phase_of_its_start_took() -> Result<()> {
-    with_node(|node| {
-        if shares_the_hosts_kernel(node) {
-            return Ok(());
-        }
+    with_drupe(|node| {
         let begun = Instant::now();
         let pod = node.run_pod("timed")?;
         let took = begun.elapsed();

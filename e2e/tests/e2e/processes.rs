@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use e2e::eventually;
 use tonic::Code;
 
-use crate::{refused, shares_the_hosts_kernel, with_node};
+use crate::{refused, shares_the_hosts_kernel, took_less, with_node};
 
 #[test]
 fn a_command_gives_its_output_and_exit_code() -> Result<()> {
@@ -73,11 +73,7 @@ fn a_command_that_leaves_a_background_process_still_answers() -> Result<()> {
             20,
         )?;
         assert_eq!(answer.stdout, b"started\n");
-        ensure!(
-            begun.elapsed() < e2e::patient(Duration::from_secs(10)),
-            "answered after {:?}",
-            begun.elapsed()
-        );
+        took_less(begun, Duration::from_secs(10))?;
         Ok(())
     })
 }

@@ -189,11 +189,8 @@ fn over_https_with_a_private_certificate_authority() -> Result<()> {
     }
     // Trusted by nobody: refused.
     let name = format!("{address}/busybox:latest");
-    let configure = |registries: serde_json::Value| -> Result<()> {
-        let mut config: serde_json::Value =
-            serde_json::from_slice(&std::fs::read(node.config_file())?)?;
-        config["images"]["registries"] = registries;
-        node.write_config(&config.to_string())
+    let configure = |registries: serde_json::Value| {
+        node.edit_config(|config| config["images"]["registries"] = registries)
     };
     configure(json!({ address: { "plain_http": false } }))?;
     node.start_server()?;

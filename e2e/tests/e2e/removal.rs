@@ -8,16 +8,13 @@ use e2e::leaks::files_below;
 use k8s_cri::v1::*;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-use crate::{shares_the_hosts_kernel, with_node};
+use crate::{with_drupe, with_node};
 
 const SOON: Duration = Duration::from_secs(30);
 
 #[test]
 fn a_container_whose_removal_resists_is_shown_with_its_true_exit() -> Result<()> {
-    with_node(|node| {
-        if shares_the_hosts_kernel(node) {
-            return Ok(());
-        }
+    with_drupe(|node| {
         let pod = node.run_pod("resists")?;
         let ended = pod.start("ended", &["sh", "-c", "exit 5"])?;
         let before = ended.wait_exit()?;

@@ -9,7 +9,7 @@ use e2e::log::{self, Stream};
 use e2e::{Node, eventually};
 use k8s_cri::v1::*;
 
-use crate::{shares_the_hosts_kernel, with_node};
+use crate::{shares_the_hosts_kernel, with_drupe, with_node};
 
 /// A container that writes a number ten times a second.
 const COUNTER: &[&str] = &[
@@ -138,10 +138,7 @@ fn a_container_that_ends_while_the_daemon_is_dead_is_reported() -> Result<()> {
 
 #[test]
 fn a_pod_whose_machine_died_with_the_daemon_is_not_ready_and_can_be_removed() -> Result<()> {
-    with_node(|node| {
-        if shares_the_hosts_kernel(node) {
-            return Ok(());
-        }
+    with_drupe(|node| {
         let pod = node.run_pod("crashed")?;
         let container = pod.start_idle("c")?;
         node.kill_server()?;
@@ -162,10 +159,7 @@ fn a_pod_whose_machine_died_with_the_daemon_is_not_ready_and_can_be_removed() ->
 
 #[test]
 fn a_machine_that_dies_is_noticed_at_once() -> Result<()> {
-    with_node(|node| {
-        if shares_the_hosts_kernel(node) {
-            return Ok(());
-        }
+    with_drupe(|node| {
         let pod = node.run_pod("dying")?;
         let container = pod.start_idle("c")?;
         node.kill_pod_processes()?;

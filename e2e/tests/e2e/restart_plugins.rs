@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use e2e::{Node, eventually};
 use k8s_cri::v1::*;
-use serde_json::json;
 
 use crate::shares_the_hosts_kernel;
 
@@ -19,13 +18,7 @@ const HALF_MADE: usize = 3;
 /// A node with one more plugin in its chain, which does `script` before it does
 /// what it should.
 fn node_with_plugin(script: &str) -> Result<Node> {
-    let node = Node::builder()
-        .cni(|conf| {
-            if let Some(plugins) = conf["plugins"].as_array_mut() {
-                plugins.push(json!({ "type": "e2e-odd" }));
-            }
-        })
-        .prepare()?;
+    let node = Node::builder().plugin("e2e-odd").prepare()?;
     let dir = node.plugin_dir().display().to_string();
     let script = format!("#!/bin/sh\ncd {dir}\n{script}\nexec /usr/lib/cni/tuning\n");
     node.write_plugin("e2e-odd", &script)?;

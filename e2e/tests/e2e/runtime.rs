@@ -1,6 +1,7 @@
 //! What the runtime tells of itself and of its node, and how it takes being
 //! asked for what it does not have.
 
+use std::collections::HashMap;
 use std::process::{Command, Output};
 
 use anyhow::{Context, Result, ensure};
@@ -9,10 +10,12 @@ use k8s_cri::v1::*;
 use serde_json::json;
 use tonic::Code;
 
-use crate::refused;
+use crate::{drupe, refused};
 
-fn drupe() -> Result<Node> {
-    Node::builder().server(Server::Drupe).start()
+/// What an answer tells beside the protocol's fields when it is asked to.
+fn parsed(info: &HashMap<String, String>) -> Result<serde_json::Value> {
+    let text = info.get("info").context("no verbose information")?;
+    serde_json::from_str(text).context(text.clone())
 }
 
 #[test]
@@ -34,8 +37,7 @@ fn the_runtime_names_itself_its_handlers_and_its_cgroup_driver() -> Result<()> {
     }
     let handlers: Vec<_> = status.runtime_handlers.iter().map(|h| &h.name).collect();
     assert_eq!(handlers, ["microvm", ""]);
-    let info: serde_json::Value =
-        serde_json::from_str(status.info.get("info").context("no verbose information")?)?;
+    let info = parsed(&status.info)?;
     assert_eq!(info["root"], json!(node.root()));
     assert_eq!(info["defaultRuntime"], "microvm");
 
@@ -82,8 +84,7 @@ fn a_container_is_shown_in_detail_when_asked() -> Result<()> {
     };
     ensure!(show(false)?.info.is_empty());
     let verbose = show(true)?;
-    let info: serde_json::Value =
-        serde_json::from_str(verbose.info.get("info").context("no verbose information")?)?;
+    let info = parsed(&verbose.info)?;
     assert_eq!(info["sandboxID"], json!(pod.id));
     ensure!(info["pid"].as_u64().is_some_and(|pid| pid > 0), "{info}");
 
@@ -93,8 +94,7 @@ fn a_container_is_shown_in_detail_when_asked() -> Result<()> {
     };
     let verbose = node.cri()?.pod_sandbox_status(request)?;
     assert_eq!(verbose.containers_statuses.len(), 1);
-    let info: serde_json::Value =
-        serde_json::from_str(verbose.info.get("info").context("no verbose information")?)?;
+    let info = parsed(&verbose.info)?;
     // The process that is the pod, and where its console is.
     let pid = info["pid"].as_u64().context("no pid")?;
     let processes = node.pod_processes()?;
@@ -171,11 +171,10 @@ fn a_node_is_told_what_it_lacks_and_the_remedy() -> Result<()> {
         "{said}"
     );
 
-    let mut broken: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(node.config_file())?)?;
-    broken["runtimes"]["microvm"]["kernel"] = json!("/no/such/kernel");
-    broken["network"]["bin_dirs"] = json!(["/no/such/plugins"]);
-    node.write_config(&broken.to_string())?;
+    node.edit_config(|config| {
+        config["runtimes"]["microvm"]["kernel"] = json!("/no/such/kernel");
+        config["network"]["bin_dirs"] = json!(["/no/such/plugins"]);
+    })?;
     let bad = run(&["check", "--config", &config])?;
     let said = String::from_utf8_lossy(&bad.stdout).into_owned();
     assert_eq!(bad.status.code(), Some(1), "{said}");

@@ -22,7 +22,7 @@ const SIZE: usize = 1 << 20;
 /// Where the connection is cut.
 const HALF: usize = SIZE / 2;
 
-/// Tells the child process of [`a_killed_daemons_pull_is_taken_up`] what to do.
+/// Make the test's executable, run again, the daemon that is killed.
 const CHILD_ROOT: &str = "IMAGESVC_TEST_CHILD_ROOT";
 const CHILD_IMAGE: &str = "IMAGESVC_TEST_CHILD_IMAGE";
 
@@ -58,8 +58,12 @@ fn partial(root: &Path, image: &TestImage) -> PathBuf {
     root.join("ingest").join(name)
 }
 
-fn partial_len(root: &Path, image: &TestImage) -> u64 {
-    std::fs::metadata(partial(root, image)).map_or(0, |m| m.len())
+async fn until_half_is_here(root: &Path, image: &TestImage) {
+    let partial = partial(root, image);
+    eventually(partial.parent().unwrap(), "half of the layer", || {
+        std::fs::metadata(&partial).is_ok_and(|m| m.len() >= HALF as u64)
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -200,10 +204,7 @@ async fn a_caller_that_gives_up_leaves_the_other_its_pull() {
         tokio::spawn(async move { service.pull(&name, None).await })
     };
     let (first, second) = (spawn(), spawn());
-    eventually("half of the layer", || {
-        partial_len(root.path(), &image) >= HALF as u64
-    })
-    .await;
+    until_half_is_here(root.path(), &image).await;
     first.abort();
     assert!(first.await.unwrap_err().is_cancelled());
     // The second one's pull is still the same: it ends by the time-out.
@@ -226,16 +227,13 @@ async fn an_aborted_pull_leaves_nothing_visible_and_is_taken_up() {
         let (service, name) = (service.clone(), name.clone());
         tokio::spawn(async move { service.pull(&name, None).await })
     };
-    eventually("half of the layer", || {
-        partial_len(root.path(), &image) >= HALF as u64
-    })
-    .await;
+    until_half_is_here(root.path(), &image).await;
     pull.abort();
     assert!(pull.await.unwrap_err().is_cancelled());
     assert!(service.list(None).is_empty());
     assert!(service.status(&name).is_none());
     let tmp = root.path().join("tmp");
-    eventually("no temporary file", || files(&tmp).is_empty()).await;
+    eventually(&tmp, "no temporary file", || files(&tmp).is_empty()).await;
     assert!(files(&root.path().join("layers")).is_empty());
 
     faulty.store(false, Ordering::SeqCst);
@@ -246,23 +244,31 @@ async fn an_aborted_pull_leaves_nothing_visible_and_is_taken_up() {
     assert_eq!(requests[1].header("range"), Some(range.as_str()));
 }
 
+/// What the daemon of [`a_killed_daemons_pull_is_taken_up`] does.
+async fn pull_until_killed(root: &Path, name: &str) {
+    let result = open(root).await.pull(name, None).await;
+    panic!("the pull ended: {result:?}");
+}
+
 #[tokio::test]
 async fn a_killed_daemons_pull_is_taken_up() {
+    if let (Some(root), Ok(name)) = (std::env::var_os(CHILD_ROOT), std::env::var(CHILD_IMAGE)) {
+        return pull_until_killed(Path::new(&root), &name).await;
+    }
     let image = TestImage::of_noise(SIZE, 7);
     let (server, faulty) = faulty_server(&image, Fault::Stall).await;
     let root = tempfile::tempdir().unwrap();
     let name = format!("{}/app", server.host());
+    // There before the daemon makes it, to be watched.
+    std::fs::create_dir(root.path().join("ingest")).unwrap();
     let mut child = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "resume::child_that_is_killed", "--ignored"])
+        .args(["--exact", "resume::a_killed_daemons_pull_is_taken_up"])
         .env(CHILD_ROOT, root.path())
         .env(CHILD_IMAGE, &name)
         .stdout(Stdio::null())
         .spawn()
         .unwrap();
-    eventually("half of the layer", || {
-        partial_len(root.path(), &image) >= HALF as u64
-    })
-    .await;
+    until_half_is_here(root.path(), &image).await;
     child.kill().unwrap();
     child.wait().unwrap();
     assert_eq!(files(&root.path().join("tmp")).len(), 1);
@@ -279,17 +285,6 @@ async fn a_killed_daemons_pull_is_taken_up() {
         Some(range.as_str())
     );
     assert_eq!(files(root.path()).len(), 2, "a record and a layer");
-}
-
-/// Run as a process of its own by the test above.
-#[tokio::test]
-#[ignore = "started by a_killed_daemons_pull_is_taken_up"]
-async fn child_that_is_killed() {
-    let root = std::env::var_os(CHILD_ROOT).expect("started by another test");
-    let image = std::env::var(CHILD_IMAGE).unwrap();
-    let service = open(Path::new(&root)).await;
-    let result = service.pull(&image, None).await;
-    panic!("the pull ended: {result:?}");
 }
 
 #[tokio::test]

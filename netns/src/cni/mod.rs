@@ -29,8 +29,6 @@ mod gc;
 mod lock;
 mod pod;
 mod record;
-#[cfg(test)]
-mod restart_tests;
 mod result;
 #[cfg(test)]
 mod tests;

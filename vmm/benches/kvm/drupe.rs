@@ -1,22 +1,19 @@
 //! A pod's VMM as the daemon starts it.
 
 use std::fs::{self, File};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
-};
 use vmm_client::protocol::{Event, VmState};
 use vmm_client::{
-    Control, Events, FdRole, HugePages, Machine, SpawnRequest, VmSpec, VmmProcess, spawn,
+    Control, Events, FdRole, HugePages, Machine, RateLimit, SpawnRequest, VmSpec, VmmProcess, spawn,
 };
 
-use crate::host;
+use crate::shared::host;
 use crate::vm::{PATIENCE, Vm, append};
 
 const UID: u32 = 61_000;
@@ -63,14 +60,17 @@ impl Drupe {
             (FdRole::Kernel, File::open(&vm.files.kernel)?.into()),
             (FdRole::Initramfs, File::open(vm.initramfs)?.into()),
             (FdRole::ConsoleLog, append(dir, "console")?.into()),
-            (FdRole::ControlListener, control(&dir.join("control"))?),
+            (
+                FdRole::ControlListener,
+                host::control_listener(&dir.join("control"))?,
+            ),
             (FdRole::VsockListener, vsock.into()),
             (FdRole::Scratch, writable(vm.disk)?.into()),
             (FdRole::Kvm, writable(Path::new("/dev/kvm"))?.into()),
         ];
         if let Some(tap) = vm.tap {
             fds.push((FdRole::Netns, host::netns(tap.netns)?.into()));
-            fds.push((FdRole::Tap, host::open_tap(tap)?));
+            fds.push((FdRole::Tap, host::open_tap(tap.netns, tap.name)?));
         }
         let (roles, fds) = fds.into_iter().unzip();
         let spec = VmSpec {
@@ -83,6 +83,7 @@ impl Drupe {
             mac: vm.tap.map(|tap| tap.mac),
             mtu: vm.tap.map(|_| 1500),
             image_slots: 0,
+            disk_limit: RateLimit::default(),
             jail_root,
             shared_dir,
             uid: UID,
@@ -138,12 +139,4 @@ impl Drop for Drupe {
     fn drop(&mut self) {
         self.process.kill();
     }
-}
-
-fn control(path: &Path) -> Result<OwnedFd> {
-    let (family, kind) = (AddressFamily::Unix, SockType::SeqPacket);
-    let listener = socket(family, kind, SockFlag::SOCK_CLOEXEC, None)?;
-    bind(listener.as_raw_fd(), &UnixAddr::new(path)?)?;
-    listen(&listener, Backlog::new(8)?)?;
-    Ok(listener)
 }

@@ -1,4 +1,4 @@
-//! What the host has for guests: directories, taps, the port that agents of
+//! What the host has for guests: directories, disks, the port that agents of
 //! QEMU's guests connect to.
 
 use std::cell::Cell;
@@ -11,14 +11,13 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, VsockAddr, accept, bind, listen, socket,
 };
 use tempfile::TempDir;
 use vmm_client::protocol::READY_PORT;
 
-use crate::vm::{PATIENCE, Tap};
+use crate::vm::PATIENCE;
 
 /// A directory that the jailed VMM may pass through.
 pub fn tempdir() -> Result<TempDir> {
@@ -100,36 +99,4 @@ pub fn ext4_disk(dir: &Path) -> Result<PathBuf> {
 pub fn copy_sparse(from: &Path, to: &Path) -> Result<()> {
     let [from, to] = [from, to].map(|path| path.display().to_string());
     run(&["cp", "--sparse=always", &from, &to])
-}
-
-pub fn netns(name: &str) -> Result<File> {
-    File::open(Path::new("/run/netns").join(name)).with_context(|| name.to_owned())
-}
-
-/// Opens a tap, as the daemon does.
-pub fn open_tap(tap: Tap<'_>) -> Result<OwnedFd> {
-    let netns = netns(tap.netns)?;
-    let name = tap.name.to_owned();
-    let opened = std::thread::spawn(move || -> Result<OwnedFd> {
-        setns(netns, CloneFlags::CLONE_NEWNET)?;
-        let tun = File::options()
-            .read(true)
-            .write(true)
-            .open("/dev/net/tun")?;
-        // SAFETY: all-zero bytes are a valid ifreq.
-        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-        for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
-            *to = from as libc::c_char;
-        }
-        request.ifr_ifru.ifru_flags =
-            (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
-        // SAFETY: TUNSETIFF reads and writes one ifreq.
-        let result = unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF as _, &mut request) };
-        ensure!(result == 0, "{}", std::io::Error::last_os_error());
-        Ok(tun.into())
-    });
-    match opened.join() {
-        Ok(opened) => opened.with_context(|| tap.name.to_owned()),
-        Err(_) => bail!("opening a tap panicked"),
-    }
 }

@@ -17,6 +17,8 @@ mod initramfs;
 mod net;
 mod proc;
 mod qemu;
+#[path = "../../tests/shared/mod.rs"]
+mod shared;
 mod vm;
 
 use std::path::PathBuf;

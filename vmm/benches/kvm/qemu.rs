@@ -1,16 +1,17 @@
 //! The peer: Debian's QEMU with its `microvm` machine, as its documentation
 //! has it for speed, and the devices that a pod's VMM has.
 
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
-use crate::host;
-use crate::vm::{Vm, append};
+use crate::shared::host;
+use crate::shared::watch::Watch;
+use crate::vm::{PATIENCE, Vm, append};
 
 /// Of QEMU's own package.
 const VIRTIOFSD: &str = "/usr/lib/qemu/virtiofsd";
@@ -45,10 +46,11 @@ impl Drop for Kill {
 }
 
 impl Qemu {
-    pub fn prepare(vm: &Vm<'_>, vhost_net: bool, cid: u32, dir: &Path) -> Result<Prepared> {
+    pub async fn prepare(vm: &Vm<'_>, vhost_net: bool, cid: u32, dir: &Path) -> Result<Prepared> {
         let shared = dir.join("shared");
         std::fs::create_dir(&shared)?;
         let socket = dir.join("fs");
+        let watch = Watch::new(dir)?;
         let virtiofsd = Command::new(VIRTIOFSD)
             .arg(format!("--socket-path={}", socket.display()))
             .arg("-o")
@@ -59,11 +61,14 @@ impl Qemu {
             .spawn()
             .context(VIRTIOFSD)?;
         let virtiofsd = Kill(virtiofsd);
-        let begun = Instant::now();
-        while !socket.exists() {
-            ensure!(begun.elapsed() < Duration::from_secs(30), "no {VIRTIOFSD}");
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        let listens = async {
+            while !socket.exists() {
+                watch.changed().await?;
+            }
+            io::Result::Ok(())
+        };
+        let listens = tokio::time::timeout(PATIENCE, listens).await;
+        listens.with_context(|| format!("no {VIRTIOFSD}"))??;
 
         let mib = vm.memory_mib;
         let show = |path: &Path| path.display().to_string();
@@ -102,7 +107,7 @@ impl Qemu {
         add("-append", ARGS.to_owned());
         let mut tap = None;
         if let Some(wanted) = vm.tap {
-            let open = host::open_tap(wanted)?;
+            let open = host::open_tap(wanted.netns, wanted.name)?;
             fcntl(&open, FcntlArg::F_SETFD(FdFlag::empty()))?;
             let vhost = if vhost_net { "on" } else { "off" };
             let fd = open.as_raw_fd();

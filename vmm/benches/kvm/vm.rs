@@ -4,19 +4,18 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use tempfile::TempDir;
+use tokio::time::timeout_at;
 
 use crate::drupe::Drupe;
 use crate::host::Ready;
 use crate::qemu::Qemu;
+use crate::shared::watch::Watch;
 use crate::{Files, host};
 
 /// Far more than anything here takes.
 pub const PATIENCE: Duration = Duration::from_secs(120);
-
-/// How long a look at a console waits for the next.
-const LOOK: Duration = Duration::from_millis(50);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Monitor {
@@ -59,6 +58,8 @@ enum Process {
 pub struct Running {
     process: Process,
     begun: Instant,
+    /// Of its console.
+    watch: Watch,
     dir: TempDir,
 }
 
@@ -66,6 +67,8 @@ impl Running {
     /// Starts a guest; its time begins right before its monitor's process.
     pub async fn start(monitor: Monitor, vm: &Vm<'_>, ready: &Ready) -> Result<Self> {
         let dir = host::tempdir()?;
+        append(dir.path(), "console")?;
+        let watch = Watch::new(&dir.path().join("console"))?;
         let (begun, process) = match monitor {
             Monitor::Drupe => {
                 let prepared = Drupe::prepare(vm, dir.path())?;
@@ -76,7 +79,7 @@ impl Running {
                 )
             }
             Monitor::Qemu { vhost_net } => {
-                let prepared = Qemu::prepare(vm, vhost_net, ready.next_cid(), dir.path())?;
+                let prepared = Qemu::prepare(vm, vhost_net, ready.next_cid(), dir.path()).await?;
                 let begun = Instant::now();
                 (begun, Process::Qemu(Qemu::start(prepared)?))
             }
@@ -84,6 +87,7 @@ impl Running {
         Ok(Self {
             process,
             begun,
+            watch,
             dir,
         })
     }
@@ -101,36 +105,38 @@ impl Running {
 
     /// Waits until the console shows `text`.
     pub async fn shows(&self, text: &str) -> Result<()> {
-        while !self.console().contains(text) {
-            if self.begun.elapsed() > PATIENCE {
-                bail!("no {text:?}; {}", self.story());
-            }
-            tokio::time::sleep(LOOK).await;
-        }
-        Ok(())
+        let shown = |console: &str| console.contains(text).then_some(());
+        self.find(text, shown).await
     }
 
     /// The number after `key` on the console, once its line is whole.
     pub async fn number(&self, key: &str) -> Result<f64> {
         let prefix = format!("{key} ");
+        let word = |console: &str| {
+            let (whole, _) = console.rsplit_once('\n')?;
+            let rest = whole.lines().find_map(|line| line.strip_prefix(&prefix))?;
+            Some(rest.trim().to_owned())
+        };
+        let word = self.find(key, word).await?;
+        word.parse()
+            .with_context(|| format!("{key} is {word:?}; {}", self.story()))
+    }
+
+    /// Waits until `look` finds something on the console.
+    async fn find<T>(&self, what: &str, look: impl Fn(&str) -> Option<T>) -> Result<T> {
+        let deadline = (self.begun + PATIENCE).into();
         loop {
-            let console = self.console();
-            let whole = console.rfind('\n').map_or("", |end| &console[..end]);
-            if let Some(rest) = whole.lines().find_map(|line| line.strip_prefix(&prefix)) {
-                let word = rest.trim();
-                return word
-                    .parse()
-                    .with_context(|| format!("{key} is {word:?}; {}", self.story()));
+            if let Some(found) = look(&self.console()?) {
+                return Ok(found);
             }
-            self.shows(&prefix).await?;
-            tokio::time::sleep(LOOK).await;
+            let changed = timeout_at(deadline, self.watch.changed()).await;
+            changed.with_context(|| format!("no {what:?}; {}", self.story()))??;
         }
     }
 
-    pub fn console(&self) -> String {
-        // Not there yet is as good as empty.
-        let bytes = fs::read(self.path("console")).unwrap_or_default();
-        String::from_utf8_lossy(&bytes).replace('\r', "")
+    fn console(&self) -> Result<String> {
+        let bytes = fs::read(self.path("console")).context("console")?;
+        Ok(String::from_utf8_lossy(&bytes).replace('\r', ""))
     }
 
     /// The monitor's own process, then its helpers.
@@ -146,8 +152,13 @@ impl Running {
     }
 
     fn story(&self) -> String {
-        let log = fs::read_to_string(self.path("log")).unwrap_or_default();
-        format!("its console:\n{}\nits monitor:\n{log}", self.console())
+        let read = |name| fs::read(self.path(name)).unwrap_or_default();
+        let [console, log] = ["console", "log"].map(read);
+        format!(
+            "its console:\n{}\nits monitor:\n{}",
+            String::from_utf8_lossy(&console),
+            String::from_utf8_lossy(&log)
+        )
     }
 
     /// Ends it and waits for its end.

@@ -210,6 +210,17 @@ impl Slot {
     }
 }
 
+/// Where a queue's descriptors, available and used ring lie.
+pub(crate) fn place_rings(queue: &mut Queue, [desc, avail, used]: [u64; 3]) {
+    let halves = |address: u64| (Some(address as u32), Some((address >> 32) as u32));
+    let (low, high) = halves(desc);
+    queue.set_desc_table_address(low, high);
+    let (low, high) = halves(avail);
+    queue.set_avail_ring_address(low, high);
+    let (low, high) = halves(used);
+    queue.set_used_ring_address(low, high);
+}
+
 pub(crate) fn invalid(what: impl Into<String>) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what.into())
 }

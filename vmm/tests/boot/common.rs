@@ -8,31 +8,31 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns};
-use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
-};
 use tempfile::TempDir;
 use vmm_client::protocol::{Event, VmState};
 use vmm_client::{
-    Control, Events, FdRole, HugePages, Machine, SpawnRequest, UmlMode, VmSpec, VmmProcess, spawn,
+    Control, Events, FdRole, HugePages, Machine, RateLimit, SpawnRequest, UmlMode, VmSpec,
+    VmmProcess, spawn,
 };
 
-const BUSYBOX: &str = "/bin/busybox";
+use crate::shared::watch::Watch;
+use crate::shared::{host, initramfs};
+
 pub const UID: u32 = 61_000;
 pub const MAC: [u8; 6] = [0x02, 0xd7, 0, 0, 0, 1];
 pub const HOST_ADDRESS: &str = "10.231.7.1";
 /// Nothing here takes a tenth of this on an idle machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The kernel to test with; without one the test says so and passes.
 pub fn kernel() -> Option<PathBuf> {
@@ -159,18 +159,22 @@ impl Pod {
 
     /// Waits until the console shows `text`.
     pub async fn expect(&mut self, text: &str) {
-        let deadline = Instant::now() + PATIENCE;
+        let watch = Watch::new(&self.path("console.log")).unwrap();
+        let patience = tokio::time::sleep(PATIENCE);
+        tokio::pin!(patience);
+        let mut over = None;
         while !self.console().contains(text) {
-            let over = tokio::time::timeout(Duration::from_millis(20), self.process.wait()).await;
-            if over.is_ok() && self.console().contains(text) {
-                return;
-            }
             assert!(
-                over.is_err() && Instant::now() < deadline,
+                over.is_none(),
                 "no {text:?} on the console ({over:?}):\n{}\n{}",
                 self.console(),
                 self.log()
             );
+            tokio::select! {
+                changed = watch.changed() => changed.unwrap(),
+                end = self.process.wait() => over = Some(format!("{end:?}")),
+                () = &mut patience => over = Some("too late".to_owned()),
+            }
         }
     }
 
@@ -214,7 +218,7 @@ pub fn in_netns<R: Send + 'static>(
     name: &str,
     call: impl FnOnce() -> R + Send + 'static,
 ) -> std::thread::JoinHandle<R> {
-    let netns = File::open(Path::new("/run/netns").join(name)).unwrap();
+    let netns = host::netns(name).unwrap();
     std::thread::spawn(move || {
         setns(netns, CloneFlags::CLONE_NEWNET).unwrap();
         call()
@@ -268,7 +272,7 @@ pub fn prepare(kernel: &Path, setup: &Setup, dir: &Path) -> (SpawnRequest, Clean
         (FdRole::ConsoleLog, append("console.log").into()),
         (
             FdRole::ControlListener,
-            control_listener(&dir.join("control")),
+            host::control_listener(&dir.join("control")).unwrap(),
         ),
         (
             FdRole::VsockListener,
@@ -305,6 +309,7 @@ pub fn prepare(kernel: &Path, setup: &Setup, dir: &Path) -> (SpawnRequest, Clean
             mac: setup.network.then_some(MAC),
             mtu: setup.network.then_some(1400),
             image_slots: setup.image_slots,
+            disk_limit: RateLimit::default(),
             jail_root: jail,
             shared_dir: shared,
             uid: UID,
@@ -326,71 +331,35 @@ fn kernel_args(setup: &Setup) -> Vec<String> {
     setup.kernel_args.iter().cloned().chain(more).collect()
 }
 
-fn control_listener(path: &Path) -> OwnedFd {
-    let listener = socket(
-        AddressFamily::Unix,
-        SockType::SeqPacket,
-        SockFlag::SOCK_CLOEXEC,
-        None,
-    )
-    .unwrap();
-    bind(listener.as_raw_fd(), &UnixAddr::new(path).unwrap()).unwrap();
-    listen(&listener, Backlog::new(8).unwrap()).unwrap();
-    listener
-}
-
 fn make_initramfs(path: &Path, script: &str) {
-    let root = tempfile::tempdir().unwrap();
-    let at = |name: &str| root.path().join(name);
-    for dir in ["bin", "dev", "proc", "sys", "mnt", "tmp"] {
-        fs::create_dir(at(dir)).unwrap();
-    }
-    fs::copy(BUSYBOX, at("bin/busybox")).unwrap();
-    fs::set_permissions(at("bin/busybox"), fs::Permissions::from_mode(0o755)).unwrap();
-    match std::env::var_os("DRUPE_TEST_VSOCK_TOOL") {
-        Some(tool) => {
-            fs::copy(tool, at("bin/vsock")).unwrap();
-        }
-        None => compile_vsock_tool(&at("bin/vsock")),
-    }
-    let init = format!(
-        "#!/bin/busybox sh\n\
-         bb=/bin/busybox\n\
-         $bb mount -t devtmpfs dev /dev\n\
-         $bb mount -t proc proc /proc\n\
-         $bb mount -t sysfs sys /sys\n\
-         $bb --install -s /bin\n\
-         export PATH=/bin\n\
-         disk() {{ for d in /sys/block/vd*; do\n\
+    let built = tempdir();
+    let tool = match std::env::var_os("DRUPE_TEST_VSOCK_TOOL") {
+        Some(tool) => tool.into(),
+        None => compile_vsock_tool(built.path()),
+    };
+    let script = format!(
+        "disk() {{ for d in /sys/block/vd*; do\n\
            [ \"$(cat $d/serial)\" = \"$1\" ] && echo /dev/${{d##*/}}; done; }}\n\
          turn() {{ t=$(disk $1); while [ $(cat /sys/block/${{t##*/}}/size) = 0 ]; do\n\
            usleep 10000; done; }}\n\
          echo GUEST-UP\n\
          {script}\n\
-         reboot -f\n"
+         reboot -f"
     );
-    fs::write(at("init"), init).unwrap();
-    fs::set_permissions(at("init"), fs::Permissions::from_mode(0o755)).unwrap();
-    let status = Command::new("sh")
-        .arg("-c")
-        .arg("find . | busybox cpio -o -H newc")
-        .current_dir(root.path())
-        .stdout(File::create(path).unwrap())
-        .stderr(Stdio::null())
-        .status()
-        .unwrap();
-    assert!(status.success(), "cannot pack the initramfs");
+    initramfs::make(path, &[("bin/vsock".into(), tool)], &script).unwrap();
 }
 
 /// Whoever can link Rust programs has a C compiler.
-fn compile_vsock_tool(to: &Path) {
+fn compile_vsock_tool(dir: &Path) -> PathBuf {
+    let tool = dir.join("vsock");
     let status = Command::new("cc")
         .args(["-static", "-O1", "-o"])
-        .arg(to)
+        .arg(&tool)
         .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/boot/vsock.c"))
         .status()
         .unwrap();
     assert!(status.success(), "cannot compile the guest's vsock tool");
+    tool
 }
 
 /// A network namespace whose tap carries [`HOST_ADDRESS`].
@@ -412,28 +381,9 @@ fn make_network() -> (String, OwnedFd, OwnedFd) {
         "tap0",
     ]);
     ip(&["-n", &name, "link", "set", "tap0", "up"]);
-    let netns = File::open(Path::new("/run/netns").join(&name)).unwrap();
-    let tap = in_netns(&name, || open_tap("tap0"));
-    (name, netns.into(), tap.join().unwrap())
-}
-
-fn open_tap(name: &str) -> OwnedFd {
-    let tun = File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/net/tun")
-        .unwrap();
-    // SAFETY: all-zero bytes are a valid ifreq.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
-        *to = from as libc::c_char;
-    }
-    request.ifr_ifru.ifru_flags =
-        (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
-    // SAFETY: TUNSETIFF reads and writes one ifreq.
-    let result = unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF as _, &mut request) };
-    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
-    tun.into()
+    let netns = host::netns(&name).unwrap().into();
+    let tap = host::open_tap(&name, "tap0").unwrap();
+    (name, netns, tap)
 }
 
 pub fn ip(args: &[&str]) {

@@ -239,21 +239,29 @@ async fn free_memory_goes_back_to_the_host() {
     let go = File::open(pod.path("scratch")).unwrap();
     let mut control = pod.control().await;
     control.attach_disk(0, &[go.as_fd()]).await.unwrap();
-    // Linux reports pages a few seconds after they became free.
-    let deadline = Instant::now() + Duration::from_secs(30);
-    let mut now = full;
-    while now > full - (32 << 10) {
-        assert!(
-            Instant::now() < deadline,
-            "{full} KiB, later {now} KiB\n{}",
-            pod.console()
-        );
-        tokio::time::sleep(Duration::from_millis(100)).await;
-        now = pss_kib(&pod);
-    }
+    shrinks_to(&pod, full - (32 << 10)).await;
     // It is the memory that went, not the guest.
     pod.expect("used=again").await;
     control.kill().await.unwrap();
+}
+
+/// Waits until a pod's memory is `kib` or less. Linux reports pages a few
+/// seconds after they became free, and nothing tells that they went.
+async fn shrinks_to(pod: &Pod, kib: u64) {
+    const INTERVAL: Duration = Duration::from_millis(100);
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        let now = pss_kib(pod);
+        if now <= kib {
+            return;
+        }
+        assert!(
+            Instant::now() < deadline,
+            "{now} KiB, not {kib}\n{}",
+            pod.console()
+        );
+        tokio::time::sleep(INTERVAL).await;
+    }
 }
 
 /// The memory of all processes of a pod.

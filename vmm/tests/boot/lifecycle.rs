@@ -1,19 +1,24 @@
 //! Start, confinement and end.
 
 use std::fs::{self, File};
-use std::io;
-use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use nix::mount::{MntFlags, umount2};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use rustix::process::{PidfdFlags, pidfd_open};
+use tokio::io::AsyncReadExt;
+use tokio::net::unix::pipe;
 use vmm_client::protocol::{Event, VmState};
 use vmm_client::{Control, UmlMode};
 
-use crate::common::{Pod, Setup, UID, is_kvm, kernel, namespace_of, prepare, tempdir};
+use crate::common::{PATIENCE, Pod, Setup, UID, is_kvm, kernel, namespace_of, prepare, tempdir};
 
 /// Tells the process that plays the daemon where to put its pod.
 const DAEMON_DIR: &str = "DRUPE_TEST_DAEMON_DIR";
@@ -147,78 +152,54 @@ async fn a_start_that_is_given_up_leaves_no_process() {
     let Some(kernel) = kernel() else { return };
     for millis in [0, 1, 2, 5, 10, 20] {
         let dir = tempdir();
-        let (request, cleanup) = prepare(&kernel, &Setup::default(), dir.path());
+        let (mut request, cleanup) = prepare(&kernel, &Setup::default(), dir.path());
         let jail = dir.path().join("jail");
+        // The VMM alone holds its log, for as long as one of its processes is
+        // left.
+        let (log, end) = io::pipe().unwrap();
+        request.log = OwnedFd::from(end).into();
         let _ = tokio::time::timeout(Duration::from_millis(millis), vmm_client::spawn(request))
             .await
             .map(|spawned| spawned.unwrap().kill());
-        let deadline = std::time::Instant::now() + Duration::from_secs(10);
-        // The log is held by the VMM alone: it is gone when nobody has it open.
-        while held_by_anyone(&dir.path().join("vmm.log")) {
-            assert!(
-                std::time::Instant::now() < deadline,
-                "left after {millis} ms"
-            );
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+        let mut log = pipe::Receiver::from_owned_fd(log.into()).unwrap();
+        let mut text = Vec::new();
+        tokio::time::timeout(Duration::from_secs(10), log.read_to_end(&mut text))
+            .await
+            .unwrap_or_else(|_| panic!("left after {millis} ms"))
+            .unwrap();
         assert_eq!(fs::read_dir(jail).unwrap().count(), 0);
         drop(cleanup);
     }
 }
 
-fn held_by_anyone(path: &Path) -> bool {
-    let fds = fs::read_dir("/proc")
-        .unwrap()
-        .filter_map(|entry| fs::read_dir(entry.unwrap().path().join("fd")).ok());
-    fds.flatten()
-        .filter_map(|fd| fs::read_link(fd.ok()?.path()).ok())
-        .any(|target| target == path)
-}
-
-/// The other half of the next test, which runs this one as a process.
-#[tokio::test]
-#[ignore = "runs as a part of another test"]
-async fn a_daemon_that_starts_a_pod() {
-    let (Some(kernel), Some(dir)) = (kernel(), std::env::var_os(DAEMON_DIR)) else {
-        return;
-    };
-    let setup = Setup {
-        script: "echo up; until [ $(cat /sys/block/vda/size) != 0 ]; do sleep 1; done; sleep 1000",
-        ..Setup::default()
-    };
-    let dir = PathBuf::from(dir);
-    let (request, cleanup) = prepare(&kernel, &setup, &dir);
-    std::mem::forget(cleanup);
-    let process = vmm_client::spawn(request).await.unwrap();
-    fs::write(dir.join("pid.new"), process.pid().to_string()).unwrap();
-    fs::rename(dir.join("pid.new"), dir.join("pid")).unwrap();
-    std::future::pending::<()>().await;
-}
-
 #[tokio::test]
 async fn when_the_daemon_is_killed_the_pod_goes_on() {
-    let Some(_) = kernel() else { return };
+    let Some(kernel) = kernel() else { return };
+    // The daemon is this test once more, as a process of its own.
+    if let Some(dir) = std::env::var_os(DAEMON_DIR) {
+        return be_a_daemon(&kernel, Path::new(&dir)).await;
+    }
     let dir = tempdir();
+    let (words, its_end) = UnixStream::pair().unwrap();
+    words.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut daemon = Command::new(std::env::current_exe().unwrap())
         .args([
-            "--ignored",
             "--exact",
-            "lifecycle::a_daemon_that_starts_a_pod",
+            "lifecycle::when_the_daemon_is_killed_the_pod_goes_on",
         ])
         .env(DAEMON_DIR, dir.path())
+        .stdin(OwnedFd::from(its_end))
         .stdout(Stdio::null())
         .spawn()
         .unwrap();
-    let deadline = std::time::Instant::now() + Duration::from_secs(60);
-    let pid_file = dir.path().join("pid");
-    while !pid_file.exists() {
-        assert!(daemon.try_wait().unwrap().is_none(), "the daemon failed");
-        assert!(std::time::Instant::now() < deadline);
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    let mut pid = String::new();
+    let read = BufReader::new(words).read_line(&mut pid);
     daemon.kill().unwrap();
     daemon.wait().unwrap();
-    let vmm = fs::read_to_string(pid_file).unwrap();
+    read.unwrap();
+    let pid = pid.trim().parse().expect("the daemon tells its pod's PID");
+    let pid = rustix::process::Pid::from_raw(pid).unwrap();
+    let vmm = pidfd_open(pid, PidfdFlags::empty()).unwrap();
 
     let mut control = Control::connect(&dir.path().join("control")).await.unwrap();
     assert_eq!(control.status().await.unwrap().state, VmState::Booting);
@@ -235,11 +216,24 @@ async fn when_the_daemon_is_killed_the_pod_goes_on() {
         last = Some(status.state);
     }
     assert!(matches!(last, Some(VmState::Ended { .. })), "{last:?}");
-    while !has_ended(&Path::new("/proc").join(&vmm)) {
-        assert!(std::time::Instant::now() < deadline, "the VMM is left");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    let mut ended = [PollFd::new(vmm.as_fd(), PollFlags::POLLIN)];
+    let patience = PollTimeout::try_from(PATIENCE).unwrap();
+    assert_eq!(poll(&mut ended, patience).unwrap(), 1, "the VMM is left");
     umount2(&dir.path().join("shared"), MntFlags::MNT_DETACH).unwrap();
+}
+
+/// Starts a pod in `dir`, tells its PID and stays.
+async fn be_a_daemon(kernel: &Path, dir: &Path) {
+    let setup = Setup {
+        script: "echo up; until [ $(cat /sys/block/vda/size) != 0 ]; do sleep 1; done; sleep 1000",
+        ..Setup::default()
+    };
+    let (request, cleanup) = prepare(kernel, &setup, dir);
+    std::mem::forget(cleanup);
+    let process = vmm_client::spawn(request).await.unwrap();
+    let mut test = File::from(io::stdin().as_fd().try_clone_to_owned().unwrap());
+    writeln!(test, "{}", process.pid()).unwrap();
+    std::future::pending::<()>().await;
 }
 
 /// Gone, or waiting to be reaped: an orphan's is whoever is init here.

@@ -7,4 +7,5 @@
 mod common;
 mod devices;
 mod lifecycle;
-mod measure;
+#[path = "../shared/mod.rs"]
+mod shared;

@@ -37,20 +37,15 @@ macro_rules! guest {
             options(att_syntax)
         );
         fn $name() -> &'static [u8] {
-            mod text {
-                unsafe extern "C" {
-                    pub static $name: u8;
-                }
+            // SAFETY: the assembler's text above defines both labels, and
+            // nothing but their addresses is used.
+            unsafe extern "C" {
+                #[link_name = stringify!($name)]
+                static START: u8;
+                #[link_name = concat!(stringify!($name), "_end")]
+                static END: u8;
             }
-            $crate::common::between(&raw const text::$name, {
-                mod text {
-                    unsafe extern "C" {
-                        #[link_name = concat!(stringify!($name), "_end")]
-                        pub static END: u8;
-                    }
-                }
-                &raw const text::END
-            })
+            $crate::common::between(&raw const START, &raw const END)
         }
     };
 }

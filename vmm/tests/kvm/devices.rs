@@ -39,14 +39,25 @@ struct Machine<D> {
     failed: Receiver<String>,
 }
 
+/// Puts a device into a machine, in the next window.
+fn add<D: Device>(
+    builder: &mut Builder,
+    event_loop: &mut EventLoop,
+    label: &str,
+    device: D,
+) -> DeviceRef<D> {
+    let line = Arc::new(Line::new().unwrap());
+    let transport = Box::new(MmioTransport::new(line.clone()));
+    let device = event_loop.add(label, device, transport).unwrap();
+    builder.add(device.slot(), line).unwrap();
+    device
+}
+
 /// A machine with one device.
 fn with<D: Device>(device: D) -> Option<Machine<D>> {
     let mut builder = Builder::new(hardware(crate::common::device()?)).unwrap();
     let mut event_loop = EventLoop::new("test").unwrap();
-    let line = Arc::new(Line::new().unwrap());
-    let transport = Box::new(MmioTransport::new(line.clone()));
-    let device = event_loop.add("device", device, transport).unwrap();
-    builder.add(device.slot(), line).unwrap();
+    let device = add(&mut builder, &mut event_loop, "device", device);
     let (sender, failed) = channel();
     event_loop
         .spawn(move |reason| {
@@ -70,22 +81,28 @@ fn rng() -> Rng {
     Rng::new(Path::new("/dev/urandom")).unwrap()
 }
 
-/// A driver's way to a device that is ready: features, queue 0 of 8
-/// descriptors at [`DESC`].
-fn set_up(script: Script, desc: u32) -> Script {
+/// The driver's choice of features, and that it is done.
+fn choose_features(script: Script, low: u32, high: u32) -> Script {
     script
+        .write(WINDOW + 0x24, 0)
+        .write(WINDOW + 0x20, low)
+        .write(WINDOW + 0x24, 1)
+        .write(WINDOW + 0x20, high)
+        .write(STATUS, 11)
+}
+
+/// A driver's way to a device that is ready: features, queue 0 of 8
+/// descriptors at `desc`.
+fn set_up(script: Script, desc: u32) -> Script {
+    let script = script
         .listen(GSI)
         .expect(WINDOW, u32::from_le_bytes(*b"virt"))
         .expect(WINDOW + 4, 2)
         .write(STATUS, 0)
         .write(STATUS, 1)
-        .write(STATUS, 3)
-        // VERSION_1 alone.
-        .write(WINDOW + 0x24, 0)
-        .write(WINDOW + 0x20, 0)
-        .write(WINDOW + 0x24, 1)
-        .write(WINDOW + 0x20, 1)
-        .write(STATUS, 11)
+        .write(STATUS, 3);
+    // VERSION_1 alone.
+    choose_features(script, 0, 1)
         .expect(STATUS, 11)
         .write(WINDOW + 0x30, 0)
         .expect(WINDOW + 0x44, 0)
@@ -265,19 +282,13 @@ fn a_reset_device_starts_over() {
 #[test]
 fn a_driver_cannot_take_what_is_not_offered() {
     let Some(machine) = with(rng()) else { return };
+    // Not without VERSION_1, and not with a bit of another device.
     let script = Script::new()
-        // Not without VERSION_1, and not with a bit of another device.
         .write(STATUS, 3)
         .write(STATUS, 11)
-        .expect(STATUS, 3)
-        .write(WINDOW + 0x24, 1)
-        .write(WINDOW + 0x20, 1)
-        .write(WINDOW + 0x24, 0)
-        .write(WINDOW + 0x20, 1)
-        .write(STATUS, 11)
-        .expect(STATUS, 3)
-        .write(WINDOW + 0x20, 0)
-        .write(STATUS, 11)
+        .expect(STATUS, 3);
+    let script = choose_features(script, 1, 1).expect(STATUS, 3);
+    let script = choose_features(script, 0, 1)
         .expect(STATUS, 11)
         // A queue that is none; half a register; a register that is none.
         .write(WINDOW + 0x30, 7)
@@ -302,13 +313,9 @@ fn many_devices_have_a_window_each() {
     let mut event_loop = EventLoop::new("test").unwrap();
     let mut script = Script::new();
     for index in 0..24u32 {
-        let line = Arc::new(Line::new().unwrap());
-        let transport = Box::new(MmioTransport::new(line.clone()));
         let label = format!("image{index}");
-        let device = event_loop
-            .add(label.clone(), Blk::empty(&label).unwrap(), transport)
-            .unwrap();
-        builder.add(device.slot(), line).unwrap();
+        let disk = Blk::empty(&label).unwrap();
+        add(&mut builder, &mut event_loop, &label, disk);
         script = script.expect(WINDOW + index * 0x1000 + 8, 2);
     }
     event_loop.spawn(|reason| panic!("{reason}")).unwrap();

@@ -4,9 +4,22 @@ pub(crate) mod http;
 pub(crate) mod image;
 pub(crate) mod registry;
 
-use std::{path::Path, time::Duration};
+use std::{
+    os::fd::AsFd,
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use imagesvc::{ImageService, ImageServiceConfig, RegistryConfig};
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::inotify::{AddWatchFlags, InitFlags, Inotify},
+};
+use tokio::task::spawn_blocking;
+
+/// How long what happens in the background may take.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 pub(crate) async fn open(root: &Path) -> ImageService {
     open_with(ImageServiceConfig::default(), root).await
@@ -42,15 +55,29 @@ pub(crate) fn files(root: &Path) -> Vec<String> {
     found
 }
 
-/// Waits for what happens in the background.
-pub(crate) async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+/// Waits for what happens in the background and shows in the files of `dir`:
+/// `condition` is asked again whenever one of them has changed.
+pub(crate) async fn eventually(dir: &Path, what: &str, mut condition: impl FnMut() -> bool) {
+    let changes = Inotify::init(InitFlags::IN_CLOEXEC).unwrap();
+    let kinds = AddWatchFlags::IN_CREATE
+        | AddWatchFlags::IN_MODIFY
+        | AddWatchFlags::IN_DELETE
+        | AddWatchFlags::IN_MOVE;
+    changes.add_watch(dir, kinds).unwrap();
+    let changes = Arc::new(changes);
+    let deadline = Instant::now() + PATIENCE;
     while !condition() {
-        assert!(
-            tokio::time::Instant::now() < deadline,
-            "not in time: {what}"
-        );
-        tokio::time::sleep(Duration::from_millis(5)).await;
+        let left = deadline.saturating_duration_since(Instant::now());
+        let changes = Arc::clone(&changes);
+        let changed = spawn_blocking(move || {
+            let mut event = [PollFd::new(changes.as_fd(), PollFlags::POLLIN)];
+            let changed = poll(&mut event, PollTimeout::try_from(left).unwrap()).unwrap() > 0;
+            if changed {
+                changes.read_events().unwrap();
+            }
+            changed
+        });
+        assert!(changed.await.unwrap(), "not in time: {what}");
     }
 }
 

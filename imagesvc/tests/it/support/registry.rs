@@ -1,6 +1,7 @@
 //! Debian's `docker-registry`, the reference implementation, and a pusher.
 
 use std::{
+    fs::File,
     path::Path,
     process::{Child, Command, Stdio},
     sync::Once,
@@ -15,7 +16,7 @@ use super::{closed_port, eventually, image::TestImage};
 pub(crate) struct Registry {
     child: Child,
     port: u16,
-    _config: TempDir,
+    dir: TempDir,
 }
 
 impl Drop for Registry {
@@ -32,28 +33,26 @@ impl Registry {
         let dir = tempfile::tempdir().unwrap();
         let port = closed_port();
         let config = format!(
-            "version: 0.1\nlog: {{level: error, accesslog: {{disabled: true}}}}\n\
+            "version: 0.1\nlog: {{level: info, accesslog: {{disabled: true}}}}\n\
              storage:\n  filesystem: {{rootdirectory: {}}}\n  delete: {{enabled: true}}\n\
              http:\n  addr: 127.0.0.1:{port}\n  secret: test\n{tls}\n{extra}\n",
             storage.display()
         );
         let path = dir.path().join("config.yml");
         std::fs::write(&path, config).unwrap();
+        let log = File::create(dir.path().join("log")).unwrap();
         let child = Command::new("docker-registry")
             .arg("serve")
             .arg(&path)
             .env("OTEL_TRACES_EXPORTER", "none")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(Stdio::null())
+            .stderr(log)
             .spawn()
             .expect("docker-registry of Debian's package of that name");
-        let registry = Self {
-            child,
-            port,
-            _config: dir,
-        };
-        eventually("the registry listens", || {
+        let registry = Self { child, port, dir };
+        // It logs that it does.
+        eventually(registry.dir.path(), "the registry listens", || {
             std::net::TcpStream::connect(("127.0.0.1", port)).is_ok()
         })
         .await;

@@ -12,8 +12,10 @@
 //! task kills what is left of the container, lets its output reach the host,
 //! and only then publishes the exit. The gRPC server is the only caller.
 
+mod capabilities;
 pub mod child;
 mod create;
+mod device_files;
 mod devices;
 mod exec;
 mod launch;

@@ -6,15 +6,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use oci_spec::runtime::{
-    Capability, LinuxCapabilities, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType,
-    LinuxNamespaceType, PosixRlimitType, Process, Spec,
+    LinuxDevice, LinuxDeviceCgroup, LinuxNamespaceType, PosixRlimitType, Process, Spec,
 };
 
-use super::child::LAST_CAPABILITY;
+use super::capabilities::capabilities;
+use super::device_files;
 use super::mounts::{self, MountError};
-use super::plan::{
-    Capabilities, DeviceNode, Identity, Program, Rlimit, RootSetup, SeccompFilter, StringArray,
-};
+use super::plan::{Identity, Program, Rlimit, RootSetup, SeccompFilter, StringArray};
 use super::user::Resolved;
 
 /// What a PATH-less environment searches, as execvp(3) of every distribution.
@@ -22,9 +20,6 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 
 /// `MAX_ARG_STRLEN` and friends bound each string; this bounds their number.
 const MAX_STRINGS: usize = 65536;
-
-/// Files the pod's device list may name.
-const MAX_DEVICES: usize = 256;
 
 #[derive(Debug, thiserror::Error)]
 pub enum SpecError {
@@ -217,9 +212,9 @@ impl ContainerSpec {
         Ok(RootSetup {
             tree,
             cgroup_namespace: self.namespaces().cgroup,
-            devices: devices(asked, mounts.make_devices)?,
+            devices: device_files::nodes(asked, mounts.make_devices)?,
             symlinks: if mounts.make_devices {
-                symlinks()
+                device_files::symlinks()
             } else {
                 Vec::new()
             },
@@ -232,7 +227,7 @@ impl ContainerSpec {
     }
 }
 
-fn c_string(field: &'static str, value: &str) -> Result<CString, SpecError> {
+pub(super) fn c_string(field: &'static str, value: &str) -> Result<CString, SpecError> {
     CString::new(value).map_err(|_| SpecError::Null { field })
 }
 
@@ -287,86 +282,6 @@ pub fn sysctl_path(name: &str) -> Option<String> {
     fine.then(|| format!("/proc/sys/{path}"))
 }
 
-fn capabilities(sets: Option<&LinuxCapabilities>, uid: u32) -> Capabilities {
-    let bits = |set: Option<&std::collections::HashSet<Capability>>| {
-        set.into_iter()
-            .flatten()
-            .fold(0u64, |bits, &cap| bits | 1 << number(cap))
-    };
-    let Some(sets) = sets else {
-        return Capabilities::default();
-    };
-    let bounding = bits(sets.bounding().as_ref());
-    // The kernel refuses more than the bounding set grants.
-    let permitted = bits(sets.permitted().as_ref());
-    let inheritable = bits(sets.inheritable().as_ref());
-    let mut capabilities = Capabilities {
-        bounding,
-        permitted,
-        effective: bits(sets.effective().as_ref()) & permitted,
-        inheritable: inheritable & (bounding | permitted),
-        ambient: bits(sets.ambient().as_ref()) & permitted & inheritable,
-    };
-    if uid != 0 && capabilities.ambient == 0 {
-        // What execve would make of them for a user who is not root.
-        capabilities.permitted = 0;
-        capabilities.effective = 0;
-    }
-    capabilities
-}
-
-fn number(capability: Capability) -> u32 {
-    use Capability as C;
-    // linux/capability.h.
-    let order = [
-        C::Chown,
-        C::DacOverride,
-        C::DacReadSearch,
-        C::Fowner,
-        C::Fsetid,
-        C::Kill,
-        C::Setgid,
-        C::Setuid,
-        C::Setpcap,
-        C::LinuxImmutable,
-        C::NetBindService,
-        C::NetBroadcast,
-        C::NetAdmin,
-        C::NetRaw,
-        C::IpcLock,
-        C::IpcOwner,
-        C::SysModule,
-        C::SysRawio,
-        C::SysChroot,
-        C::SysPtrace,
-        C::SysPacct,
-        C::SysAdmin,
-        C::SysBoot,
-        C::SysNice,
-        C::SysResource,
-        C::SysTime,
-        C::SysTtyConfig,
-        C::Mknod,
-        C::Lease,
-        C::AuditWrite,
-        C::AuditControl,
-        C::Setfcap,
-        C::MacOverride,
-        C::MacAdmin,
-        C::Syslog,
-        C::WakeAlarm,
-        C::BlockSuspend,
-        C::AuditRead,
-        C::Perfmon,
-        C::Bpf,
-        C::CheckpointRestore,
-    ];
-    order
-        .iter()
-        .position(|&other| other == capability)
-        .map_or(LAST_CAPABILITY, |position| position as u32)
-}
-
 /// The spec's limits. The agent's own of open files is not for containers:
 /// programs close every descriptor up to it one by one.
 fn rlimits(process: &Process) -> Vec<Rlimit> {
@@ -409,78 +324,6 @@ fn resource(kind: PosixRlimitType) -> u32 {
     }
 }
 
-/// The device files every container has (runtime spec, "Default Devices"),
-/// then those asked for.
-fn devices(asked: &[LinuxDevice], defaults: bool) -> Result<Vec<DeviceNode>, SpecError> {
-    if asked.len() > MAX_DEVICES {
-        let field = "linux.devices";
-        return Err(SpecError::TooMany {
-            field,
-            count: asked.len(),
-            max: MAX_DEVICES,
-        });
-    }
-    const DEFAULTS: [(&str, u32, u32); 6] = [
-        ("/dev/null", 1, 3),
-        ("/dev/zero", 1, 5),
-        ("/dev/full", 1, 7),
-        ("/dev/random", 1, 8),
-        ("/dev/urandom", 1, 9),
-        ("/dev/tty", 5, 0),
-    ];
-    let mut nodes = Vec::new();
-    for (path, major, minor) in DEFAULTS.into_iter().filter(|_| defaults) {
-        if asked.iter().any(|device| device.path() == Path::new(path)) {
-            continue;
-        }
-        nodes.push(DeviceNode {
-            path: c_string("linux.devices", path)?,
-            mode: libc::S_IFCHR | 0o666,
-            device: libc::makedev(major, minor),
-            uid: 0,
-            gid: 0,
-        });
-    }
-    for device in asked {
-        let path = device.path().to_string_lossy().into_owned();
-        if !path.starts_with('/') {
-            return Err(SpecError::NotAbsolute {
-                field: "linux.devices",
-                value: path,
-            });
-        }
-        let kind = match device.typ() {
-            LinuxDeviceType::B => libc::S_IFBLK,
-            LinuxDeviceType::C | LinuxDeviceType::U => libc::S_IFCHR,
-            LinuxDeviceType::P => libc::S_IFIFO,
-            LinuxDeviceType::A => return Err(SpecError::Device { path }),
-        };
-        let (Ok(major), Ok(minor)) = (device.major().try_into(), device.minor().try_into()) else {
-            return Err(SpecError::Device { path });
-        };
-        nodes.push(DeviceNode {
-            path: c_string("linux.devices", &path)?,
-            mode: kind | device.file_mode().unwrap_or(0o666) & 0o7777,
-            device: libc::makedev(major, minor),
-            uid: device.uid().unwrap_or(0),
-            gid: device.gid().unwrap_or(0),
-        });
-    }
-    Ok(nodes)
-}
-
-fn symlinks() -> Vec<(CString, CString)> {
-    [
-        (c"/proc/self/fd", c"/dev/fd"),
-        (c"/proc/self/fd/0", c"/dev/stdin"),
-        (c"/proc/self/fd/1", c"/dev/stdout"),
-        (c"/proc/self/fd/2", c"/dev/stderr"),
-        (c"pts/ptmx", c"/dev/ptmx"),
-    ]
-    .map(|(target, path)| (target.to_owned(), path.to_owned()))
-    .into()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -509,28 +352,6 @@ mod tests {
         assert_eq!(candidates("ls", &[])[0], "/usr/local/sbin/ls");
         assert_eq!(candidates("./ls", &["PATH=/x"]), ["./ls"]);
         assert!(candidates("", &["PATH=/x"]).is_empty());
-    }
-
-    #[test]
-    fn capability_numbers_are_the_kernels() {
-        assert_eq!(number(Capability::Chown), 0);
-        assert_eq!(number(Capability::SysAdmin), 21);
-        assert_eq!(number(Capability::Setfcap), 31);
-        assert_eq!(number(Capability::CheckpointRestore), LAST_CAPABILITY);
-    }
-
-    #[test]
-    fn a_plain_user_keeps_no_capabilities_without_ambient_ones() {
-        let sets: LinuxCapabilities = serde_json::from_str(
-            r#"{"bounding":["CAP_KILL"],"permitted":["CAP_KILL"],"effective":["CAP_KILL"]}"#,
-        )
-        .unwrap();
-        assert_eq!(capabilities(Some(&sets), 0).effective, 1 << 5);
-        let user = capabilities(Some(&sets), 1000);
-        assert_eq!(
-            (user.bounding, user.permitted, user.effective),
-            (1 << 5, 0, 0)
-        );
     }
 
     #[test]

@@ -28,7 +28,7 @@ use virtio_queue::QueueT;
 pub use memory::Memory;
 
 use self::wire::{Connection, MAX_CONFIG, Message, Next, config_change};
-use super::{Slot, Transport, invalid};
+use super::{Slot, Transport, invalid, place_rings};
 use crate::devices::{Interrupt, Poller};
 
 /// VHOST_USER_F_PROTOCOL_FEATURES.
@@ -135,13 +135,7 @@ impl VhostUser {
             }
             Message::SetVringAddr(addr) => {
                 let queue = slot.queue(addr.index)?;
-                queue
-                    .set_desc_table_address(Some(addr.desc as u32), Some((addr.desc >> 32) as u32));
-                queue.set_avail_ring_address(
-                    Some(addr.avail as u32),
-                    Some((addr.avail >> 32) as u32),
-                );
-                queue.set_used_ring_address(Some(addr.used as u32), Some((addr.used >> 32) as u32));
+                place_rings(queue, [addr.desc, addr.avail, addr.used]);
             }
             Message::SetVringKick(index, fd) => {
                 let fd = fd.map(nonblocking).transpose()?;

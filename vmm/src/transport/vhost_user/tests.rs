@@ -121,6 +121,18 @@ impl FrontEnd {
         self.send(9, &payload, &[]);
     }
 
+    /// Sets up the queue but for its kick; the line that calls the driver.
+    fn set_up_queue(&self) -> UnixStream {
+        self.set_memory(BASE, BASE, SIZE);
+        self.words(8, &[0, 256]);
+        self.words(10, &[0, 0]);
+        self.set_addr(BASE);
+        let (call, call_end) = UnixStream::pair().unwrap();
+        call.set_read_timeout(Some(PATIENCE)).unwrap();
+        self.long(13, 0, &[call_end.as_fd()]);
+        call
+    }
+
     /// What `virtio_uml` says before it sets up queues.
     fn greet(&mut self) {
         self.send(3, &[], &[]);
@@ -142,13 +154,7 @@ fn a_driver_sets_the_device_up_and_is_served() {
     front.greet();
     let (requests, requests_end) = UnixStream::pair().unwrap();
     front.send(21, &[], &[requests_end.as_fd()]);
-    front.set_memory(BASE, BASE, SIZE);
-    front.words(8, &[0, 256]);
-    front.words(10, &[0, 0]);
-    front.set_addr(BASE);
-    let (mut call, call_end) = UnixStream::pair().unwrap();
-    call.set_read_timeout(Some(PATIENCE)).unwrap();
-    front.long(13, 0, &[call_end.as_fd()]);
+    let mut call = front.set_up_queue();
 
     // GET_ID, made available and kicked before the device listens.
     let desc = |at: u64, addr: u64, len: u32, flags: u16, next: u16| {
@@ -204,13 +210,7 @@ fn a_driver_sets_the_device_up_and_is_served() {
 fn without_protocol_features_a_queue_is_enabled_by_its_kick() {
     let front = FrontEnd::connect();
     front.long(2, 1 << VIRTIO_F_VERSION_1, &[]);
-    front.set_memory(BASE, BASE, SIZE);
-    front.words(8, &[0, 256]);
-    front.words(10, &[0, 0]);
-    front.set_addr(BASE);
-    let (mut call, call_end) = UnixStream::pair().unwrap();
-    call.set_read_timeout(Some(PATIENCE)).unwrap();
-    front.long(13, 0, &[call_end.as_fd()]);
+    let mut call = front.set_up_queue();
     // A chain of one readable buffer: no request, so it is just returned.
     let mut desc = (BASE + 0x8000).to_le_bytes().to_vec();
     desc.extend([16, 0, 0, 0, 0, 0, 0, 0]);

@@ -4,6 +4,8 @@
 //! it, `exec-N`, so that it can be killed alone. The children enable no
 //! controllers, so the container's processes may live beside them.
 
+mod limits;
+
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -16,12 +18,10 @@ use tokio::io::Interest;
 use tokio::time::{Instant, timeout_at};
 
 use crate::sys;
+use limits::{Setting, settings};
 
 pub const ROOT: &str = "/sys/fs/cgroup";
 pub const POD: &str = "/sys/fs/cgroup/pod";
-
-/// The kernel's bounds of `cpu.weight`.
-const WEIGHT: std::ops::RangeInclusive<u64> = 1..=10_000;
 
 /// Largest cgroup file read: memory.stat is 2 KiB.
 const MAX_FILE: u64 = 64 * 1024;
@@ -346,183 +346,9 @@ pub struct Usage {
     pub pids: u64,
 }
 
-#[derive(Debug, PartialEq, Eq)]
-struct Setting {
-    file: String,
-    value: String,
-    /// The kernel may have no such file; then there is nothing to limit.
-    optional: bool,
-}
-
-/// The cgroup v2 files that OCI resources come to, in the order to write them.
-fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, CgroupError> {
-    let mut settings = Vec::new();
-    let mut set = |file: &str, value: String, optional| {
-        settings.push(Setting {
-            file: file.to_owned(),
-            value,
-            optional,
-        });
-    };
-    let limit = |value: i64| {
-        if value < 0 {
-            "max".to_owned()
-        } else {
-            value.to_string()
-        }
-    };
-    if let Some(memory) = resources.memory() {
-        if let Some(bytes) = memory.limit().filter(|&bytes| bytes != 0) {
-            set("memory.max", limit(bytes), false);
-            // No swap beyond the limit; a guest without swap has no file.
-            set(
-                "memory.swap.max",
-                if bytes < 0 { "max" } else { "0" }.to_owned(),
-                true,
-            );
-        }
-        if let Some(bytes) = memory.reservation().filter(|&bytes| bytes != 0) {
-            set(
-                "memory.low",
-                if bytes < 0 {
-                    "0".to_owned()
-                } else {
-                    bytes.to_string()
-                },
-                false,
-            );
-        }
-    }
-    if let Some(cpu) = resources.cpu() {
-        if let Some(shares) = cpu.shares().filter(|&shares| shares != 0) {
-            set("cpu.weight", weight(shares).to_string(), false);
-        }
-        if let Some(idle) = cpu.idle() {
-            set("cpu.idle", idle.to_string(), true);
-        }
-        // The kernel's default period when only a quota is given.
-        let period = cpu.period().filter(|&period| period != 0);
-        match (cpu.quota().filter(|&quota| quota != 0), period) {
-            (None, None) => {}
-            (quota, period) => {
-                let quota = quota.filter(|&quota| quota > 0);
-                let quota = quota.map_or("max".to_owned(), |quota| quota.to_string());
-                set(
-                    "cpu.max",
-                    format!("{quota} {}", period.unwrap_or(100_000)),
-                    false,
-                );
-            }
-        }
-        for (file, value) in [("cpuset.cpus", cpu.cpus()), ("cpuset.mems", cpu.mems())] {
-            if let Some(value) = value.as_ref().filter(|value| !value.is_empty()) {
-                set(file, value.clone(), true);
-            }
-        }
-    }
-    if let Some(pids) = resources.pids().as_ref() {
-        let value = pids.limit();
-        if value != 0 {
-            set("pids.max", limit(value), false);
-        }
-    }
-    for page in resources.hugepage_limits().iter().flatten() {
-        let size = page.page_size();
-        check_name(size)?;
-        let value = page.limit();
-        // A kernel without them keeps to a limit of none.
-        set(
-            &format!("hugetlb.{size}.max"),
-            value.to_string(),
-            value == 0,
-        );
-    }
-    for (file, value) in resources.unified().iter().flatten() {
-        check_name(file)?;
-        set(file, value.clone(), false);
-    }
-    Ok(settings)
-}
-
-/// A file of the cgroup's own directory that holds a limit: `cgroup.*` moves
-/// and kills processes and is the agent's.
-fn check_name(file: &str) -> Result<(), CgroupError> {
-    let fine = !file.is_empty()
-        && file.len() < 128
-        && !file.starts_with("cgroup.")
-        && file
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || b == b'.' || b == b'_')
-        && !file.starts_with('.');
-    if fine {
-        Ok(())
-    } else {
-        Err(CgroupError::Name {
-            file: file.to_owned(),
-        })
-    }
-}
-
-/// `cpu.weight` for OCI's cpu shares: the conversion that the field's runtimes
-/// agreed on, which maps 2 to 1, 1024 to 100 and 262144 to 10000.
-fn weight(shares: u64) -> u64 {
-    if shares <= 2 {
-        return *WEIGHT.start();
-    }
-    if shares >= 262_144 {
-        return *WEIGHT.end();
-    }
-    let log = (shares as f64).log2();
-    let exponent = (log * log + 125.0 * log) / 612.0 - 7.0 / 34.0;
-    (10f64.powf(exponent).ceil() as u64).clamp(*WEIGHT.start(), *WEIGHT.end())
-}
-
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-
     use super::*;
-
-    fn written(json: &str) -> Vec<(String, String)> {
-        settings(&serde_json::from_str(json).unwrap())
-            .unwrap()
-            .into_iter()
-            .map(|setting| (setting.file, setting.value))
-            .collect()
-    }
-
-    fn pairs(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
-        pairs
-            .iter()
-            .map(|&(a, b)| (a.to_owned(), b.to_owned()))
-            .collect()
-    }
-
-    #[test]
-    fn limits_become_files() {
-        assert_eq!(
-            written(
-                r#"{"memory":{"limit":1048576},"cpu":{"shares":1024,"quota":50000,"period":100000},
-                    "pids":{"limit":100}}"#
-            ),
-            pairs(&[
-                ("memory.max", "1048576"),
-                ("memory.swap.max", "0"),
-                ("cpu.weight", "100"),
-                ("cpu.max", "50000 100000"),
-                ("pids.max", "100"),
-            ])
-        );
-        assert_eq!(
-            written(r#"{"memory":{"limit":-1},"cpu":{"quota":-1}}"#),
-            pairs(&[
-                ("memory.max", "max"),
-                ("memory.swap.max", "max"),
-                ("cpu.max", "max 100000")
-            ])
-        );
-        assert!(written("{}").is_empty());
-    }
 
     #[test]
     fn a_limit_of_no_huge_pages_needs_no_kernel_that_has_them() {
@@ -547,40 +373,10 @@ mod tests {
     }
 
     #[test]
-    fn unified_names_stay_in_the_directory() {
-        assert_eq!(
-            written(r#"{"unified":{"memory.high":"5"}}"#),
-            pairs(&[("memory.high", "5")])
-        );
-        for bad in ["../x", "cgroup.kill", "a/b", ""] {
-            let resources: LinuxResources =
-                serde_json::from_value(serde_json::json!({ "unified": { bad: "1" } })).unwrap();
-            assert!(
-                matches!(settings(&resources), Err(CgroupError::Name { .. })),
-                "{bad}"
-            );
-        }
-    }
-
-    #[test]
     fn keyed_files_are_read_by_whole_names() {
         let text = "oom 1\noom_kill 3\noom_group_kill 2\n";
         assert_eq!(field(text, "oom_kill"), 3);
         assert_eq!(field(text, "oom"), 1);
         assert_eq!(field(text, "none"), 0);
-    }
-
-    #[test]
-    fn the_known_points_of_the_weight_curve() {
-        assert_eq!([2, 1024, 262_144].map(weight), [1, 100, 10_000]);
-    }
-
-    proptest! {
-        #[test]
-        fn weights_grow_with_shares(a in 2u64..400_000, b in 2u64..400_000) {
-            let (low, high) = (a.min(b), a.max(b));
-            prop_assert!(weight(low) <= weight(high));
-            prop_assert!(WEIGHT.contains(&weight(a)));
-        }
     }
 }

@@ -1,5 +1,5 @@
 //! A daemon that is killed in the midst of an attachment, and its successor.
-//! The daemon is this test's own executable, run again; the plugins are
+//! The daemon is the tests' own executable, run again; the plugins are
 //! Debian's, held up at chosen points by scripts around them.
 
 use std::{
@@ -13,14 +13,8 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::{
-    tests::{Census, census, collect, executable, leases, names, netns, only, script},
-    *,
-};
-use crate::{
-    Netns,
-    testing::{Host, bridge_network, cni, cni_in, pod, run},
-};
+use super::*;
+use crate::testing::{cni, cni_in, pod};
 
 const DIR: &str = "NETNS_TEST_DIR";
 const VERB: &str = "NETNS_TEST_VERB";
@@ -31,7 +25,9 @@ const WATCHED: Duration = Duration::from_millis(300);
 /// In a script: tells that it got here and waits for the test, the first time.
 const HOLD: &str = "mkdir held 2>/dev/null && { echo here > at; read go < gate; }";
 
-/// Not a test, but the daemon of those below.
+/// Not a test, but the daemon of those below: what is killed has to be a process
+/// of its own, and cargo builds no helper programs for tests that see a crate's
+/// inside.
 #[tokio::test]
 #[ignore = "run by other tests"]
 async fn daemon() {
@@ -53,7 +49,7 @@ impl Daemon {
     fn start(host: &Host, verb: Verb) -> Self {
         let path = env::var("PATH").unwrap();
         let child = Command::new(env::current_exe().unwrap())
-            .args(["--exact", "cni::restart_tests::daemon", "--ignored"])
+            .args(["--exact", "cni::tests::restart::daemon", "--ignored"])
             .env(DIR, host.dir())
             .env(VERB, verb.name())
             // Before the machine's own iptables.
@@ -110,12 +106,7 @@ impl Held {
 }
 
 fn with_port(mut pod: PodNetwork) -> PodNetwork {
-    pod.port_mappings = vec![PortMapping {
-        host_port: 8080.try_into().unwrap(),
-        container_port: 80.try_into().unwrap(),
-        protocol: Protocol::Tcp,
-        host_ip: None,
-    }];
+    pod.port_mappings = vec![forwarded(8080)];
     pod
 }
 
@@ -279,7 +270,7 @@ async fn the_bridge_plugin_killed_before_its_masquerade_chain_is_undone() {
     assert_eq!(census(&host), clean);
 }
 
-/// Unaltered plugins, and no chosen point.
+/// Unaltered plugins, and no chosen point: what is tried is the time.
 #[tokio::test]
 async fn killed_at_any_time() {
     let host = Host::enter();
