@@ -39,8 +39,9 @@ demo: setup build ## Run one pod on its own kernel and show it; IMAGE=... takes 
 
 # Always the whole workspace: another selection of packages would mean another
 # selection of features, and the dependencies compiled anew.
-test: setup build ## Unit tests, then the end-to-end tests
+test: setup build out/node ## Unit tests, the end-to-end tests, and those on kvm in an emulated node
 	@$(TIMED) "all tests" $(CARGO) test --release --workspace -- --test-threads=$(TEST_THREADS)
+	@$(EMULATED_NODE)
 
 e2e: setup build ## Only the end-to-end tests
 	@$(TIMED) "end-to-end tests" $(CARGO) test --release --workspace --test e2e -- --test-threads=$(TEST_THREADS)
