@@ -45,6 +45,7 @@ pub struct Node {
     pub dir: PathBuf,
     pub netns: Arc<NetNs>,
     pub server: Server,
+    without_kvm: bool,
     cgroup: Arc<Cgroup>,
     /// Links and host port rules that are there without any pod.
     standing_links: Vec<String>,

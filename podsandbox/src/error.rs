@@ -105,6 +105,8 @@ pub enum Error {
     /// In words, with its path.
     #[error("the guest kernel cannot be used: {0}")]
     GuestKernel(String),
+    #[error("cannot open /dev/kvm (`drupe check` tells what helps)")]
+    Kvm(#[source] io::Error),
     #[error("{program} failed: {stderr}")]
     Tool {
         program: &'static str,
@@ -161,7 +163,9 @@ impl Error {
             | Self::Ambiguous { .. }
             | Self::Invalid { .. }
             | Self::Oci(_) => ErrorKind::InvalidArgument,
-            Self::PodNotReady { .. } | Self::ContainerState { .. } => ErrorKind::FailedPrecondition,
+            Self::PodNotReady { .. } | Self::ContainerState { .. } | Self::Kvm(_) => {
+                ErrorKind::FailedPrecondition
+            }
             Self::Start { source, .. } => source.kind(),
             Self::NoDiskSlot { .. } => ErrorKind::ResourceExhausted,
             Self::NoNetwork(_) => ErrorKind::Unavailable,

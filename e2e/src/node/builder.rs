@@ -28,6 +28,7 @@ type Edit = Box<dyn FnOnce(&mut Value)>;
 pub struct NodeBuilder {
     server: Server,
     machine_network: bool,
+    without_kvm: bool,
     without_registry: bool,
     config: Vec<Edit>,
     cni: Vec<Edit>,
@@ -44,6 +45,7 @@ impl Default for NodeBuilder {
         Self {
             server,
             machine_network: false,
+            without_kvm: false,
             without_registry: false,
             config: Vec::new(),
             cni: Vec::new(),
@@ -63,6 +65,13 @@ impl NodeBuilder {
     pub fn on_the_machines_network(mut self) -> Self {
         self.machine_network = true;
         self.without_registry = true;
+        self
+    }
+
+    /// Keeps the server from opening /dev/kvm.
+    #[must_use]
+    pub fn without_kvm(mut self) -> Self {
+        self.without_kvm = true;
         self
     }
 
@@ -128,6 +137,7 @@ impl NodeBuilder {
         standing_links.push(bridge.to_owned());
         let mut node = Node {
             server: self.server,
+            without_kvm: self.without_kvm,
             standing_links,
             standing_rules: leaks::port_forwards(&netns)?,
             bridge_to_remove: self.machine_network.then_some(bridge),

@@ -16,6 +16,15 @@ use crate::{Cri, artifacts, eventually, reaper};
 const START_WITHIN: Duration = Duration::from_secs(30);
 const STOP_WITHIN: Duration = Duration::from_secs(30);
 
+/// Puts a device that cannot be opened in the place of /dev/kvm, if there is
+/// one, for what it executes alone; $0 is a name to make a directory of.
+const HIDE_KVM: &str = r#"
+    set -e
+    mkdir "$0"; mount -t tmpfs -o nodev none "$0"; mknod "$0/kvm" c 10 232
+    [ ! -e /dev/kvm ] || mount --bind "$0/kvm" /dev/kvm
+    exec "$@"
+"#;
+
 /// Lines of the server's log that a failed test prints.
 const LOG_TAIL_LINES: usize = 60;
 
@@ -56,6 +65,10 @@ impl Node {
         command
             .args(["-c", "echo $$ > \"$0\" && exec \"$@\""])
             .arg(self.cgroup.procs_file());
+        if self.without_kvm {
+            command.args(["unshare", "--mount", "sh", "-c", HIDE_KVM]);
+            command.arg(self.dir.join("nodev"));
+        }
         match self.server {
             Server::Drupe => command
                 .arg(artifacts::daemon()?)

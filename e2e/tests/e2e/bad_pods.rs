@@ -1,17 +1,14 @@
 //! Pods that cannot be: a clear refusal, and nothing left.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use e2e::Node;
 use k8s_cri::v1::*;
-use serde_json::json;
 use tonic::Code;
 
 use crate::bad_containers::assert_no_container;
-use crate::{on_drupe, refused, shares_the_hosts_kernel, took_less, with_drupe};
+use crate::{on_drupe, refused, shares_the_hosts_kernel, with_drupe};
 
 #[test]
 fn unknown_ids_are_not_found_and_nothing_to_stop_or_remove() -> Result<()> {
@@ -214,97 +211,6 @@ fn a_missing_log_directory_is_named() -> Result<()> {
         ensure!(!node.dir.join("not-there").exists(), "it was made");
         node.assert_no_pod_left()
     })
-}
-
-#[test]
-fn a_guest_kernel_that_does_not_boot_is_told_with_its_last_words() -> Result<()> {
-    let node = Node::builder()
-        .config(|config| {
-            config["runtimes"]["microvm"]["kernel_args"] = json!(["rdinit=/no/such/init"])
-        })
-        .start()?;
-    on_drupe(node, |node| {
-        let begun = Instant::now();
-        let answer = node
-            .try_run_pod(node.pod_config("panics"))
-            .map(|pod| pod.id);
-        // The panic's reason, and the console's lines around it.
-        refused(
-            answer,
-            Code::Internal,
-            &[
-                "phase boot",
-                "kernel panic: ",
-                "console",
-                "Kernel panic - not syncing",
-            ],
-        )?;
-        took_less(begun, Duration::from_secs(20))?;
-        node.assert_no_pod_left()
-    })
-}
-
-#[test]
-fn a_guest_kernel_that_is_no_kernel_is_named() -> Result<()> {
-    let node = Node::builder().prepare()?;
-    let broken = node.dir.join("broken-kernel");
-    fs::write(&broken, "not a kernel")?;
-    fs::set_permissions(&broken, fs::Permissions::from_mode(0o755))?;
-    node.edit_config(|config| config["runtimes"]["microvm"]["kernel"] = json!(broken))?;
-    node.start_server()?;
-    on_drupe(node, |node| {
-        let answer = node
-            .try_run_pod(node.pod_config("kernelless"))
-            .map(|pod| pod.id);
-        refused(
-            answer,
-            Code::Internal,
-            &["phase vmm", "broken-kernel", "is no kernel"],
-        )?;
-        node.assert_no_pod_left()
-    })
-}
-
-#[test]
-fn a_guest_that_never_reports_ready_is_given_up_with_its_last_words() -> Result<()> {
-    let node = Node::builder()
-        .config(|config| config["runtimes"]["microvm"]["boot_timeout_seconds"] = json!(2))
-        .prepare()?;
-    let initramfs = silent_initramfs(&node)?;
-    node.edit_config(|config| config["runtimes"]["microvm"]["initramfs"] = json!(initramfs))?;
-    node.start_server()?;
-    on_drupe(node, |node| {
-        let begun = Instant::now();
-        let answer = node
-            .try_run_pod(node.pod_config("silent"))
-            .map(|pod| pod.id);
-        refused(
-            answer,
-            Code::DeadlineExceeded,
-            &["phase boot", "2 s", "console", "no agent in here"],
-        )?;
-        took_less(begun, Duration::from_secs(20))?;
-        node.assert_no_pod_left()
-    })
-}
-
-/// An initramfs that boots, says something and then nothing.
-fn silent_initramfs(node: &Node) -> Result<std::path::PathBuf> {
-    let script = "set -e; mkdir -p tree/bin tree/dev; cd tree; cp /bin/busybox bin; \
-                  printf '#!/bin/busybox sh\nbusybox mount -t devtmpfs none /dev\n\
-                  echo no agent in here > /dev/console\nexec busybox sleep 100000\n' > init; \
-                  chmod 755 init; find . | cpio --quiet -o -H newc > ../silent";
-    let output = std::process::Command::new("sh")
-        .args(["-c", script])
-        .current_dir(&node.dir)
-        .output()
-        .context("sh")?;
-    ensure!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    Ok(node.dir.join("silent"))
 }
 
 #[test]

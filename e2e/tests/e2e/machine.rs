@@ -95,7 +95,7 @@ fn privileged(pod: &Pod, name: &str) -> Result<Container> {
 }
 
 /// Waits until pod and container are over, by themselves.
-fn await_end(pod: &Pod, container: &Container) -> Result<ContainerStatus> {
+pub fn await_end(pod: &Pod, container: &Container) -> Result<ContainerStatus> {
     eventually("the pod to be not ready", Duration::from_secs(10), || {
         let state = pod.status()?.state();
         ensure!(state == PodSandboxState::SandboxNotready, "it is {state:?}");
@@ -110,7 +110,7 @@ fn await_end(pod: &Pod, container: &Container) -> Result<ContainerStatus> {
 }
 
 /// A pod whose machine has ended holds nothing once it is removed.
-fn assert_ended(node: &Node, pod: &Pod, container: &Container) -> Result<()> {
+pub fn assert_ended(node: &Node, pod: &Pod, container: &Container) -> Result<()> {
     let status = container.status()?;
     ensure!(status.exit_code != 0, "a lost container ended with 0");
     ensure!(!status.message.is_empty(), "no word of why it ended");

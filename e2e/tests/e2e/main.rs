@@ -3,6 +3,7 @@
 
 mod bad_containers;
 mod bad_input;
+mod bad_machines;
 mod bad_networks;
 mod bad_pods;
 mod cgroups;

@@ -360,11 +360,7 @@ impl Driver {
         if runtime.decision.machine == MachineKind::Kvm {
             let device = Path::new(crate::machine::DEVICE);
             let opened = fs::File::options().read(true).write(true).open(device);
-            let kvm = opened.map_err(|source| Error::File {
-                what: "device",
-                path: device.to_owned(),
-                source,
-            })?;
+            let kvm = opened.map_err(Error::Kvm)?;
             fds.push((FdRole::Kvm, kvm.into()));
         }
         let spec = VmSpec {

@@ -10,6 +10,7 @@ use std::process::{Command, Stdio};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::personality::{self, Persona};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::stat::fstat;
 use nix::sys::wait::WaitStatus;
 use nix::unistd::{AccessFlags, Pid, access};
 use vmm_client::UmlMode;
@@ -53,6 +54,10 @@ pub struct Config {
 pub enum StartError {
     #[error("the initramfs cannot be read by the pod's uid")]
     Initramfs(#[source] io::Error),
+    #[error(
+        "the initramfs of {len} bytes does not fit into the guest's memory of {mib} MiB beside its kernel"
+    )]
+    InitramfsTooLarge { len: u64, mib: u32 },
     #[error("cannot prepare the guest kernel's process")]
     Prepare(#[source] io::Error),
     #[error("the guest kernel cannot be executed by the pod's uid")]
@@ -67,6 +72,16 @@ pub fn start(config: Config) -> Result<Started, StartError> {
     // UML reads it by this path, as the pod's uid and without capabilities:
     // so does access(2) look at it, by the real uid.
     access(initramfs.as_str(), AccessFlags::R_OK).map_err(|e| StartError::Initramfs(e.into()))?;
+    let initramfs_len = fstat(&config.initramfs)
+        .map_err(|e| StartError::Initramfs(e.into()))?
+        .st_size
+        .cast_unsigned();
+    if initramfs_len >= u64::from(config.memory_mib) << 20 {
+        return Err(StartError::InitramfsTooLarge {
+            len: initramfs_len,
+            mib: config.memory_mib,
+        });
+    }
 
     let (console, output) = io::pipe().map_err(StartError::Prepare)?;
     let errors = output.try_clone().map_err(StartError::Prepare)?;

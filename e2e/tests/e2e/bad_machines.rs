@@ -1,0 +1,204 @@
+//! Machines that cannot be made, do not come up or lose a part of the node:
+//! told by that part's name, and nothing left.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use e2e::machine::Machine;
+use e2e::{Container, Node, Pod};
+use serde_json::json;
+use tonic::Code;
+
+use crate::machine::{assert_ended, await_end};
+use crate::{on_drupe, refused, took_less, with_drupe};
+
+#[test]
+fn a_guest_kernel_that_does_not_boot_is_told_with_its_last_words() -> Result<()> {
+    let node = Node::builder()
+        .config(|config| {
+            config["runtimes"]["microvm"]["kernel_args"] = json!(["rdinit=/no/such/init"])
+        })
+        .start()?;
+    on_drupe(node, |node| {
+        let begun = Instant::now();
+        let answer = node
+            .try_run_pod(node.pod_config("panics"))
+            .map(|pod| pod.id);
+        // The panic's reason, and the console's lines around it.
+        refused(
+            answer,
+            Code::Internal,
+            &[
+                "phase boot",
+                "kernel panic: ",
+                "console",
+                "Kernel panic - not syncing",
+            ],
+        )?;
+        took_less(begun, Duration::from_secs(20))?;
+        node.assert_no_pod_left()
+    })
+}
+
+#[test]
+fn a_guest_kernel_that_is_no_kernel_is_named() -> Result<()> {
+    let node = Node::builder().prepare()?;
+    let broken = node.dir.join("broken-kernel");
+    fs::write(&broken, "not a kernel")?;
+    fs::set_permissions(&broken, fs::Permissions::from_mode(0o755))?;
+    node.edit_config(|config| config["runtimes"]["microvm"]["kernel"] = json!(broken))?;
+    node.start_server()?;
+    on_drupe(node, |node| {
+        let answer = node
+            .try_run_pod(node.pod_config("kernelless"))
+            .map(|pod| pod.id);
+        refused(
+            answer,
+            Code::Internal,
+            &["phase vmm", "broken-kernel", "is no kernel"],
+        )?;
+        node.assert_no_pod_left()
+    })
+}
+
+#[test]
+fn a_guest_that_never_reports_ready_is_given_up_with_its_last_words() -> Result<()> {
+    let node = Node::builder()
+        .config(|config| config["runtimes"]["microvm"]["boot_timeout_seconds"] = json!(2))
+        .prepare()?;
+    let initramfs = silent_initramfs(&node)?;
+    node.edit_config(|config| config["runtimes"]["microvm"]["initramfs"] = json!(initramfs))?;
+    node.start_server()?;
+    on_drupe(node, |node| {
+        let begun = Instant::now();
+        let answer = node
+            .try_run_pod(node.pod_config("silent"))
+            .map(|pod| pod.id);
+        refused(
+            answer,
+            Code::DeadlineExceeded,
+            &["phase boot", "2 s", "console", "no agent in here"],
+        )?;
+        took_less(begun, Duration::from_secs(20))?;
+        node.assert_no_pod_left()
+    })
+}
+
+/// An initramfs that boots, says something and then nothing.
+fn silent_initramfs(node: &Node) -> Result<std::path::PathBuf> {
+    let script = "set -e; mkdir -p tree/bin tree/dev; cd tree; cp /bin/busybox bin; \
+                  printf '#!/bin/busybox sh\nbusybox mount -t devtmpfs none /dev\n\
+                  echo no agent in here > /dev/console\nexec busybox sleep 100000\n' > init; \
+                  chmod 755 init; find . | cpio --quiet -o -H newc > ../silent";
+    let output = std::process::Command::new("sh")
+        .args(["-c", script])
+        .current_dir(&node.dir)
+        .output()
+        .context("sh")?;
+    ensure!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(node.dir.join("silent"))
+}
+
+#[test]
+fn an_initramfs_larger_than_the_guests_memory_is_named() -> Result<()> {
+    let node = Node::builder().prepare()?;
+    let large = node.dir.join("large");
+    fs::File::create(&large)?.set_len(4 << 30)?;
+    node.edit_config(|config| config["runtimes"]["microvm"]["initramfs"] = json!(large))?;
+    node.start_server()?;
+    on_drupe(node, |node| {
+        let answer = node.try_run_pod(node.pod_config("large")).map(|pod| pod.id);
+        refused(
+            answer,
+            Code::Internal,
+            &[
+                "phase vmm",
+                "the initramfs of 4294967296 bytes",
+                "memory of",
+            ],
+        )?;
+        node.assert_no_pod_left()
+    })
+}
+
+#[test]
+fn virtual_machines_that_the_node_does_not_let_drupe_have_are_named() -> Result<()> {
+    let node = Node::builder().without_kvm().prepare()?;
+    let kernel = e2e::artifacts::guest_kernel(Machine::Kvm)?;
+    node.edit_config(|config| {
+        config["runtimes"]["microvm"]["machine"] = json!("kvm");
+        config["runtimes"]["microvm"]["kernel"] = json!(kernel);
+    })?;
+    node.start_server()?;
+    on_drupe(node, |node| {
+        let answer = node.try_run_pod(node.pod_config("kvm")).map(|pod| pod.id);
+        refused(
+            answer,
+            Code::FailedPrecondition,
+            &["phase vmm", "/dev/kvm", "`drupe check`"],
+        )?;
+        ensure!(
+            node.log()?.contains("pods of this handler cannot start"),
+            "no word of it when the daemon started"
+        );
+        node.assert_no_pod_left()
+    })
+}
+
+#[test]
+fn a_disk_that_shrinks_ends_its_pod_by_name() -> Result<()> {
+    ends_by_name("shrunk", &["scratch", "shrunk"], |node, pod, container| {
+        let disk = fs::read_dir(node.root().join("scratch"))?
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .find(|path| {
+                let name = path.file_stem().and_then(|name| name.to_str());
+                name.is_some_and(|name| pod.id.starts_with(name))
+            })
+            .context("the pod has no scratch disk")?;
+        fs::File::options()
+            .write(true)
+            .open(&disk)?
+            .set_len(1 << 20)?;
+        // Whatever lies beyond is not there any more.
+        let script = "dd if=/dev/zero of=/file bs=1M count=64 && sync && echo 3 > /proc/sys/vm/drop_caches; cat /file";
+        let _ended = container.exec_sync(&["sh", "-c", script], 20);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_tap_that_vanishes_ends_its_pod_by_name() -> Result<()> {
+    ends_by_name("tapless", &["tap0", "gone"], |node, pod, _| {
+        let netns = fs::read_dir(node.netns_dir())?
+            .next()
+            .with_context(|| format!("no network namespace of {}", pod.id))??;
+        let enter = format!("--net={}", netns.path().display());
+        let arguments = [&enter, "ip", "link", "delete", "tap0"];
+        node.netns.output("nsenter", &arguments).map(drop)
+    })
+}
+
+/// Runs a pod of which `lose` takes something away, and sees it end for a
+/// reason that has all of `words`.
+fn ends_by_name(
+    name: &str,
+    words: &[&str],
+    lose: impl FnOnce(&Node, &Pod, &Container) -> Result<()>,
+) -> Result<()> {
+    with_drupe(|node| {
+        let pod = node.run_pod(name)?;
+        let container = pod.start_idle("idle")?;
+        lose(node, &pod, &container)?;
+        let status = await_end(&pod, &container)?;
+        for word in words {
+            ensure!(status.message.contains(word), "{}", status.message);
+        }
+        assert_ended(node, &pod, &container)
+    })
+}
