@@ -5,15 +5,15 @@ use std::io::Write;
 
 use anyhow::Result;
 
-use crate::figures::{Aim, Samples, heading, ratio};
+use crate::figures::{Figure, tell};
 use crate::host::{Ready, tempdir};
 use crate::vm::{Monitor, Running, Vm};
-use crate::{Files, ROUNDS, initramfs};
+use crate::{Files, in_turn, initramfs};
 
 const MIB: usize = 64;
-const QEMU: Monitor = Monitor::Qemu { vhost_net: false };
+const MONITORS: [Monitor; 2] = [Monitor::Drupe, Monitor::Qemu { vhost_net: false }];
 
-pub async fn measure(files: &Files) -> Result<()> {
+pub async fn round(files: &Files, number: usize) -> Result<()> {
     let dir = tempdir()?;
     let ready = Ready::listen()?;
     let script = "reader /dev/vda 2";
@@ -24,28 +24,18 @@ pub async fn measure(files: &Files) -> Result<()> {
         file.write_all(&vec![number as u8; 1 << 20])?;
     }
     let vm = Vm {
-        files,
         initramfs: &initramfs,
-        memory_mib: 128,
-        disk: &disk,
-        tap: None,
+        ..Vm::plain(files, &disk)
     };
-    let mut sides = [(); 2].map(|()| (Samples::default(), Samples::default()));
-    for _ in 0..ROUNDS {
-        for (monitor, side) in [Monitor::Drupe, QEMU].into_iter().zip(&mut sides) {
-            let running = Running::start(monitor, &vm, &ready).await?;
-            let sequential = running.number("sequential").await?;
-            let random = running.number("random").await?;
-            eprintln!("disk: {monitor:?}: {sequential:.0} MiB/s, {random:.0} reads/s");
-            side.0.push(sequential);
-            side.1.push(random);
-            running.end().await?;
+    for monitor in in_turn(MONITORS, number) {
+        let running = Running::start(monitor, &vm, &ready).await?;
+        for (figure, key) in [
+            (Figure::SequentialReads, "sequential"),
+            (Figure::RandomReads, "random"),
+        ] {
+            tell(figure, monitor, running.number(key).await?)?;
         }
+        running.end().await?;
     }
-    let [ours, theirs] = &sides;
-    let aim = Some(Aim::AtLeast(1.0));
-    heading("disk, in the host's memory");
-    ratio("1 MiB sequential, MiB/s", &ours.0, &theirs.0, aim);
-    ratio("4 KiB random, reads/s", &ours.1, &theirs.1, aim);
     Ok(())
 }

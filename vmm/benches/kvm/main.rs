@@ -1,18 +1,21 @@
 //! `make bench-kvm`: the `kvm` machine beside QEMU's `microvm` machine with the
-//! same kernel, initramfs, disk and tap, in one run. Runs as root on a node
-//! whose KVM runs ordinary guests.
+//! same kernel, initramfs, disk and tap. `e2e/node/bench.sh` runs it once for
+//! each round of each part, as root on a node whose KVM runs ordinary guests,
+//! and then with all samples for the table.
 //!
-//! usage: kvm GUEST VMM READER [boot] [disk] [net]
+//! usage: kvm round PART NUMBER GUEST VMM READER, or kvm table < SAMPLES
 //!
 //! GUEST is the directory of the guest's kernel and initramfs, VMM is
-//! `drupe-vmm`, READER the guest's program that reads disks. Without a part,
-//! all are run.
+//! `drupe-vmm`, READER the guest's program that reads disks. Samples are lines
+//! of JSON on standard output. A guest that never said anything ends a round
+//! with the exit code 125, as a node that stands still.
 
 mod boot;
 mod disk;
 mod drupe;
 mod figures;
 mod host;
+mod idle;
 mod initramfs;
 mod net;
 mod proc;
@@ -22,11 +25,16 @@ mod shared;
 mod vm;
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 
-/// Times that each thing is measured, in turn with its peer.
+use crate::vm::{Monitor, Silent};
+
+/// Samples of each figure.
 const ROUNDS: usize = 5;
+
+const NODE_STANDS_STILL: u8 = 125;
 
 /// What the programs under test are made of.
 pub struct Files {
@@ -36,37 +44,58 @@ pub struct Files {
     pub reader: PathBuf,
 }
 
-fn main() -> Result<()> {
-    let mut args = std::env::args().skip(1);
-    let mut path = |what: &str| args.next().map(PathBuf::from).context(what.to_owned());
-    let guest = path("usage: kvm GUEST VMM READER [boot] [disk] [net]")?;
-    let files = Files {
-        kernel: guest.join("kernel-kvm"),
-        initramfs: guest.join("initramfs"),
-        vmm: path("no VMM")?,
-        reader: path("no READER")?,
-    };
-    let parts: Vec<String> = args.collect();
-    if let Some(unknown) = parts
-        .iter()
-        .find(|part| !["boot", "disk", "net"].contains(&part.as_str()))
-    {
-        bail!("no part {unknown:?}: boot, disk or net");
+/// `monitors` in this round's order: whoever comes first has a colder node.
+pub fn in_turn<const N: usize>(mut monitors: [Monitor; N], round: usize) -> [Monitor; N] {
+    monitors.rotate_left(round % N);
+    monitors
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            if error.is::<Silent>() {
+                NODE_STANDS_STILL.into()
+            } else {
+                ExitCode::FAILURE
+            }
+        }
     }
-    let wanted = |part: &str| parts.is_empty() || parts.iter().any(|p| p == part);
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
-    runtime.block_on(async {
-        if wanted("boot") {
-            boot::measure(&files).await?;
+}
+
+fn run() -> Result<()> {
+    let mut args = std::env::args().skip(1);
+    let mut next = |what: &'static str| args.next().context(what);
+    match next("what to do: round or table")?.as_str() {
+        "table" => figures::table(),
+        "round" => {
+            let part = next("no PART")?;
+            let number = next("no NUMBER")?.parse().context("NUMBER")?;
+            let guest = PathBuf::from(next("no GUEST")?);
+            let files = Files {
+                kernel: guest.join("kernel-kvm"),
+                initramfs: guest.join("initramfs"),
+                vmm: next("no VMM")?.into(),
+                reader: next("no READER")?.into(),
+            };
+            tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()?
+                .block_on(round(&part, number, &files))
         }
-        if wanted("disk") {
-            disk::measure(&files).await?;
-        }
-        if wanted("net") {
-            net::measure(&files).await?;
-        }
-        Ok(())
-    })
+        other => bail!("{other:?} is neither round nor table"),
+    }
+}
+
+async fn round(part: &str, number: usize, files: &Files) -> Result<()> {
+    match part {
+        "boot" => boot::round(files, number).await,
+        "idle-drupe" => idle::measure(files, Monitor::Drupe).await,
+        "idle-qemu" => idle::measure(files, Monitor::Qemu { vhost_net: false }).await,
+        "disk" => disk::round(files, number).await,
+        "net-host" => net::host_round(files, number).await,
+        "net-pods" => net::pods_round(files, number).await,
+        other => bail!("no part {other:?}"),
+    }
 }

@@ -4,11 +4,12 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result};
+use tempfile::TempDir;
 
-use crate::figures::{Aim, Samples, heading, ratio};
+use crate::figures::{Figure, tell};
 use crate::host::{Ready, run, tempdir};
 use crate::vm::{Monitor, Running, Tap, Vm};
-use crate::{Files, ROUNDS, initramfs};
+use crate::{Files, in_turn, initramfs};
 
 const NETNS: &str = "bench-kvm";
 const HOST: &str = "10.231.7.1";
@@ -18,13 +19,6 @@ const MONITORS: [Monitor; 3] = [
     Monitor::Qemu { vhost_net: false },
     Monitor::Qemu { vhost_net: true },
 ];
-
-#[derive(Default)]
-struct Side {
-    to_host: Samples,
-    from_host: Samples,
-    between: Samples,
-}
 
 /// A network of two taps on a bridge that the host is on as well.
 struct Network(Child);
@@ -70,7 +64,11 @@ impl Drop for Network {
 /// The guest with the tap of this number, and a script for its init.
 fn script(number: usize, then: &str) -> String {
     format!(
-        "rate() {{ echo \"$1 $(iperf3 -f k -t 2 $2 | awk '/receiver/ {{ print $7 }}')\"; }}\n\
+        "rate() {{\n\
+         told=$(iperf3 -f k -O 1 -t 4 $2)\n\
+         echo \"$told\"\n\
+         echo \"$1 $(echo \"$told\" | awk '/receiver/ {{ print $7 }}')\"\n\
+         }}\n\
          ip link set lo up\n\
          ip link set eth0 up\n\
          ip addr add 10.231.7.{}/24 dev eth0\n\
@@ -87,76 +85,74 @@ fn tap(number: usize) -> Tap<'static> {
     }
 }
 
-pub async fn measure(files: &Files) -> Result<()> {
-    let dir = tempdir()?;
-    let ready = Ready::listen()?;
-    let _network = Network::new()?;
-    let iperf = Path::new("/usr/bin/iperf3");
-    let make = |name: &str, script: &str| initramfs::make(dir.path(), name, &[iperf], script);
+/// What every guest of a round is made from.
+struct Setup {
+    dir: TempDir,
+    ready: Ready,
+    _network: Network,
+}
+
+impl Setup {
+    fn new() -> Result<Self> {
+        Ok(Self {
+            dir: tempdir()?,
+            ready: Ready::listen()?,
+            _network: Network::new()?,
+        })
+    }
+
+    /// Starts the guest of this number, whose init runs `then`.
+    async fn start(
+        &self,
+        files: &Files,
+        monitor: Monitor,
+        number: usize,
+        then: &str,
+    ) -> Result<Running> {
+        let [initramfs, disk] = ["initramfs", "disk"].map(|name| format!("{name}{number}"));
+        let iperf = Path::new("/usr/bin/iperf3");
+        let script = script(number, then);
+        let initramfs = initramfs::make(self.dir.path(), &initramfs, &[iperf], &script)?;
+        // QEMU takes none that another one has open.
+        let disk = self.dir.path().join(disk);
+        std::fs::write(&disk, [0; 1 << 20])?;
+        let vm = Vm {
+            initramfs: &initramfs,
+            memory_mib: 192,
+            tap: Some(tap(number)),
+            ..Vm::plain(files, &disk)
+        };
+        Running::start(monitor, &vm, &self.ready).await
+    }
+}
+
+/// One guest of each monitor and its host.
+pub async fn host_round(files: &Files, number: usize) -> Result<()> {
+    let setup = Setup::new()?;
     let with_host = format!("rate to-host '-c {HOST}'\nrate from-host '-c {HOST} -R'");
-    let host = make("host", &script(0, &with_host))?;
-    let server = make("server", &script(0, "echo LISTENS\niperf3 -s"))?;
-    let client = make("client", &script(1, "rate between '-c 10.231.7.2'"))?;
-    // QEMU takes none that another one has open.
-    let disks = ["disk0", "disk1"].map(|name| dir.path().join(name));
-    for disk in &disks {
-        std::fs::write(disk, [0; 1 << 20])?;
-    }
-    let vm = |initramfs, number: usize| Vm {
-        files,
-        initramfs,
-        memory_mib: 192,
-        disk: disks[number].as_path(),
-        tap: Some(tap(number)),
-    };
-
-    let mut sides = MONITORS.map(|_| Side::default());
-    for _ in 0..ROUNDS {
-        for (monitor, side) in MONITORS.into_iter().zip(&mut sides) {
-            let guest = Running::start(monitor, &vm(&host, 0), &ready).await?;
-            let to_host = guest.number("to-host").await? / 1e3;
-            let from_host = guest.number("from-host").await? / 1e3;
-            guest.end().await?;
-            eprintln!("net: {monitor:?}: to host {to_host:.0}, from host {from_host:.0} Mbit/s");
-            side.to_host.push(to_host);
-            side.from_host.push(from_host);
-
-            let first = Running::start(monitor, &vm(&server, 0), &ready).await?;
-            first.shows("LISTENS").await?;
-            let second = Running::start(monitor, &vm(&client, 1), &ready).await?;
-            let between = second.number("between").await? / 1e3;
-            first.end().await?;
-            second.end().await?;
-            eprintln!("net: {monitor:?}: between {between:.0} Mbit/s");
-            side.between.push(between);
+    for monitor in in_turn(MONITORS, number) {
+        let guest = setup.start(files, monitor, 0, &with_host).await?;
+        for (figure, key) in [(Figure::ToHost, "to-host"), (Figure::FromHost, "from-host")] {
+            tell(figure, monitor, guest.number(key).await? / 1e3)?;
         }
+        guest.end().await?;
     }
-    let [ours, theirs, vhost] = &sides;
-    let aim = Some(Aim::AtLeast(1.0));
-    heading("network, Mbit/s");
-    for (peer, title, aim) in [
-        (theirs, "", aim),
-        // For comparison: their data path is in the host's kernel.
-        (vhost, ", vhost-net", None),
-    ] {
-        ratio(
-            &format!("to host{title}"),
-            &ours.to_host,
-            &peer.to_host,
-            aim,
-        );
-        ratio(
-            &format!("from host{title}"),
-            &ours.from_host,
-            &peer.from_host,
-            aim,
-        );
-        ratio(
-            &format!("pod to pod{title}"),
-            &ours.between,
-            &peer.between,
-            aim,
-        );
+    Ok(())
+}
+
+/// Two guests of each monitor.
+pub async fn pods_round(files: &Files, number: usize) -> Result<()> {
+    let setup = Setup::new()?;
+    for monitor in in_turn(MONITORS, number) {
+        let listens = "echo LISTENS\niperf3 -s";
+        let first = setup.start(files, monitor, 0, listens).await?;
+        first.shows("LISTENS").await?;
+        let connects = "rate between '-c 10.231.7.2'";
+        let second = setup.start(files, monitor, 1, connects).await?;
+        let between = second.number("between").await? / 1e3;
+        tell(Figure::PodToPod, monitor, between)?;
+        first.end().await?;
+        second.end().await?;
     }
     Ok(())
 }

@@ -4,7 +4,8 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Error, Result};
+use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 use tokio::time::timeout_at;
 
@@ -17,13 +18,22 @@ use crate::{Files, host};
 /// Far more than anything here takes.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Monitor {
     Drupe,
     /// The tap is served by the host's kernel (vhost-net) or by QEMU.
     Qemu {
         vhost_net: bool,
     },
+}
+
+/// A guest that has not said a word in all its time, as one that the emulator's
+/// fault hangs in its first steps.
+#[derive(Debug, thiserror::Error)]
+#[error("a guest of {monitor:?} has said nothing; its monitor:\n{log}")]
+pub struct Silent {
+    monitor: Monitor,
+    log: String,
 }
 
 /// What a guest is made of.
@@ -43,7 +53,18 @@ pub struct Tap<'a> {
     pub mac: [u8; 6],
 }
 
-impl Vm<'_> {
+impl<'a> Vm<'a> {
+    /// A pod's initramfs and no network.
+    pub fn plain(files: &'a Files, disk: &'a Path) -> Self {
+        Self {
+            files,
+            initramfs: &files.initramfs,
+            memory_mib: 128,
+            disk,
+            tap: None,
+        }
+    }
+
     pub fn memory_bytes(&self) -> u64 {
         u64::from(self.memory_mib) << 20
     }
@@ -56,6 +77,7 @@ enum Process {
 
 /// A guest that was started. Dropping it ends it.
 pub struct Running {
+    monitor: Monitor,
     process: Process,
     begun: Instant,
     /// Of its console.
@@ -85,6 +107,7 @@ impl Running {
             }
         };
         Ok(Self {
+            monitor,
             process,
             begun,
             watch,
@@ -99,7 +122,7 @@ impl Running {
             Process::Qemu(_) => ready.accept(),
         };
         let took = self.begun.elapsed();
-        heard.with_context(|| format!("no agent; {}", self.story()))?;
+        heard.map_err(|error| self.without(error, "agent"))?;
         Ok(took)
     }
 
@@ -130,8 +153,21 @@ impl Running {
                 return Ok(found);
             }
             let changed = timeout_at(deadline, self.watch.changed()).await;
-            changed.with_context(|| format!("no {what:?}; {}", self.story()))??;
+            changed.map_err(|error| self.without(error.into(), what))??;
         }
+    }
+
+    /// Why `what` never came.
+    fn without(&self, error: Error, what: &str) -> Error {
+        let mute = self.console().is_ok_and(|console| console.is_empty());
+        if mute && self.begun.elapsed() >= PATIENCE {
+            return Silent {
+                monitor: self.monitor,
+                log: self.text("log"),
+            }
+            .into();
+        }
+        error.context(format!("no {what:?}; {}", self.story()))
     }
 
     fn console(&self) -> Result<String> {
@@ -151,14 +187,14 @@ impl Running {
         self.dir.path().join(name)
     }
 
+    fn text(&self, name: &str) -> String {
+        let bytes = fs::read(self.path(name)).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
     fn story(&self) -> String {
-        let read = |name| fs::read(self.path(name)).unwrap_or_default();
-        let [console, log] = ["console", "log"].map(read);
-        format!(
-            "its console:\n{}\nits monitor:\n{}",
-            String::from_utf8_lossy(&console),
-            String::from_utf8_lossy(&log)
-        )
+        let [console, log] = ["console", "log"].map(|name| self.text(name));
+        format!("its console:\n{console}\nits monitor:\n{log}")
     }
 
     /// Ends it and waits for its end.
