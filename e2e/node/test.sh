@@ -37,13 +37,13 @@ in_node() {
 }
 
 failed=0
-again=1
+again=2
 for ((first = 0; first < ${#names[@]}; first += TESTS_A_NODE)); do
     some=("${names[@]:first:TESTS_A_NODE}")
     code=0
     in_node "${some[@]}" || code=$?
     # The node did not come up, died or stands still (124, 125): that can be the
-    # emulator, once a run. A test that fails is not tried again.
+    # emulator, twice a run at most. A test that fails is not tried again.
     if [ "$code" -ge 124 ] && [ "$code" -le 125 ] && [ "$again" -gt 0 ]; then
         again=$((again - 1))
         echo "node: given up (exit code $code); its tests once more in a new one: ${some[*]}" >&2
