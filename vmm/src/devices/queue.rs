@@ -48,6 +48,16 @@ impl<'a> Io<'a> {
         }
         Ok(())
     }
+
+    /// As [`Io::notify`], of what was given back since queue `index` was at
+    /// `before`, its `next_used` of then. Of nothing it tells nothing: a
+    /// driver without EVENT_IDX is interrupted whenever it is told.
+    pub(crate) fn notify_since(&mut self, index: usize, before: u16) -> io::Result<()> {
+        if self.queues[index].next_used() == before {
+            return Ok(());
+        }
+        self.notify(index)
+    }
 }
 
 /// A ring that cannot be worked with: nothing on it can be believed any more.

@@ -54,6 +54,7 @@ impl Rng {
         if !io.queues[QUEUE].ready() {
             return Ok(());
         }
+        let before = io.queues[QUEUE].next_used();
         let mut left = REQUESTS_PER_TURN;
         while let Some(chain) = io.next_chain(QUEUE)? {
             if left == 0 {
@@ -72,7 +73,7 @@ impl Rng {
             };
             io.give_back(QUEUE, head, written as u32)?;
         }
-        io.notify(QUEUE)
+        io.notify_since(QUEUE, before)
     }
 }
 
@@ -118,6 +119,7 @@ impl Device for Rng {
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
+    use std::sync::atomic::Ordering;
 
     use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollTimeout};
 
@@ -147,5 +149,15 @@ mod tests {
         driver.with(&mut rng, again).unwrap();
         assert_eq!(driver.used(QUEUE).map(|(_, len)| len), Some(64));
         assert_eq!(epoll.wait(&mut events, EpollTimeout::ZERO).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_kick_without_a_request_interrupts_nobody() {
+        let mut rng = Rng::new(Path::new("/dev/urandom")).unwrap();
+        let mut driver = Driver::new(&rng);
+        driver.push(QUEUE, &[Part::Write(64)]);
+        driver.kick(&mut rng, QUEUE);
+        driver.kick(&mut rng, QUEUE);
+        assert_eq!(driver.irqs.used.load(Ordering::Relaxed), 1);
     }
 }

@@ -112,8 +112,8 @@ impl Balloon {
         if !io.queues.get(index).is_some_and(QueueT::ready) {
             return Ok(());
         }
+        let before = io.queues[index].next_used();
         let mut left = CHAINS_PER_TURN;
-        let mut used = false;
         while let Some(chain) = io.next_chain(index)? {
             if left == 0 {
                 io.queues[index].go_to_previous_position();
@@ -129,9 +129,8 @@ impl Balloon {
                 _ => {}
             }
             io.give_back(index, head, 0)?;
-            used = true;
         }
-        if used { io.notify(index) } else { Ok(()) }
+        io.notify_since(index, before)
     }
 
     /// Gives back the pages whose numbers a chain holds (le32 each).

@@ -71,8 +71,9 @@ impl Pair {
         if !queue.ready() {
             return self.watch(poller, Some(ITS_END));
         }
+        let before = queue.next_used();
         let stopped = self.rx.run(&self.tap, queue, io.mem)?;
-        io.notify(index)?;
+        io.notify_since(index, before)?;
         let flags = match stopped {
             Stopped::Watch => EpollFlags::EPOLLIN,
             Stopped::NoBuffers => ITS_END,
@@ -89,6 +90,7 @@ impl Pair {
             return Ok(true);
         }
         queue.disable_notification(io.mem).map_err(broken)?;
+        let before = queue.next_used();
         let mut sent = 0;
         let done = loop {
             if sent == TX_BUDGET {
@@ -110,7 +112,7 @@ impl Pair {
             }
             io.give_back(index, head, 0)?;
         };
-        io.notify(index)?;
+        io.notify_since(index, before)?;
         Ok(done)
     }
 }

@@ -52,7 +52,7 @@ impl Vsock {
         if !io.queues[TX].ready() {
             return Ok(());
         }
-        let mut used_any = false;
+        let before = io.queues[TX].next_used();
         let mut left = PACKETS_PER_TURN;
         while let Some(chain) = io.next_chain(TX)? {
             let head = chain.head_index();
@@ -61,14 +61,13 @@ impl Vsock {
                 Err(e) => tracing::debug!(error = %e, "vsock: a packet was dropped"),
             }
             io.give_back(TX, head, 0)?;
-            used_any = true;
             left -= 1;
             if left == 0 {
                 self.again.ring()?;
                 break;
             }
         }
-        if used_any { io.notify(TX) } else { Ok(()) }
+        io.notify_since(TX, before)
     }
 
     pub(super) fn packet(&mut self, mut packet: Iov<'_>) -> io::Result<()> {
