@@ -17,7 +17,7 @@ export DRUPE_TEST_KERNEL := $(CURDIR)/out/guest/kernel-uml
 export DRUPE_TEST_INITRAMFS := $(CURDIR)/out/guest/initramfs
 export DRUPE_TEST_VMM := $(CURDIR)/out/bin/drupe-vmm
 
-.PHONY: help setup build demo test e2e test-kvm fuzz bench bench-kvm lint clean
+.PHONY: help setup build demo test e2e critest test-kvm fuzz bench bench-kvm lint clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,11 @@ test: setup build out/node ## Unit tests, the end-to-end tests, and those on kvm
 
 e2e: setup build ## Only the end-to-end tests
 	@$(TIMED) "end-to-end tests" $(CARGO) test --release --workspace --test e2e -- --test-threads=$(TEST_THREADS)
+
+# PARALLEL, FOCUS and SKIP reach the program by its environment.
+critest: ## Kubernetes' conformance tests of CRI; PARALLEL=2 at once, FOCUS='...' and SKIP='...' choose by name
+critest: setup build
+	@$(TARGET_DIR)/release/critest
 
 test-kvm: setup build out/node ## End-to-end tests on kvm, in an emulated bare-metal node
 	@$(EMULATED_NODE)

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use podsandbox::config::RuntimeConfig;
 use serde::{Deserialize, Serialize};
 
+use crate::streaming::StreamingConfig;
+
 /// What `drupe config` prints; a test holds it to [`Config::default`].
 pub const DEFAULT_YAML: &str = include_str!("default.yaml");
 
@@ -22,6 +24,7 @@ pub struct Config {
     pub default_runtime: String,
     pub runtimes: BTreeMap<String, RuntimeConfig>,
     pub network: NetworkConfig,
+    pub streaming: StreamingConfig,
     pub images: imagesvc::ImageServiceConfig,
 }
 
@@ -79,6 +82,7 @@ impl Default for Config {
             default_runtime: "microvm".to_owned(),
             runtimes: BTreeMap::from([("microvm".to_owned(), RuntimeConfig::default())]),
             network: NetworkConfig::default(),
+            streaming: StreamingConfig::default(),
             images: imagesvc::ImageServiceConfig::default(),
         }
     }
@@ -141,6 +145,12 @@ impl Config {
             if !path.is_absolute() {
                 return fail(field, format!("{path:?} is not an absolute path"));
             }
+        }
+        if self.streaming.idle_timeout_seconds == 0 {
+            return fail(
+                "streaming.idle_timeout_seconds",
+                "must be positive".to_owned(),
+            );
         }
         for (name, runtime) in &self.runtimes {
             let field = |key: &str| format!("runtimes.{name}.{key}");
@@ -244,6 +254,9 @@ mod tests {
                 "{error}"
             );
         }
+        let error = load("streaming: {idle_timeout_seconds: 0}\n");
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("streaming.idle_timeout_seconds"), "{error}");
         let limit = "runtimes: {microvm: {disk_limit: {bytes_per_second: 0}}}\n";
         let error = load(limit).unwrap_err().to_string();
         assert!(error.contains("disk_limit"), "{error}");

@@ -2,12 +2,13 @@
 
 use std::path::Path;
 
+use cri_api::v1;
+use cri_api::v1::image_service_server::ImageService as Cri;
 use imagesvc::{Auth, Image, ImageService};
-use k8s_cri::v1;
-use k8s_cri::v1::image_service_server::ImageService as Cri;
 use podsandbox::PodManager;
 use tonic::{Request, Response, Status};
 
+use crate::chunks::{self, Messages};
 use crate::convert::{error, invalid, required};
 
 pub struct Images {
@@ -18,6 +19,13 @@ pub struct Images {
 impl Images {
     pub fn new(images: ImageService, pods: PodManager) -> Self {
         Self { images, pods }
+    }
+
+    fn list(&self, filter: Option<v1::ImageFilter>) -> Vec<v1::Image> {
+        let name = filter.and_then(|filter| filter.image).map(|i| i.image);
+        let name = name.filter(|name| !name.is_empty());
+        let images = self.images.list(name.as_deref());
+        images.iter().map(show).collect()
     }
 }
 
@@ -68,15 +76,20 @@ impl Cri for Images {
         &self,
         request: Request<v1::ListImagesRequest>,
     ) -> Result<Response<v1::ListImagesResponse>, Status> {
-        let filter = request
-            .into_inner()
-            .filter
-            .and_then(|f| f.image)
-            .map(|i| i.image);
-        let filter = filter.filter(|image| !image.is_empty());
-        let images = self.images.list(filter.as_deref());
         Ok(Response::new(v1::ListImagesResponse {
-            images: images.iter().map(show).collect(),
+            images: self.list(request.into_inner().filter),
+        }))
+    }
+
+    type StreamImagesStream = Messages<v1::StreamImagesResponse>;
+
+    async fn stream_images(
+        &self,
+        request: Request<v1::StreamImagesRequest>,
+    ) -> Result<Response<Self::StreamImagesStream>, Status> {
+        let images = self.list(request.into_inner().filter);
+        Ok(chunks::stream(images, |images| v1::StreamImagesResponse {
+            images,
         }))
     }
 

@@ -2,11 +2,13 @@
 #![forbid(unsafe_code)]
 
 mod check;
+mod chunks;
 mod config;
 mod convert;
 mod images;
 mod runtime;
 mod serve;
+mod streaming;
 
 use std::collections::HashMap;
 use std::path::PathBuf;

@@ -8,9 +8,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use cri_api::v1::image_service_server::ImageServiceServer;
+use cri_api::v1::runtime_service_server::RuntimeServiceServer;
 use imagesvc::ImageService;
-use k8s_cri::v1::image_service_server::ImageServiceServer;
-use k8s_cri::v1::runtime_service_server::RuntimeServiceServer;
 use podsandbox::machine::NodeFacts;
 use podsandbox::{Network, NetworkOptions, PodManager};
 use tokio::net::{UnixListener, UnixStream};
@@ -21,6 +21,7 @@ use tonic::transport::Server;
 use crate::config::Config;
 use crate::images::Images;
 use crate::runtime::Runtime;
+use crate::streaming::Streaming;
 
 /// Largest request taken; a kubelet's are a few KiB.
 const MAX_REQUEST_BYTES: usize = 16 << 20;
@@ -76,7 +77,10 @@ async fn serve(config: Config) -> Result<()> {
         pods = pods.list().len(),
         "drupe serves CRI v1"
     );
-    let runtime = RuntimeServiceServer::new(Runtime::new(pods.clone()))
+    let streaming = Streaming::start(&config.streaming, pods.clone())
+        .await
+        .context("streaming")?;
+    let runtime = RuntimeServiceServer::new(Runtime::new(pods.clone(), streaming))
         .max_decoding_message_size(MAX_REQUEST_BYTES)
         .max_encoding_message_size(MAX_ANSWER_BYTES);
     let images = ImageServiceServer::new(Images::new(images, pods))

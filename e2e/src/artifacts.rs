@@ -47,6 +47,12 @@ pub fn crictl() -> Result<PathBuf> {
     artifact("tools/crictl", "setup")
 }
 
+/// critest, with ginkgo beside it.
+pub fn critest() -> Result<PathBuf> {
+    artifact("tools/ginkgo", "setup")?;
+    artifact("tools/critest", "setup")
+}
+
 /// The package `name` of `image-packages.txt`.
 pub fn deb(name: &str) -> Result<PathBuf> {
     artifact(&format!("debs/{name}.deb"), "setup")

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use k8s_cri::v1::image_service_client::ImageServiceClient;
-use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
-use k8s_cri::v1::*;
+use cri_api::v1::image_service_client::ImageServiceClient;
+use cri_api::v1::runtime_service_client::RuntimeServiceClient;
+use cri_api::v1::*;
 use tokio::runtime::Runtime;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Status, Streaming};
@@ -35,6 +35,25 @@ macro_rules! rpcs {
             let mut client = self.$service.clone();
             let answer = self.tokio.block_on(client.$method(request))?;
             Ok(answer.into_inner())
+        })*
+    };
+}
+
+/// Calls whose answer is a stream that ends: all its messages.
+macro_rules! streams {
+    ($($service:ident.$method:ident($request:ty) -> $response:ty;)*) => {
+        $(pub fn $method(&self, request: $request) -> Result<Vec<$response>, Status> {
+            let mut request = Request::new(request);
+            request.set_timeout(patient(CALL_WITHIN));
+            let mut client = self.$service.clone();
+            self.tokio.block_on(async {
+                let mut stream = client.$method(request).await?.into_inner();
+                let mut messages = Vec::new();
+                while let Some(message) = stream.message().await? {
+                    messages.push(message);
+                }
+                Ok(messages)
+            })
         })*
     };
 }
@@ -87,6 +106,7 @@ impl Cri {
         runtime.attach(AttachRequest) -> AttachResponse;
         runtime.port_forward(PortForwardRequest) -> PortForwardResponse;
         runtime.update_container_resources(UpdateContainerResourcesRequest) -> UpdateContainerResourcesResponse;
+        runtime.update_pod_sandbox_resources(UpdatePodSandboxResourcesRequest) -> UpdatePodSandboxResourcesResponse;
         runtime.get_container_events(GetEventsRequest) -> Streaming<ContainerEventResponse>;
         runtime.list_metric_descriptors(ListMetricDescriptorsRequest) -> ListMetricDescriptorsResponse;
         runtime.list_pod_sandbox_metrics(ListPodSandboxMetricsRequest) -> ListPodSandboxMetricsResponse;
@@ -95,6 +115,15 @@ impl Cri {
         image.image_status(ImageStatusRequest) -> ImageStatusResponse;
         image.remove_image(RemoveImageRequest) -> RemoveImageResponse;
         image.image_fs_info(ImageFsInfoRequest) -> ImageFsInfoResponse;
+    }
+
+    streams! {
+        runtime.stream_pod_sandboxes(StreamPodSandboxesRequest) -> StreamPodSandboxesResponse;
+        runtime.stream_containers(StreamContainersRequest) -> StreamContainersResponse;
+        runtime.stream_container_stats(StreamContainerStatsRequest) -> StreamContainerStatsResponse;
+        runtime.stream_pod_sandbox_stats(StreamPodSandboxStatsRequest) -> StreamPodSandboxStatsResponse;
+        runtime.stream_pod_sandbox_metrics(StreamPodSandboxMetricsRequest) -> StreamPodSandboxMetricsResponse;
+        image.stream_images(StreamImagesRequest) -> StreamImagesResponse;
     }
 
     /// Pulls `image` without credentials; returns its reference.

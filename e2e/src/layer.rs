@@ -49,14 +49,19 @@ impl Default for LayerBuilder {
 /// Entries are written in the order of the calls. Paths are relative.
 impl LayerBuilder {
     /// All files of a Debian package, those under `/usr/share` left out.
-    pub fn package(mut self, deb: &Path) -> Result<Self> {
+    pub fn package(self, deb: &Path) -> Result<Self> {
+        self.package_files(deb, |path| !path.starts_with("usr/share"))
+    }
+
+    /// The files of a Debian package that `wanted` names.
+    pub fn package_files(mut self, deb: &Path, wanted: impl Fn(&Path) -> bool) -> Result<Self> {
         let contents = crate::debian::contents(deb)?;
         let mut archive = tar::Archive::new(contents.as_slice());
         for entry in archive.entries().context("package contents")? {
             let mut entry = entry.context("package entry")?;
             let path = entry.path().context("package entry's path")?.into_owned();
             let path = path.strip_prefix("./").unwrap_or(&path).to_owned();
-            if path.as_os_str().is_empty() || path.starts_with("usr/share") {
+            if path.as_os_str().is_empty() || !wanted(&path) {
                 continue;
             }
             let mut header = entry.header().clone();

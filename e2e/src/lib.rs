@@ -12,6 +12,7 @@ pub mod artifacts;
 pub mod bench;
 pub mod cgroup;
 pub mod cri;
+pub mod critest;
 pub mod debian;
 pub mod eventually;
 pub mod http;

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use k8s_cri::v1::*;
+use cri_api::v1::*;
 use tonic::Status;
 
 use crate::cri::image_spec;

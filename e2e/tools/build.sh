@@ -9,16 +9,25 @@ key=$(cat "$here/go.mod" "$here/go.sum" "$here/build.sh" | sha256sum | cut -c1-2
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/drupe/tools/$key
 mkdir -p "$1"
 
-if [ ! -x "$cache/crictl" ]; then
+tools=(crictl critest ginkgo)
+
+if [ ! -x "$cache/ginkgo" ]; then
     fresh=$(mktemp -d)
     trap 'rm -rf "$fresh"' EXIT
     version=$(go -C "$here" list -mod=readonly -m -f '{{.Version}}' sigs.k8s.io/cri-tools)
-    echo "building crictl $version"
-    go -C "$here" build -mod=readonly -trimpath -o "$fresh/crictl" \
-        -ldflags "-s -w -X sigs.k8s.io/cri-tools/pkg/version.Version=$version" \
-        sigs.k8s.io/cri-tools/cmd/crictl
+    echo "building crictl and critest $version"
+    flags=(-mod=readonly -trimpath -ldflags "-s -w -X sigs.k8s.io/cri-tools/pkg/version.Version=$version")
+    go -C "$here" build "${flags[@]}" -o "$fresh/crictl" sigs.k8s.io/cri-tools/cmd/crictl
+    go -C "$here" test -c "${flags[@]}" -o "$fresh/critest" sigs.k8s.io/cri-tools/cmd/critest
+    # critest's -parallel executes it.
+    go -C "$here" build "${flags[@]}" -o "$fresh/ginkgo" github.com/onsi/ginkgo/v2/ginkgo
     mkdir -p "$cache"
-    mv "$fresh/crictl" "$cache/crictl.new"
-    mv "$cache/crictl.new" "$cache/crictl"
+    # The last one says that all are there.
+    for tool in "${tools[@]}"; do
+        mv "$fresh/$tool" "$cache/$tool.new"
+        mv "$cache/$tool.new" "$cache/$tool"
+    done
 fi
-ln -sf "$cache/crictl" "$1/crictl"
+for tool in "${tools[@]}"; do
+    ln -sf "$cache/$tool" "$1/$tool"
+done

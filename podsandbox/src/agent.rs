@@ -2,11 +2,16 @@
 //! outliving the wish to stop the pod.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use agent_api::agent_client::AgentClient as Grpc;
-use agent_api::{Event, ExecSyncEvent, ExecSyncRequest, MAX_MESSAGE_BYTES};
+use agent_api::stream::{ACCEPTED, HELLO_LEN, Hello, MAX_REFUSAL, REFUSED, STREAM_PORT};
+use agent_api::{Event, ExecSyncEvent, ExecSyncRequest, MAX_MESSAGE_BYTES, SessionEvent};
 use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Request, Response, Status, Streaming};
@@ -15,6 +20,10 @@ use crate::{Error, Result};
 
 /// A guest under load answers in milliseconds; one that takes this long hangs.
 const CALL_TIMEOUT: Duration = Duration::from_secs(20);
+/// Streams being dialled at once: of clients that have not said their port yet
+/// the VMM drops the oldest when there are 128, and the guest's kernel refuses
+/// connections when as many wait for the agent.
+const DIALS_AT_ONCE: usize = 32;
 /// A guest asked to power off syncs its disks first.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -22,24 +31,101 @@ const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
 #[derive(Clone, Debug)]
 pub struct AgentClient {
     grpc: Grpc<Channel>,
+    vsock: Arc<PathBuf>,
+    dials: Arc<Semaphore>,
+    /// Apart, because what a pod's own server does not accept may take long.
+    forwards: Arc<Semaphore>,
     stopping: CancellationToken,
 }
 
 impl AgentClient {
     #[must_use]
     pub fn new(vsock: PathBuf, stopping: CancellationToken) -> Self {
+        let vsock = Arc::new(vsock);
+        let socket = Arc::clone(&vsock);
         let connect = tower::service_fn(move |_: Uri| {
-            let vsock = vsock.clone();
+            let socket = Arc::clone(&socket);
             async move {
                 let stream =
-                    vmm_client::dial_vsock(&vsock, vmm_client::protocol::AGENT_PORT).await?;
+                    vmm_client::dial_vsock(&socket, vmm_client::protocol::AGENT_PORT).await?;
                 Ok::<_, vmm_client::DialError>(TokioIo::new(stream))
             }
         });
         // The address is never resolved: the connector dials the pod's vsock.
         let channel = Endpoint::from_static("http://agent").connect_with_connector_lazy(connect);
         let grpc = Grpc::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
-        Self { grpc, stopping }
+        Self {
+            grpc,
+            vsock,
+            dials: Arc::new(Semaphore::new(DIALS_AT_ONCE)),
+            forwards: Arc::new(Semaphore::new(DIALS_AT_ONCE)),
+            stopping,
+        }
+    }
+
+    /// The pod is being stopped.
+    pub(crate) async fn stopped(&self) {
+        self.stopping.cancelled().await;
+    }
+
+    /// A raw stream to the guest that its agent has accepted; `refused` makes
+    /// an error of the agent's reason.
+    pub(crate) async fn stream(
+        &self,
+        hello: Hello,
+        refused: impl FnOnce(String) -> Error,
+    ) -> Result<UnixStream> {
+        let broken = |source| Error::Stream { source };
+        let places = match hello {
+            Hello::Session { .. } => &self.dials,
+            Hello::Forward { .. } => &self.forwards,
+        };
+        let dial = async {
+            // The semaphore is never closed.
+            let _place = places.acquire().await.map_err(|_| Error::Stopping)?;
+            let mut stream = vmm_client::dial_vsock(&self.vsock, STREAM_PORT).await?;
+            let bytes: [u8; HELLO_LEN] = hello.encode();
+            stream.write_all(&bytes).await.map_err(broken)?;
+            match stream.read_u8().await.map_err(broken)? {
+                ACCEPTED => Ok(stream),
+                REFUSED => {
+                    let mut why = Vec::new();
+                    let mut text = stream.take(MAX_REFUSAL as u64);
+                    text.read_to_end(&mut why).await.map_err(broken)?;
+                    Err(refused(plain(&String::from_utf8_lossy(&why))))
+                }
+                _ => Err(Error::Protocol {
+                    call: "a stream",
+                    why: "its answer is neither yes nor no",
+                }),
+            }
+        };
+        tokio::select! {
+            () = self.stopping.cancelled() => Err(Error::Stopping),
+            stream = dial => stream,
+        }
+    }
+
+    pub(crate) async fn begin_exec(
+        &self,
+        request: agent_api::ExecRequest,
+    ) -> Result<Streaming<SessionEvent>> {
+        self.call("Exec", CALL_TIMEOUT, self.grpc.clone().exec(request))
+            .await
+    }
+
+    pub(crate) async fn begin_attach(
+        &self,
+        request: agent_api::AttachRequest,
+    ) -> Result<Streaming<SessionEvent>> {
+        self.call("Attach", CALL_TIMEOUT, self.grpc.clone().attach(request))
+            .await
+    }
+
+    pub(crate) async fn resize(&self, request: agent_api::ResizeRequest) -> Result<()> {
+        self.call("Resize", CALL_TIMEOUT, self.grpc.clone().resize(request))
+            .await?;
+        Ok(())
     }
 
     pub async fn configure(&self, request: agent_api::ConfigureSandboxRequest) -> Result<()> {

@@ -126,6 +126,20 @@ pub enum Error {
     },
     #[error("the connection to the agent broke during {call}: {message}")]
     AgentLink { call: &'static str, message: String },
+    #[error("a stream of the guest")]
+    Stream {
+        #[source]
+        source: io::Error,
+    },
+    #[error("the agent broke the protocol of {call}: {why}")]
+    Protocol {
+        call: &'static str,
+        why: &'static str,
+    },
+    #[error("cannot reach port {port} of pod sandbox {pod}: {why}")]
+    Forward { pod: String, port: u16, why: String },
+    #[error(transparent)]
+    Dial(#[from] vmm_client::DialError),
     #[error("mounting the volumes of container {id} took longer than {seconds} s")]
     MountTimeout { id: String, seconds: u64 },
     #[error("the agent did not answer {call} within {seconds} s")]
@@ -182,7 +196,9 @@ impl Error {
             {
                 ErrorKind::ResourceExhausted
             }
-            Self::AgentLink { .. } => ErrorKind::Unavailable,
+            Self::AgentLink { .. } | Self::Stream { .. } | Self::Forward { .. } | Self::Dial(_) => {
+                ErrorKind::Unavailable
+            }
             Self::BootTimeout { .. }
             | Self::MountTimeout { .. }
             | Self::AgentTimeout { .. }

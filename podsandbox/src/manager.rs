@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use agent_api::exec_sync_event::Event as ExecEvent;
 use imagesvc::ImageService;
 use netns::cni::Collection;
+use tokio::net::UnixStream;
 use tokio::sync::Semaphore;
 
 use crate::config::Config;
@@ -18,11 +19,12 @@ use crate::context::{Context, now_nanos};
 use crate::driver::{Command, Driver, Handle, max_vcpus};
 use crate::network::Network;
 use crate::record::{ContainerPhase, ContainerRecord, PodPhase, PodRecord};
+use crate::session::{AttachOptions, ExecOptions, Session};
 use crate::sizing::Bounds;
 use crate::snapshot::PodSnapshot;
 use crate::spec::{ContainerSpec, PodName, PodSpec};
 use crate::store::Store;
-use crate::{Error, Result, cgroup, ids, signals, sizing};
+use crate::{AgentClient, Error, Result, cgroup, ids, signals, sizing};
 
 /// What ExecSync returns of each stream at most; the field's runtimes agree.
 const EXEC_OUTPUT_LIMIT: usize = 16 << 20;
@@ -439,19 +441,7 @@ impl PodManager {
         argv: Vec<String>,
         timeout: Option<Duration>,
     ) -> Result<ExecOutput> {
-        let (mut handle, _) = self.existing(id)?;
-        handle.settled().await;
-        let (snapshot, container) = self.container(id)?;
-        if container.phase != ContainerPhase::Running {
-            return Err(crate::driver::state_error(
-                &container,
-                "exec needs a running container",
-            ));
-        }
-        let agent = snapshot.agent.ok_or_else(|| Error::PodNotReady {
-            id: snapshot.pod.id.clone(),
-            state: snapshot.pod.failure.clone().unwrap_or_default(),
-        })?;
+        let (agent, container) = self.running(id, "exec needs a running container").await?;
         let request = agent_api::ExecSyncRequest {
             container_id: container.id.clone(),
             argv,
@@ -468,6 +458,52 @@ impl PodManager {
                     ..ExecOutput::default()
                 })),
         }
+    }
+
+    /// A container that runs, and the agent of its pod.
+    async fn running(
+        &self,
+        id: &str,
+        needed: &'static str,
+    ) -> Result<(AgentClient, Arc<ContainerRecord>)> {
+        let (mut handle, _) = self.existing(id)?;
+        handle.settled().await;
+        let (snapshot, container) = self.container(id)?;
+        if container.phase != ContainerPhase::Running {
+            return Err(crate::driver::state_error(&container, needed));
+        }
+        Ok((serving(&snapshot)?, container))
+    }
+
+    /// Runs a command with streams of its own. Returns once it runs; one that
+    /// cannot be run is an error. It is killed, with all it has started, when
+    /// the session is dropped before its exit.
+    pub async fn exec(&self, mut options: ExecOptions) -> Result<Session> {
+        let needed = "exec needs a running container";
+        let (agent, container) = self.running(&options.container_id, needed).await?;
+        options.container_id.clone_from(&container.id);
+        agent.exec(options).await
+    }
+
+    /// Joins a container's streams: its output from now on. Dropping the
+    /// session leaves the container as it is.
+    pub async fn attach(&self, mut options: AttachOptions) -> Result<Session> {
+        let needed = "attach needs a running container";
+        let (agent, container) = self.running(&options.container_id, needed).await?;
+        options.container_id.clone_from(&container.id);
+        agent.attach(options).await
+    }
+
+    /// A connection to what listens on `port` of the pod's loopback: IPv4
+    /// first, then IPv6. `shutdown` ends one direction.
+    pub async fn port_forward(&self, pod: &str, port: u16) -> Result<UnixStream> {
+        let mut handle = self
+            .find(pod)?
+            .ok_or_else(|| Error::PodNotFound(pod.to_owned()))?;
+        handle.settled().await;
+        let snapshot = self.pod(pod)?;
+        let agent = serving(&snapshot)?;
+        agent.port_forward(&snapshot.pod.id, port).await
     }
 
     /// Statistics from the pod's guest; none while it does not serve.
@@ -502,10 +538,14 @@ impl PodManager {
     }
 }
 
-async fn collect(
-    agent: &crate::AgentClient,
-    request: agent_api::ExecSyncRequest,
-) -> Result<ExecOutput> {
+fn serving(snapshot: &PodSnapshot) -> Result<AgentClient> {
+    snapshot.agent.clone().ok_or_else(|| Error::PodNotReady {
+        id: snapshot.pod.id.clone(),
+        state: snapshot.pod.failure.clone().unwrap_or_default(),
+    })
+}
+
+async fn collect(agent: &AgentClient, request: agent_api::ExecSyncRequest) -> Result<ExecOutput> {
     let mut stream = agent.exec_sync(request).await?;
     let mut output = ExecOutput::default();
     // What is beyond the limit is dropped, as the field's runtimes do.

@@ -20,6 +20,7 @@ fn container() -> ContainerSpec {
         stdin: false,
         stdin_once: false,
         tty: false,
+        stop_signal: None,
         user: User::default(),
         security: Security::default(),
         resources: Resources::default(),

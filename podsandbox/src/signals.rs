@@ -21,6 +21,13 @@ pub fn parse(name: &str) -> Option<u32> {
     if let Some(rest) = short.strip_prefix("RTMAX") {
         return real_time(SIGRTMAX, rest);
     }
+    // Second names of the same numbers.
+    let short = match short {
+        "CLD" => "CHLD",
+        "IOT" => "ABRT",
+        "POLL" => "IO",
+        other => other,
+    };
     Signal::from_str(&format!("SIG{short}"))
         .ok()
         .and_then(|signal| u32::try_from(signal as i32).ok())
@@ -47,6 +54,7 @@ mod tests {
         }
         assert_eq!(parse("SIGRTMIN+3"), Some(37));
         assert_eq!(parse("RTMAX-1"), Some(63));
+        assert_eq!(parse("SIGCLD"), Some(17));
         assert_eq!(parse("SIGNONE"), None);
         assert_eq!(parse("0"), None);
         assert_eq!(parse("65"), None);

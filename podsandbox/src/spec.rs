@@ -122,6 +122,9 @@ pub struct ContainerSpec {
     pub stdin: bool,
     pub stdin_once: bool,
     pub tty: bool,
+    /// By Linux's name; None: the image's.
+    #[serde(default)]
+    pub stop_signal: Option<String>,
     pub user: User,
     pub security: Security,
     pub resources: Resources,

@@ -2,12 +2,12 @@
 
 use std::path::{Component, PathBuf};
 
-use k8s_cri::v1;
+use cri_api::v1;
 use podsandbox::record::{ContainerPhase, ContainerRecord};
 use podsandbox::spec::{ContainerName, ContainerSpec, Mount, Propagation, Seccomp, Security, User};
 use tonic::Status;
 
-use super::{invalid, required, resources, unsupported};
+use super::{invalid, required, resources, signal, unsupported};
 
 /// `/proc` files that tell of or change the kernel; CRI states its own lists.
 pub fn parse(config: v1::ContainerConfig) -> Result<ContainerSpec, Status> {
@@ -30,15 +30,7 @@ pub fn parse(config: v1::ContainerConfig) -> Result<ContainerSpec, Status> {
     let env = config
         .envs
         .into_iter()
-        .map(|pair| {
-            if pair.key.is_empty() || pair.key.contains(['=', '\0']) || pair.value.contains('\0') {
-                return Err(invalid(
-                    "config.envs",
-                    format_args!("{:?} is no variable name", pair.key),
-                ));
-            }
-            Ok((pair.key, pair.value))
-        })
+        .map(variable)
         .collect::<Result<_, _>>()?;
     let user_image = if image.user_specified_image.is_empty() {
         &image.image
@@ -67,6 +59,7 @@ pub fn parse(config: v1::ContainerConfig) -> Result<ContainerSpec, Status> {
         stdin: config.stdin,
         stdin_once: config.stdin_once,
         tty: config.tty,
+        stop_signal: signal::parse("config.stop_signal", config.stop_signal)?,
         user: user(&context)?,
         security: security(&context)?,
         resources: resources::parse(
@@ -74,6 +67,27 @@ pub fn parse(config: v1::ContainerConfig) -> Result<ContainerSpec, Status> {
             &linux.resources.unwrap_or_default(),
         )?,
     })
+}
+
+/// CRI has bytes here. An OCI runtime spec, in which the agent gets it, is
+/// JSON: only text fits. The value may be a secret, so no answer has it.
+fn variable(pair: v1::KeyValue) -> Result<(String, String), Status> {
+    let name = pair.key;
+    if name.is_empty() || name.contains(['=', '\0']) {
+        return Err(invalid(
+            "config.envs",
+            format_args!("{name:?} is no variable name"),
+        ));
+    }
+    let field = format!("config.envs[{name}]");
+    let value = String::from_utf8(pair.value).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        invalid(&field, format_args!("the value is not UTF-8 at byte {at}"))
+    })?;
+    if value.contains('\0') {
+        return Err(invalid(&field, "the value has a null byte"));
+    }
+    Ok((name, value))
 }
 
 /// Relative to the pod's log directory and inside it.
@@ -99,6 +113,12 @@ fn mount(mount: v1::Mount) -> Result<Mount, Status> {
     let field = format!("config.mounts[{}]", mount.container_path);
     if mount.image.is_some_and(|image| !image.image.is_empty()) {
         return Err(unsupported(&format!("{field}.image"), "an image volume"));
+    }
+    if !mount.image_sub_path.is_empty() {
+        return Err(invalid(
+            &format!("{field}.image_sub_path"),
+            "is set without an image",
+        ));
     }
     if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
         return Err(unsupported(&field, "an id-mapped mount"));
@@ -324,6 +344,7 @@ pub fn status(container: &ContainerRecord) -> v1::ContainerStatus {
                     .collect(),
             }),
         }),
+        stop_signal: signal::show(&container.stop_signal).into(),
     }
 }
 
@@ -375,6 +396,39 @@ mod tests {
         })
         .unwrap();
         assert_eq!(taken.log_path, Some(PathBuf::from("c/1.log")));
+    }
+
+    #[test]
+    fn a_variable_that_cannot_be_handed_on_is_refused_by_name() {
+        let parse = |key: &str, value: &[u8]| {
+            parse(v1::ContainerConfig {
+                envs: vec![v1::KeyValue {
+                    key: key.into(),
+                    value: value.into(),
+                }],
+                ..config()
+            })
+        };
+        let given = parse("NAME", "a=ü\n".as_bytes()).unwrap();
+        assert_eq!(given.env, [("NAME".to_owned(), "a=ü\n".to_owned())]);
+        for (key, value, why) in [
+            (
+                "SECRET",
+                b"ab\xff".as_slice(),
+                "config.envs[SECRET]: the value is not UTF-8 at byte 2",
+            ),
+            (
+                "SECRET",
+                b"a\0b",
+                "config.envs[SECRET]: the value has a null byte",
+            ),
+            ("A=B", b"", "config.envs: \"A=B\" is no variable name"),
+            ("", b"", "config.envs: \"\" is no variable name"),
+        ] {
+            let refused = parse(key, value).unwrap_err();
+            assert_eq!(refused.code(), tonic::Code::InvalidArgument);
+            assert_eq!(refused.message(), why);
+        }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use k8s_cri::v1;
+use cri_api::v1;
 use podsandbox::PodSnapshot;
 use podsandbox::record::ContainerRecord;
 

@@ -5,6 +5,7 @@ pub mod error;
 pub mod filter;
 pub mod pod;
 pub mod resources;
+pub mod signal;
 pub mod stats;
 
 use tonic::Status;

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::path::{Component, PathBuf};
 
-use k8s_cri::v1;
+use cri_api::v1;
 use podsandbox::PodSnapshot;
 use podsandbox::spec::{Bandwidth, Dns, PodName, PodSpec, PortMapping, Protocol};
 use tonic::Status;

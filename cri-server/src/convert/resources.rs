@@ -1,6 +1,6 @@
 //! `LinuxContainerResources`, in which 0 means "not set".
 
-use k8s_cri::v1;
+use cri_api::v1;
 use podsandbox::spec::Resources;
 use tonic::Status;
 

@@ -1,6 +1,6 @@
 //! Statistics, from the agent's figures.
 
-use k8s_cri::v1;
+use cri_api::v1;
 use podsandbox::record::ContainerRecord;
 use podsandbox::{ContainerStats, PodSnapshot, StatsResponse};
 
@@ -19,6 +19,7 @@ fn cpu(timestamp: i64, nanos: u64) -> v1::CpuUsage {
         timestamp,
         usage_core_nano_seconds: value(nanos),
         usage_nano_cores: None,
+        psi: None,
     }
 }
 
@@ -55,6 +56,7 @@ pub fn container(
             rss_bytes: value(of.memory_rss_bytes),
             page_faults: value(of.memory_page_faults),
             major_page_faults: value(of.memory_major_page_faults),
+            psi: None,
         }),
         writable_layer: Some(v1::FilesystemUsage {
             timestamp,
@@ -69,6 +71,7 @@ pub fn container(
             swap_available_bytes: None,
             swap_usage_bytes: value(of.swap_usage_bytes),
         }),
+        io: None,
     }
 }
 
@@ -125,6 +128,7 @@ pub fn pod(
                 process_count: value(guest.process_count),
             }),
             containers: containers.collect(),
+            io: None,
         }),
         windows: None,
     }

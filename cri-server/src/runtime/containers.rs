@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use k8s_cri::v1;
+use cri_api::v1;
 use tonic::Status;
 
 use super::Runtime;

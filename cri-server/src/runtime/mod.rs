@@ -5,21 +5,24 @@ mod containers;
 mod sandboxes;
 mod stats;
 mod status;
+mod streaming;
 
-use std::pin::Pin;
-
-use k8s_cri::v1;
-use k8s_cri::v1::runtime_service_server::RuntimeService;
+use cri_api::v1;
+use cri_api::v1::runtime_service_server::RuntimeService;
 use podsandbox::PodManager;
 use tonic::{Request, Response, Status};
 
+use crate::chunks::{self, Messages};
+use crate::streaming::Streaming;
+
 pub struct Runtime {
     pods: PodManager,
+    streaming: Streaming,
 }
 
 impl Runtime {
-    pub fn new(pods: PodManager) -> Self {
-        Self { pods }
+    pub fn new(pods: PodManager, streaming: Streaming) -> Self {
+        Self { pods, streaming }
     }
 }
 
@@ -100,6 +103,19 @@ impl RuntimeService for Runtime {
         Ok(Response::new(self.list_sandboxes(request.into_inner())))
     }
 
+    type StreamPodSandboxesStream = Messages<v1::StreamPodSandboxesResponse>;
+
+    async fn stream_pod_sandboxes(
+        &self,
+        request: Request<v1::StreamPodSandboxesRequest>,
+    ) -> Answer<Self::StreamPodSandboxesStream> {
+        let filter = request.into_inner().filter;
+        let list = self.list_sandboxes(v1::ListPodSandboxRequest { filter });
+        Ok(chunks::stream(list.items, |pod_sandboxes| {
+            v1::StreamPodSandboxesResponse { pod_sandboxes }
+        }))
+    }
+
     async fn create_container(
         &self,
         request: Request<v1::CreateContainerRequest>,
@@ -136,6 +152,19 @@ impl RuntimeService for Runtime {
         request: Request<v1::ListContainersRequest>,
     ) -> Answer<v1::ListContainersResponse> {
         Ok(Response::new(self.list(request.into_inner())))
+    }
+
+    type StreamContainersStream = Messages<v1::StreamContainersResponse>;
+
+    async fn stream_containers(
+        &self,
+        request: Request<v1::StreamContainersRequest>,
+    ) -> Answer<Self::StreamContainersStream> {
+        let filter = request.into_inner().filter;
+        let list = self.list(v1::ListContainersRequest { filter });
+        Ok(chunks::stream(list.containers, |containers| {
+            v1::StreamContainersResponse { containers }
+        }))
     }
 
     async fn container_status(
@@ -179,6 +208,18 @@ impl RuntimeService for Runtime {
         ))
     }
 
+    type StreamContainerStatsStream = Messages<v1::StreamContainerStatsResponse>;
+
+    async fn stream_container_stats(
+        &self,
+        request: Request<v1::StreamContainerStatsRequest>,
+    ) -> Answer<Self::StreamContainerStatsStream> {
+        let list = self.stats_of_containers(request.into_inner().filter).await;
+        Ok(chunks::stream(list.stats, |container_stats| {
+            v1::StreamContainerStatsResponse { container_stats }
+        }))
+    }
+
     async fn pod_sandbox_stats(
         &self,
         request: Request<v1::PodSandboxStatsRequest>,
@@ -197,6 +238,18 @@ impl RuntimeService for Runtime {
         ))
     }
 
+    type StreamPodSandboxStatsStream = Messages<v1::StreamPodSandboxStatsResponse>;
+
+    async fn stream_pod_sandbox_stats(
+        &self,
+        request: Request<v1::StreamPodSandboxStatsRequest>,
+    ) -> Answer<Self::StreamPodSandboxStatsStream> {
+        let list = self.stats_of_pods(request.into_inner().filter).await;
+        Ok(chunks::stream(list.stats, |pod_sandbox_stats| {
+            v1::StreamPodSandboxStatsResponse { pod_sandbox_stats }
+        }))
+    }
+
     async fn update_container_resources(
         &self,
         _: Request<v1::UpdateContainerResourcesRequest>,
@@ -204,19 +257,29 @@ impl RuntimeService for Runtime {
         not_yet("UpdateContainerResources")
     }
 
-    async fn exec(&self, _: Request<v1::ExecRequest>) -> Answer<v1::ExecResponse> {
-        not_yet("Exec")
+    async fn update_pod_sandbox_resources(
+        &self,
+        _: Request<v1::UpdatePodSandboxResourcesRequest>,
+    ) -> Answer<v1::UpdatePodSandboxResourcesResponse> {
+        not_yet("UpdatePodSandboxResources")
     }
 
-    async fn attach(&self, _: Request<v1::AttachRequest>) -> Answer<v1::AttachResponse> {
-        not_yet("Attach")
+    async fn exec(&self, request: Request<v1::ExecRequest>) -> Answer<v1::ExecResponse> {
+        let url = self.exec_address(request.into_inner())?;
+        Ok(Response::new(v1::ExecResponse { url }))
+    }
+
+    async fn attach(&self, request: Request<v1::AttachRequest>) -> Answer<v1::AttachResponse> {
+        let url = self.attach_address(request.into_inner())?;
+        Ok(Response::new(v1::AttachResponse { url }))
     }
 
     async fn port_forward(
         &self,
-        _: Request<v1::PortForwardRequest>,
+        request: Request<v1::PortForwardRequest>,
     ) -> Answer<v1::PortForwardResponse> {
-        not_yet("PortForward")
+        let url = self.port_forward_address(request.into_inner())?;
+        Ok(Response::new(v1::PortForwardResponse { url }))
     }
 
     async fn checkpoint_container(
@@ -226,9 +289,7 @@ impl RuntimeService for Runtime {
         not_yet("CheckpointContainer")
     }
 
-    type GetContainerEventsStream = Pin<
-        Box<dyn tokio_stream::Stream<Item = Result<v1::ContainerEventResponse, Status>> + Send>,
-    >;
+    type GetContainerEventsStream = Messages<v1::ContainerEventResponse>;
 
     async fn get_container_events(
         &self,
@@ -249,5 +310,14 @@ impl RuntimeService for Runtime {
         _: Request<v1::ListPodSandboxMetricsRequest>,
     ) -> Answer<v1::ListPodSandboxMetricsResponse> {
         not_yet("ListPodSandboxMetrics")
+    }
+
+    type StreamPodSandboxMetricsStream = Messages<v1::StreamPodSandboxMetricsResponse>;
+
+    async fn stream_pod_sandbox_metrics(
+        &self,
+        _: Request<v1::StreamPodSandboxMetricsRequest>,
+    ) -> Answer<Self::StreamPodSandboxMetricsStream> {
+        not_yet("StreamPodSandboxMetrics")
     }
 }

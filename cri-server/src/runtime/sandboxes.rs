@@ -1,6 +1,6 @@
 //! Pod sandboxes.
 
-use k8s_cri::v1;
+use cri_api::v1;
 use tonic::Status;
 
 use super::Runtime;

@@ -3,8 +3,8 @@
 
 use std::time::Duration;
 
+use cri_api::v1;
 use futures_util::future::join_all;
-use k8s_cri::v1;
 use podsandbox::{PodSnapshot, StatsResponse};
 use tonic::Status;
 

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use k8s_cri::v1;
+use cri_api::v1;
 use tonic::Status;
 
 use super::Runtime;
@@ -113,6 +113,8 @@ impl Runtime {
             runtime_handlers,
             features: Some(v1::RuntimeFeatures {
                 supplemental_groups_policy: true,
+                // A pod cannot be in the host's network yet.
+                user_namespaces_host_network: false,
             }),
         }
     }

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+use super::Node;
+
 /// Where its shims listen. Each socket is named in the directory of its task,
 /// below containerd's state directory; containers of a pod share one.
 pub fn shim_sockets(state: &Path) -> Result<Vec<PathBuf>> {
@@ -38,4 +40,14 @@ pub(super) fn remove_shim_sockets(state: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+impl Node {
+    /// Has containerd look for the images of every registry at `url`.
+    pub fn mirror_all_registries(&self, url: &str) -> Result<()> {
+        let dir = self.dir.join("certs.d/_default");
+        fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
+        let hosts = format!("[host.\"{url}\"]\n  capabilities = [\"pull\", \"resolve\"]\n");
+        fs::write(dir.join("hosts.toml"), hosts).context("hosts.toml")
+    }
 }

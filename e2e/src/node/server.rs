@@ -6,7 +6,7 @@ use std::process::{Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use k8s_cri::v1::VersionRequest;
+use cri_api::v1::VersionRequest;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 

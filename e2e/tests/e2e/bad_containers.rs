@@ -1,8 +1,8 @@
 //! Containers that cannot be: a clear refusal, and nothing left.
 
 use anyhow::{Result, ensure};
+use cri_api::v1::*;
 use e2e::Node;
-use k8s_cri::v1::*;
 use tonic::Code;
 
 use crate::{refused, shares_the_hosts_kernel, with_drupe, with_node};

@@ -5,12 +5,12 @@ use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use cri_api::v1::{AuthConfig, ListImagesRequest};
 use e2e::image::{self, Image, busybox_config};
 use e2e::layer::{Compression, Layer, LayerBuilder};
 use e2e::leaks::files_below;
 use e2e::registry::Access;
 use e2e::{Node, Server};
-use k8s_cri::v1::{AuthConfig, ListImagesRequest};
 use serde_json::json;
 use tar::EntryType;
 use tonic::Code;

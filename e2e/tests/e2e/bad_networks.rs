@@ -4,8 +4,8 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use cri_api::v1::ListPodSandboxRequest;
 use e2e::Node;
-use k8s_cri::v1::ListPodSandboxRequest;
 use serde_json::json;
 use tonic::Code;
 

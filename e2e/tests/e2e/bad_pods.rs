@@ -3,8 +3,8 @@
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
+use cri_api::v1::*;
 use e2e::Node;
-use k8s_cri::v1::*;
 use tonic::Code;
 
 use crate::bad_containers::assert_no_container;

@@ -4,8 +4,8 @@ use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
+use cri_api::v1::*;
 use e2e::cgroup::{self, OF_DAEMON};
-use k8s_cri::v1::*;
 use tonic::Code;
 
 use crate::{refused, with_drupe};

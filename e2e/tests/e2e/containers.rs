@@ -5,10 +5,11 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use cri_api::v1::*;
 use e2e::eventually;
-use k8s_cri::v1::*;
+use tonic::Code;
 
-use crate::{shares_the_hosts_kernel, took_less, with_node};
+use crate::{drupe, refused, shares_the_hosts_kernel, took_less, with_node};
 
 #[test]
 fn a_container_runs_its_images_command_unless_it_is_given_another() -> Result<()> {
@@ -53,11 +54,11 @@ fn environment_and_working_directory_come_from_image_and_request() -> Result<()>
         config.envs = vec![
             KeyValue {
                 key: "GIVEN".to_owned(),
-                value: "a b=\"c\"\n$HOME".to_owned(),
+                value: "a b=\"c\"\n$HOME".into(),
             },
             KeyValue {
                 key: "EMPTY".to_owned(),
-                value: String::new(),
+                value: Vec::new(),
             },
         ];
         let container = pod.start_with(config)?;
@@ -293,6 +294,38 @@ fn stopping_asks_first_and_kills_only_who_does_not_listen() -> Result<()> {
         deaf.remove()?;
         deaf.remove().context("a second removal")
     })
+}
+
+#[test]
+fn the_signal_to_stop_with_is_the_one_asked_for() -> Result<()> {
+    let node = drupe()?;
+    node.pull_busybox()?;
+    let pod = node.run_pod("signals")?;
+    // By number, since shells' names for it differ.
+    let script = "trap 'exit 7' TERM; trap 'exit 8' 36; echo listening; \
+                  while :; do sleep 1000 & wait $!; done";
+    let mut config = pod.container_config("c", &["sh", "-c", script]);
+    config.stop_signal = Signal::Sigrtminplus2.into();
+    let container = pod.start_with(config)?;
+    assert_eq!(container.status()?.stop_signal(), Signal::Sigrtminplus2);
+    eventually("the shell to listen", Duration::from_secs(10), || {
+        let output = container.stdout()?;
+        ensure!(output.contains("listening"), "output: {output:?}");
+        Ok::<_, anyhow::Error>(())
+    })?;
+    container.stop(20)?;
+    assert_eq!(container.status()?.exit_code, 8);
+
+    let default = pod.start_idle("default")?;
+    assert_eq!(default.status()?.stop_signal(), Signal::Sigterm);
+    let mut config = pod.container_config("unknown", e2e::pod::IDLE);
+    config.stop_signal = 66;
+    refused(
+        pod.create(config).map(drop),
+        Code::InvalidArgument,
+        &["config.stop_signal", "66"],
+    )?;
+    node.finish()
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
 use anyhow::{Result, ensure};
-use k8s_cri::v1::*;
+use cri_api::v1::*;
 
 use crate::with_node;
 

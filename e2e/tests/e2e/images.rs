@@ -3,11 +3,11 @@
 use std::thread;
 
 use anyhow::{Context, Result, ensure};
+use cri_api::v1::*;
 use e2e::image::{self, Format, Image, busybox_config};
 use e2e::layer::{Compression, LayerBuilder};
 use e2e::node::BUSYBOX;
 use e2e::{Container, Node};
-use k8s_cri::v1::*;
 use tar::EntryType;
 
 use crate::{shares_the_hosts_kernel, with_node};

@@ -4,9 +4,9 @@ use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use cri_api::v1::ReopenContainerLogRequest;
 use e2e::log::{self, Stream};
 use e2e::{eventually, layer};
-use k8s_cri::v1::ReopenContainerLogRequest;
 
 use crate::{shares_the_hosts_kernel, with_node};
 

@@ -4,8 +4,8 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use cri_api::v1::*;
 use e2e::{Container, Node, Pod, eventually};
-use k8s_cri::v1::*;
 
 use crate::with_drupe;
 

@@ -22,6 +22,7 @@ mod restart_plugins;
 mod restart_sweep;
 mod runtime;
 mod stats;
+mod streaming;
 
 use std::time::{Duration, Instant};
 

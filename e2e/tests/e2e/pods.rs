@@ -5,9 +5,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use cri_api::v1::*;
 use e2e::node::{BRIDGE, SUBNET_V4};
 use e2e::{Node, eventually, http};
-use k8s_cri::v1::*;
 
 use crate::{shares_the_hosts_kernel, with_drupe, with_node};
 

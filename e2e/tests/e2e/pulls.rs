@@ -3,12 +3,12 @@
 use std::thread;
 
 use anyhow::{Context, Result, ensure};
+use cri_api::v1::AuthConfig;
 use e2e::Node;
 use e2e::image::{self, Image, architecture, busybox_config, index};
 use e2e::layer::{Compression, LayerBuilder};
 use e2e::proxy::{Action, Proxy};
 use e2e::registry::{self, Access, PASSWORD, Registry, USER};
-use k8s_cri::v1::AuthConfig;
 use serde_json::json;
 use tonic::Code;
 

@@ -3,9 +3,9 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use cri_api::v1::*;
 use e2e::eventually;
 use e2e::leaks::files_below;
-use k8s_cri::v1::*;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::{with_drupe, with_node};

@@ -5,9 +5,9 @@ use std::fs;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use cri_api::v1::*;
 use e2e::log::{self, Stream};
 use e2e::{Node, eventually};
-use k8s_cri::v1::*;
 
 use crate::{shares_the_hosts_kernel, with_drupe, with_node};
 

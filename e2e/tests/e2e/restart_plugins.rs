@@ -5,8 +5,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use cri_api::v1::*;
 use e2e::{Node, eventually};
-use k8s_cri::v1::*;
 
 use crate::shares_the_hosts_kernel;
 

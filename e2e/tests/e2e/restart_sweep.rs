@@ -6,9 +6,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use cri_api::v1::*;
 use e2e::proxy::{Action, Proxy};
 use e2e::{Node, Pod, eventually, registry};
-use k8s_cri::v1::*;
 use serde_json::json;
 
 use crate::shares_the_hosts_kernel;

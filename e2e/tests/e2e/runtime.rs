@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use std::process::{Command, Output};
 
 use anyhow::{Context, Result, ensure};
+use cri_api::v1::*;
 use e2e::{Node, Server, artifacts};
-use k8s_cri::v1::*;
 use serde_json::json;
 use tonic::Code;
 
@@ -109,19 +109,67 @@ fn a_container_is_shown_in_detail_when_asked() -> Result<()> {
 }
 
 #[test]
+fn lists_come_as_streams_of_the_same_items() -> Result<()> {
+    let node = drupe()?;
+    node.pull_busybox()?;
+    let pod = node.run_pod("listed")?;
+    let containers = [pod.start_idle("a")?, pod.start_idle("b")?];
+    let cri = node.cri()?;
+
+    let pods = cri.stream_pod_sandboxes(StreamPodSandboxesRequest { filter: None })?;
+    let pods: Vec<_> = pods.into_iter().flat_map(|m| m.pod_sandboxes).collect();
+    assert_eq!(pods.len(), 1);
+    let listed = cri.list_pod_sandbox(ListPodSandboxRequest { filter: None })?;
+    assert_eq!(pods, listed.items);
+
+    let of_pod = cri.stream_containers(StreamContainersRequest { filter: None })?;
+    let of_pod: Vec<_> = of_pod.into_iter().flat_map(|m| m.containers).collect();
+    assert_eq!(of_pod.len(), 2);
+    let listed = cri.list_containers(ListContainersRequest { filter: None })?;
+    assert_eq!(of_pod, listed.containers);
+
+    let images = cri.stream_images(StreamImagesRequest { filter: None })?;
+    let images: Vec<_> = images.into_iter().flat_map(|m| m.images).collect();
+    assert_eq!(images.len(), 1);
+    let listed = cri.list_images(ListImagesRequest { filter: None })?;
+    assert_eq!(images, listed.images);
+
+    // Figures change between two calls; the filter is the list's.
+    let filter = Some(ContainerStatsFilter {
+        id: containers[1].id.clone(),
+        ..Default::default()
+    });
+    let stats = cri.stream_container_stats(StreamContainerStatsRequest { filter })?;
+    let stats = stats.into_iter().flat_map(|m| m.container_stats);
+    let ids: Vec<_> = stats.filter_map(|s| Some(s.attributes?.id)).collect();
+    assert_eq!(ids, std::slice::from_ref(&containers[1].id));
+    let stats = cri.stream_pod_sandbox_stats(StreamPodSandboxStatsRequest { filter: None })?;
+    let stats = stats.into_iter().flat_map(|m| m.pod_sandbox_stats);
+    let ids: Vec<_> = stats.filter_map(|s| Some(s.attributes?.id)).collect();
+    assert_eq!(ids, std::slice::from_ref(&pod.id));
+
+    let filter = Some(ContainerFilter {
+        id: "none".to_owned(),
+        ..Default::default()
+    });
+    let none = cri.stream_containers(StreamContainersRequest { filter })?;
+    ensure!(none.is_empty(), "an empty list is a message: {none:?}");
+    node.finish()
+}
+
+#[test]
 fn what_is_not_there_yet_is_unimplemented() -> Result<()> {
     let node = drupe()?;
     let cri = node.cri()?;
     let answers = [
-        ("Exec", cri.exec(ExecRequest::default()).err()),
-        ("Attach", cri.attach(AttachRequest::default()).err()),
-        (
-            "PortForward",
-            cri.port_forward(PortForwardRequest::default()).err(),
-        ),
         (
             "UpdateContainerResources",
             cri.update_container_resources(UpdateContainerResourcesRequest::default())
+                .err(),
+        ),
+        (
+            "UpdatePodSandboxResources",
+            cri.update_pod_sandbox_resources(UpdatePodSandboxResourcesRequest::default())
                 .err(),
         ),
         (
@@ -141,6 +189,11 @@ fn what_is_not_there_yet_is_unimplemented() -> Result<()> {
         (
             "ListPodSandboxMetrics",
             cri.list_pod_sandbox_metrics(ListPodSandboxMetricsRequest {})
+                .err(),
+        ),
+        (
+            "StreamPodSandboxMetrics",
+            cri.stream_pod_sandbox_metrics(StreamPodSandboxMetricsRequest {})
                 .err(),
         ),
     ];

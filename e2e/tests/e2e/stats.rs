@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use cri_api::v1::*;
 use e2e::eventually;
-use k8s_cri::v1::*;
 
 use crate::{shares_the_hosts_kernel, with_node};
 

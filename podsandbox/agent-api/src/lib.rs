@@ -2,11 +2,17 @@
 //! generated from `proto/agent.proto`, and the bounds both sides keep to.
 #![forbid(unsafe_code)]
 
+pub mod stream;
+
 tonic::include_proto!("drupe.agent.v1");
 
 /// Largest gRPC message either side takes. An OCI runtime spec is tens of KiB;
 /// statistics of a hundred containers fit many times.
 pub const MAX_MESSAGE_BYTES: usize = 4 * 1024 * 1024;
+
+/// RPCs under way on one connection: a session is one for as long as it lasts,
+/// and hundreds of them leave room for everything else.
+pub const MAX_CALLS: u32 = 2048;
 
 /// Where the agent mounts the pod's shared directory (virtio-fs tag
 /// [`SHARED_TAG`]); bind mount sources in OCI specs lie below it.

@@ -18,6 +18,7 @@ mod rootfs;
 mod sandbox;
 mod server;
 mod stats;
+mod streams;
 mod sys;
 mod tree;
 
@@ -25,8 +26,9 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use agent_api::MAX_MESSAGE_BYTES;
 use agent_api::agent_server::AgentServer;
+use agent_api::stream::STREAM_PORT;
+use agent_api::{MAX_CALLS, MAX_MESSAGE_BYTES};
 use tokio::io::AsyncWriteExt;
 use tokio::sync::watch;
 use tokio::time::timeout;
@@ -55,8 +57,8 @@ enum AgentError {
     Runtime(#[source] io::Error),
     #[error("bringing up the loopback")]
     Loopback(#[source] NetworkError),
-    #[error("listening on vsock port {AGENT_PORT}")]
-    Listen(#[source] io::Error),
+    #[error("listening on vsock port {port}")]
+    Listen { port: u32, source: io::Error },
     #[error("telling the host on its vsock port {READY_PORT}")]
     Ready(#[source] io::Error),
     #[error("serving")]
@@ -90,8 +92,8 @@ async fn serve() -> Result<(), AgentError> {
     let reaper = Reaper::start().map_err(AgentError::Runtime)?;
     let containers = Containers::new(reaper).map_err(AgentError::Runtime)?;
     network::loopback_up().await.map_err(AgentError::Loopback)?;
-    let address = VsockAddr::new(VMADDR_CID_ANY, AGENT_PORT);
-    let listener = VsockListener::bind(address).map_err(AgentError::Listen)?;
+    let listener = listen(AGENT_PORT)?;
+    tokio::spawn(streams::serve(listen(STREAM_PORT)?, containers.clone()));
     // Held until the end, for a host that wants to see it.
     let _ready = announce().await.map_err(AgentError::Ready)?;
 
@@ -102,6 +104,7 @@ async fn serve() -> Result<(), AgentError> {
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
     let serving = Server::builder()
+        .max_concurrent_streams(MAX_CALLS)
         .add_service(service)
         .serve_with_incoming_shutdown(listener.incoming(), async move {
             // The sender lives in the service.
@@ -117,6 +120,11 @@ async fn serve() -> Result<(), AgentError> {
         } => {}
     }
     Ok(())
+}
+
+fn listen(port: u32) -> Result<VsockListener, AgentError> {
+    VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port))
+        .map_err(|source| AgentError::Listen { port, source })
 }
 
 /// Connects to the host, which is the message, and says who is there.

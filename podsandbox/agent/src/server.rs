@@ -5,12 +5,13 @@ use std::sync::Arc;
 
 use agent_api::agent_server::Agent;
 use agent_api::{
-    ConfigureSandboxRequest, ConfigureSandboxResponse, CreateContainerRequest,
-    CreateContainerResponse, Event, EventsRequest, ExecSyncEvent, ExecSyncRequest,
+    AttachRequest, ConfigureSandboxRequest, ConfigureSandboxResponse, CreateContainerRequest,
+    CreateContainerResponse, Event, EventsRequest, ExecRequest, ExecSyncEvent, ExecSyncRequest,
     ListContainersRequest, ListContainersResponse, RemoveContainerRequest, RemoveContainerResponse,
-    SetTimeRequest, SetTimeResponse, ShutdownRequest, ShutdownResponse, SignalContainerRequest,
-    SignalContainerResponse, StartContainerRequest, StartContainerResponse, StatsRequest,
-    StatsResponse, UpdateContainerRequest, UpdateContainerResponse,
+    ResizeRequest, ResizeResponse, SessionEvent, SetTimeRequest, SetTimeResponse, ShutdownRequest,
+    ShutdownResponse, SignalContainerRequest, SignalContainerResponse, StartContainerRequest,
+    StartContainerResponse, StatsRequest, StatsResponse, UpdateContainerRequest,
+    UpdateContainerResponse,
 };
 use futures_util::{Stream, StreamExt};
 use tokio::sync::watch;
@@ -47,6 +48,8 @@ impl Service {
 #[tonic::async_trait]
 impl Agent for Service {
     type ExecSyncStream = Streamed<ExecSyncEvent>;
+    type ExecStream = Streamed<SessionEvent>;
+    type AttachStream = Streamed<SessionEvent>;
     type EventsStream = Streamed<Event>;
 
     async fn configure_sandbox(
@@ -152,6 +155,32 @@ impl Agent for Service {
         Ok(Response::new(Box::pin(ReceiverStream::new(output).map(Ok))))
     }
 
+    async fn exec(&self, request: Request<ExecRequest>) -> Reply<Self::ExecStream> {
+        let events = self.containers.exec(request.into_inner());
+        let events = ReceiverStream::new(events.map_err(container_status)?);
+        let events = events.map(|event| event.map_err(container_status));
+        Ok(Response::new(Box::pin(events)))
+    }
+
+    async fn attach(&self, request: Request<AttachRequest>) -> Reply<Self::AttachStream> {
+        let events = self.containers.attach(request.into_inner());
+        let events = ReceiverStream::new(events.map_err(container_status)?);
+        let events = events.map(|event| event.map_err(container_status));
+        Ok(Response::new(Box::pin(events)))
+    }
+
+    async fn resize(&self, request: Request<ResizeRequest>) -> Reply<ResizeResponse> {
+        let ResizeRequest {
+            token,
+            width,
+            height,
+        } = request.into_inner();
+        self.containers
+            .resize(&token, width, height)
+            .map_err(container_status)?;
+        Ok(Response::new(ResizeResponse {}))
+    }
+
     async fn events(&self, _: Request<EventsRequest>) -> Reply<Self::EventsStream> {
         let mut shutdown = self.shutdown.subscribe();
         let events = BroadcastStream::new(self.containers.subscribe()).map(|event| {
@@ -221,14 +250,17 @@ fn container_status(error: Error) -> Status {
     use crate::disk::DiskError;
     use crate::rootfs::RootfsError;
     let code = match &error {
-        Error::Unknown { .. } => Code::NotFound,
+        Error::Unknown { .. } | Error::UnknownSession => Code::NotFound,
         Error::Exists { .. } => Code::AlreadyExists,
         Error::Phase { .. }
         | Error::NotConfigured
+        | Error::NoTerminal
         | Error::Cgroup(CgroupError::Absent { .. })
         | Error::Rootfs(RootfsError::Disk(DiskError::InUse { .. })) => Code::FailedPrecondition,
-        Error::TooMany | Error::TooManyExecs => Code::ResourceExhausted,
-        Error::SetupTimeout => Code::DeadlineExceeded,
+        Error::TooMany | Error::TooManyExecs | Error::TooManyAttached | Error::TooSlow { .. } => {
+            Code::ResourceExhausted
+        }
+        Error::SetupTimeout | Error::ConnectTimeout => Code::DeadlineExceeded,
         Error::Stdio(_) => Code::Unavailable,
         Error::Launch(LaunchError::Exec(exec)) if exec.code == 127 => Code::NotFound,
         Error::Launch(LaunchError::Exec(_)) => Code::PermissionDenied,

@@ -1,7 +1,7 @@
 //! System calls that neither `libc` nor `nix` wraps: the file descriptor based
 //! mount API, `openat2`, `clone3` and a few more.
 //!
-//! Everything here but [`async_fd`] is called between `clone3` and `execve` as
+//! Everything here but [`async_fd`] and [`random`] is called between `clone3` and `execve` as
 //! well, so nothing allocates, locks or touches the environment.
 
 use std::ffi::{CStr, c_int, c_long, c_uint, c_void};
@@ -33,6 +33,17 @@ pub fn async_fd(fd: OwnedFd, interest: Interest) -> std::io::Result<AsyncFd<Owne
     // SAFETY: an OwnedFd is open and the same descriptor for as long as it
     // lives, and the AsyncFd owns it.
     unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(Into::into)
+}
+
+/// Fills `bytes`, few enough that the kernel does so at once, from its random
+/// number generator.
+pub fn random(bytes: &mut [u8]) -> Result<()> {
+    // SAFETY: writes at most the length given into a buffer that lives.
+    let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+    match Errno::result(got)? {
+        got if got.unsigned_abs() == bytes.len() => Ok(()),
+        _ => Err(Errno::EIO),
+    }
 }
 
 fn owned(result: c_long) -> Result<OwnedFd> {

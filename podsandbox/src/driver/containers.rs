@@ -71,7 +71,10 @@ impl Driver {
                 .clone(),
             phase: ContainerPhase::Creating,
             slot: Some(slot),
-            stop_signal: stop_signal(&lease),
+            stop_signal: spec
+                .stop_signal
+                .clone()
+                .unwrap_or_else(|| stop_signal(&lease)),
             log_file: log_file(
                 self.record.spec.log_directory.as_deref(),
                 spec.log_path.as_deref(),
@@ -431,6 +434,7 @@ fn log_file(directory: Option<&Path>, path: Option<&Path>) -> Option<PathBuf> {
     Some(directory?.join(path?))
 }
 
+/// The image's.
 fn stop_signal(lease: &Lease) -> String {
     let signal = lease
         .config

@@ -16,10 +16,11 @@ use super::devices::{self, Guard};
 use super::launch::{self, PidNamespace};
 use super::plan::{Entry, Plan, SeccompFilter, Stdio};
 use super::spec::{self, ContainerSpec};
+use super::stdin::Stdin;
 use super::stdio::{self, Source};
 use super::{
-    Container, Containers, Error, MAX_CONTAINERS, Phase, Slot, State, StdioError, Vigil, check_id,
-    seccomp, supervise, user,
+    Container, Containers, Error, MAX_CONTAINERS, Outputs, Phase, Slot, State, StdioError, Vigil,
+    check_id, seccomp, supervise, user,
 };
 use crate::cgroup::{Cgroup, POD};
 use crate::rootfs::Rootfs;
@@ -129,11 +130,19 @@ impl Containers {
             })?;
 
         let terminal = spec.terminal();
+        let reads = request.stdin || request.stdin_once;
         let (stdio, stdin, outputs) = match terminal {
-            Some((rows, columns)) => (Stdio::Terminal { rows, columns }, None, Vec::new()),
+            Some((rows, columns)) => {
+                let console = true;
+                let stdio = Stdio::Terminal {
+                    rows,
+                    columns,
+                    console,
+                };
+                (stdio, None, Vec::new())
+            }
             None => {
-                let streams =
-                    stdio::streams(user.uid, request.stdin || request.stdin_once, request.log)?;
+                let streams = stdio::streams(user.uid, reads)?;
                 (Stdio::Files(streams.child), streams.stdin, streams.outputs)
             }
         };
@@ -176,20 +185,33 @@ impl Containers {
 
         let mut outputs = outputs;
         let mut stdin = stdin;
+        let once = request.stdin_once && terminal.is_none();
+        let mut terminal = None;
         if let Some(master) = master {
             let failed = |errno: nix::errno::Errno| StdioError::Create(errno.into());
             fcntl(&master, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(failed)?;
-            stdin = Some(master.try_clone().map_err(StdioError::Create)?);
+            let copy = || master.try_clone().map_err(StdioError::Create);
+            stdin = reads.then(copy).transpose()?;
+            terminal = Some(Arc::new(copy()?));
             outputs.push(("stdout", master));
         }
+        let stdin = stdin
+            .map(|stdin| Stdin::new(stdin, once).map(Arc::new))
+            .transpose()
+            .map_err(StdioError::Create)?;
+        let tees = Outputs::default();
         let ended = watch::Sender::new(false);
         let mut pumps = Vec::new();
         let mut hosts = hosts.into_iter();
         for (stream, fd) in outputs {
             let source = Source::new(fd, ended.subscribe()).map_err(StdioError::Create)?;
             let (id, host) = (id.clone(), hosts.next());
+            let tee = match stream {
+                "stdout" => tees.stdout.clone(),
+                _ => tees.stderr.clone(),
+            };
             pumps.push(tokio::spawn(async move {
-                stdio::pump(&id, stream, source, host).await;
+                stdio::pump(&id, stream, source, host, &tee).await;
             }));
         }
         let Some(cgroup) = made.take() else {
@@ -204,6 +226,8 @@ impl Containers {
                 envp,
                 process,
                 stdin,
+                terminal,
+                outputs: tees,
                 ended,
                 upper: rootfs.upper(),
             },
@@ -220,6 +244,8 @@ impl Containers {
             envp,
             process,
             stdin,
+            terminal,
+            outputs,
             ended,
             upper,
         } = parts.container;
@@ -231,6 +257,8 @@ impl Containers {
             envp,
             process,
             stdin,
+            terminal,
+            outputs,
             ended,
             published: watch::Sender::new(false),
             state: Mutex::new(State {
@@ -294,7 +322,9 @@ struct Draft {
     identity: super::plan::Identity,
     envp: Arc<super::plan::StringArray>,
     process: launch::Launched,
-    stdin: Option<std::os::fd::OwnedFd>,
+    stdin: Option<Arc<Stdin>>,
+    terminal: Option<Arc<std::os::fd::OwnedFd>>,
+    outputs: Outputs,
     ended: watch::Sender<bool>,
     upper: PathBuf,
 }

@@ -1,235 +1,208 @@
-//! ExecSync: a command in a running container, its output streamed.
+//! Commands in a running container: ExecSync, its output in the answer, and
+//! Exec, with streams of its own.
 
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use agent_api::{ExecExit, ExecSyncEvent, ExecSyncRequest, exec_sync_event::Event};
-use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot, watch};
+use agent_api::{
+    ExecExit, ExecRequest, ExecSyncEvent, ExecSyncRequest, Streams, exec_sync_event::Event,
+};
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::task::JoinHandle;
 use tokio::time::sleep;
 
-use super::launch::{self, LaunchError, Launched, PidNamespace};
-use super::plan::{Entry, Plan, Stdio};
-use super::stdio::{self, CHUNK, Source, StdioError};
-use super::{Container, Containers, Error, Phase, next_exec, spec};
-use crate::cgroup::Cgroup;
-use crate::reaper::ExitCode;
-
-/// Commands running at once in the whole guest: probes of every container and
-/// some room.
-pub const MAX_EXECS: usize = 64;
+use super::command::{Command, Wish};
+use super::session::{Client, Connections, Events, deliver};
+use super::stdin::Stdin;
+use super::stdio::{CHUNK, Source, StdioError};
+use super::{Container, Containers, Error};
 
 /// Chunks of output that wait for the host before the command's writes do.
 const QUEUE: usize = 4;
 
-/// How long the host may take no output of a command that has ended.
+/// How long the host may take no output of an ExecSync that has ended.
 const HOST_STALL: Duration = Duration::from_secs(30);
 
 pub type Output = mpsc::Receiver<ExecSyncEvent>;
-
-/// A command that runs, with all that is needed to see it to its end.
-struct Running {
-    container: Arc<Container>,
-    cgroup: Cgroup,
-    process: Launched,
-    exit: oneshot::Receiver<ExitCode>,
-    ended: watch::Sender<bool>,
-    pumps: Vec<JoinHandle<()>>,
-    events: mpsc::Sender<ExecSyncEvent>,
-    _permit: OwnedSemaphorePermit,
-}
 
 impl Containers {
     /// Starts the command; fails if it cannot be run. The command is killed
     /// when the receiver is dropped before its last event.
     pub async fn exec_sync(&self, request: ExecSyncRequest) -> Result<Output, Error> {
         let container = self.get(&request.container_id)?;
+        let permit = self.exec_permit()?;
         let containers = self.clone();
         // Spawned so that a caller who gives up leaves nothing half made.
-        tokio::spawn(async move { containers.run(container, request).await }).await?
+        tokio::spawn(async move {
+            let wish = Wish {
+                argv: &request.argv,
+                terminal: false,
+                stdin: false,
+            };
+            let command = containers.command(container, wish, permit).await?;
+            let (events, output) = mpsc::channel(QUEUE);
+            let limit = request.timeout_millis;
+            let limit = (limit > 0).then(|| Duration::from_millis(limit));
+            tokio::spawn(answer(command, events, limit));
+            Ok(output)
+        })
+        .await?
     }
 
-    async fn run(
-        &self,
-        container: Arc<Container>,
-        request: ExecSyncRequest,
-    ) -> Result<Output, Error> {
-        let permit = self.inner.execs.clone().try_acquire_owned();
-        let permit = permit.map_err(|_| Error::TooManyExecs)?;
-        {
-            let state = container.state();
-            if state.phase != Phase::Running || *container.ended.borrow() {
-                let running = Phase::Running.name();
-                let phase = if state.phase == Phase::Running {
-                    Phase::Exited
-                } else {
-                    state.phase
-                };
-                let id = container.id.clone();
-                return Err(Error::Phase {
-                    id,
-                    phase: phase.name(),
-                    wanted: running,
-                });
-            }
+    /// Makes a command ready that starts once its streams are connected. It is
+    /// killed when the receiver is dropped before its last event.
+    pub fn exec(&self, request: ExecRequest) -> Result<Events, Error> {
+        let container = self.get(&request.container_id)?;
+        container.check_running()?;
+        let permit = self.exec_permit()?;
+        let (client, events) = self.inner.sessions.begin()?;
+        tokio::spawn(serve(self.clone(), container, request, client, permit));
+        Ok(events)
+    }
+}
+
+async fn serve(
+    containers: Containers,
+    container: Arc<Container>,
+    request: ExecRequest,
+    mut client: Client,
+    permit: OwnedSemaphorePermit,
+) {
+    let asked = request.streams.unwrap_or_default();
+    let streams = Streams {
+        stderr: asked.stderr && !request.terminal,
+        ..asked
+    };
+    let Some(connections) = client.connect(streams, request.terminal).await else {
+        return;
+    };
+    let wish = Wish {
+        argv: &request.argv,
+        terminal: request.terminal,
+        stdin: streams.stdin,
+    };
+    let mut command = match containers.command(container, wish, permit).await {
+        Ok(command) => command,
+        Err(error) => return client.fail(error).await,
+    };
+    client.has_terminal(command.terminal.take());
+    let tasks = match connect(&mut command, connections, request.terminal) {
+        Ok(tasks) => tasks,
+        Err(error) => {
+            command.exited(async {}).await;
+            command.clear();
+            return client.fail(error.into()).await;
         }
-        let cgroup = container
-            .cgroup
-            .child(&format!("exec-{}", next_exec(&container)))?;
-        let (events, output) = mpsc::channel(QUEUE);
-        match self.begin(&container, &request, &cgroup, &events).await {
-            Ok((process, exit, ended, pumps)) => {
-                let running = Running {
-                    container,
-                    cgroup,
-                    process,
-                    exit,
-                    ended,
-                    pumps,
-                    events,
-                    _permit: permit,
-                };
-                let limit = request.timeout_millis;
-                tokio::spawn(running.finish((limit > 0).then(|| Duration::from_millis(limit))));
-                Ok(output)
+    };
+    client.started().await;
+    let code = command.exited(client.gone()).await;
+    for mut output in tasks.outputs {
+        // However slow the client is, it gets the last byte.
+        let joined = tokio::select! {
+            biased;
+            joined = &mut output => joined,
+            () = client.gone() => {
+                output.abort();
+                output.await
             }
-            Err(error) => {
-                if let Err(undo) = cgroup.kill().await.and_then(|()| cgroup.remove()) {
-                    eprintln!("drupe-agent: container {}: {undo}", container.id);
+        };
+        report(joined);
+    }
+    if let Some(stdin) = tasks.stdin {
+        stdin.abort();
+        report(stdin.await);
+    }
+    command.clear();
+    client.ended(code.0, false).await;
+}
+
+struct Tasks {
+    stdin: Option<JoinHandle<()>>,
+    outputs: Vec<JoinHandle<()>>,
+}
+
+/// Joins the command's streams to its client's.
+fn connect(
+    command: &mut Command,
+    mut connections: Connections,
+    terminal: bool,
+) -> Result<Tasks, StdioError> {
+    let stdin = match (command.stdin.take(), connections.stdin.take()) {
+        (Some(ours), Some(client)) => {
+            let stdin = Stdin::new(ours, !terminal).map_err(StdioError::Create)?;
+            Some(tokio::spawn(async move {
+                stdin.feed(client).await;
+                if stdin.once {
+                    stdin.close().await;
                 }
-                Err(error)
-            }
+            }))
         }
+        _ => None,
+    };
+    let outputs = std::mem::take(&mut command.outputs).into_iter();
+    let outputs = outputs.map(|(stream, source)| {
+        let client = match stream {
+            "stdout" => connections.stdout.take(),
+            _ => connections.stderr.take(),
+        };
+        tokio::spawn(deliver(source, client))
+    });
+    Ok(Tasks {
+        stdin,
+        outputs: outputs.collect(),
+    })
+}
+
+fn report(joined: Result<(), tokio::task::JoinError>) {
+    if let Err(error) = joined
+        && !error.is_cancelled()
+    {
+        eprintln!("drupe-agent: a stream of a command: {error}");
     }
+}
 
-    async fn begin(
-        &self,
-        container: &Container,
-        request: &ExecSyncRequest,
-        cgroup: &Cgroup,
-        events: &mpsc::Sender<ExecSyncEvent>,
-    ) -> Result<
-        (
-            Launched,
-            oneshot::Receiver<ExitCode>,
-            watch::Sender<bool>,
-            Vec<JoinHandle<()>>,
-        ),
-        Error,
-    > {
-        let streams = stdio::streams(container.identity.uid, false, true)?;
-        let (ours, theirs) = launch::channel()?;
-        let cgroup_namespace = if container.namespaces.cgroup {
-            libc::CLONE_NEWCGROUP
-        } else {
-            0
-        };
-        let target = container
-            .process
-            .pidfd
-            .try_clone()
-            .map_err(StdioError::Create)?;
-        let plan = Plan {
-            entry: Entry::Join {
-                pidfd: target,
-                namespaces: libc::CLONE_NEWNS | cgroup_namespace,
-            },
-            identity: container.identity.clone(),
-            program: spec::program(&request.argv, container.envp.clone())?,
-            stdio: Stdio::Files(streams.child),
-            channel: theirs,
-            wait: false,
-        };
-        let pause = self.pause();
-        let pid = match (&pause, container.namespaces.pid) {
-            (_, true) => PidNamespace::Join(container.process.pidfd.as_fd()),
-            (Some(pause), false) => PidNamespace::Join(pause.pidfd()),
-            (None, false) => PidNamespace::Guest,
-        };
-        let process = launch::launch(plan, ours, pid, false, cgroup.dir().as_fd())?;
-        let exit = self.inner.reaper.watch(process.pid);
-
-        let ended = watch::Sender::new(false);
-        let mut pumps = Vec::new();
-        for (stream, fd) in streams.outputs {
-            let source = Source::new(fd, ended.subscribe()).map_err(StdioError::Create)?;
+/// Follows an ExecSync to its end.
+async fn answer(
+    mut command: Command,
+    events: mpsc::Sender<ExecSyncEvent>,
+    limit: Option<Duration>,
+) {
+    let outputs = std::mem::take(&mut command.outputs).into_iter();
+    let pumps: Vec<_> = outputs
+        .map(|(stream, source)| {
             let wrap = if stream == "stdout" {
                 Event::Stdout
             } else {
                 Event::Stderr
             };
-            pumps.push(tokio::spawn(pump(source, wrap, events.clone())));
+            tokio::spawn(pump(source, wrap, events.clone()))
+        })
+        .collect();
+    let mut timed_out = false;
+    let stop = async {
+        tokio::select! {
+            () = async {
+                match limit {
+                    Some(limit) => sleep(limit).await,
+                    None => std::future::pending().await,
+                }
+            } => timed_out = true,
+            () = events.closed() => {}
         }
-        match process.executed().await {
-            Ok(()) => Ok((process, exit, ended, pumps)),
-            // The container has ended meanwhile and taken its namespaces along.
-            Err(LaunchError::Vanished) if *container.ended.borrow() => Err(Error::Phase {
-                id: container.id.clone(),
-                phase: Phase::Exited.name(),
-                wanted: Phase::Running.name(),
-            }),
-            Err(error) => Err(error.into()),
-        }
+    };
+    let code = command.exited(stop).await;
+    for pump in pumps {
+        report(pump.await);
     }
-}
-
-impl Running {
-    async fn finish(mut self, limit: Option<Duration>) {
-        let time_is_up = async {
-            match limit {
-                Some(limit) => sleep(limit).await,
-                None => std::future::pending().await,
-            }
-        };
-        let mut timed_out = false;
-        let mut code = tokio::select! {
-            biased;
-            code = &mut self.exit => Some(code),
-            () = time_is_up => {
-                timed_out = true;
-                None
-            }
-            () = self.events.closed() => None,
-        };
-        if code.is_none() {
-            // Everything the command has started goes with it.
-            if let Err(error) = self.cgroup.kill().await {
-                eprintln!("drupe-agent: container {}: {error}", self.container.id);
-            }
-            code = Some((&mut self.exit).await);
-        }
-        // The reaper never drops a sender before it has used it.
-        let code = code.and_then(Result::ok).unwrap_or(ExitCode::KILLED);
-        self.ended.send_replace(true);
-        for pump in self.pumps {
-            if let Err(error) = pump.await {
-                eprintln!(
-                    "drupe-agent: container {}: output: {error}",
-                    self.container.id
-                );
-            }
-        }
-        let exit = Event::Exit(ExecExit {
-            code: code.0,
-            timed_out,
-        });
-        // A caller who has gone wants no exit either.
-        let _ = self
-            .events
-            .send_timeout(ExecSyncEvent { event: Some(exit) }, HOST_STALL)
-            .await;
-        drop(self.process);
-        // What the command left running in the background stays, in its
-        // cgroup, until the container goes.
-        if let Err(error) = self.cgroup.remove() {
-            let busy = matches!(&error, crate::cgroup::CgroupError::Remove { source, .. }
-                if source.raw_os_error() == Some(libc::EBUSY));
-            if !busy {
-                eprintln!("drupe-agent: container {}: {error}", self.container.id);
-            }
-        }
-    }
+    let exit = Event::Exit(ExecExit {
+        code: code.0,
+        timed_out,
+    });
+    // A caller who has gone wants no exit either.
+    let _ = events
+        .send_timeout(ExecSyncEvent { event: Some(exit) }, HOST_STALL)
+        .await;
+    command.clear();
 }
 
 /// Moves output to the host until its end, or until nobody takes it.

@@ -12,8 +12,10 @@
 //! task kills what is left of the container, lets its output reach the host,
 //! and only then publishes the exit. The gRPC server is the only caller.
 
+mod attach;
 mod capabilities;
 pub mod child;
+mod command;
 mod create;
 mod device_files;
 mod devices;
@@ -23,9 +25,12 @@ mod mounts;
 mod pause;
 mod plan;
 mod seccomp;
+mod session;
 mod spec;
 mod start;
+mod stdin;
 mod stdio;
+mod tee;
 mod user;
 
 use std::collections::BTreeMap;
@@ -35,14 +40,17 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use agent_api::container_state::Phase as ApiPhase;
+use agent_api::stream::{Stream, Token};
 use agent_api::{ContainerState, Event, Exit, OomKill, event};
 use oci_spec::runtime::LinuxResources;
 use tokio::sync::{broadcast, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
+use tokio_vsock::VsockStream;
 
+use attach::MAX_ATTACHED;
+use command::MAX_EXECS;
 pub use devices::DeviceError;
-pub use exec::MAX_EXECS;
 pub use launch::LaunchError;
 pub use mounts::{ETC_DIR, MountError, SHM};
 pub use spec::{SpecError, sysctl_path};
@@ -58,8 +66,11 @@ use devices::Guard;
 use launch::Launched;
 use pause::Pause;
 use plan::{Identity, SeccompFilter, StringArray};
+use session::Sessions;
 use spec::OwnNamespaces;
+use stdin::Stdin;
 use stdio::StdioError;
+use tee::Tee;
 use user::UserError;
 
 /// A pod has tens of containers.
@@ -99,6 +110,16 @@ pub enum Error {
     TooMany,
     #[error("the guest runs {MAX_EXECS} commands already")]
     TooManyExecs,
+    #[error("{MAX_ATTACHED} clients are attached to the pod's containers already")]
+    TooManyAttached,
+    #[error("there is no such session")]
+    UnknownSession,
+    #[error("the session has no terminal")]
+    NoTerminal,
+    #[error("the session's streams were not connected in {} s", session::CONNECT_TIMEOUT.as_secs())]
+    ConnectTimeout,
+    #[error("the client took no output of container {id} for {} s", tee::STALL.as_secs())]
+    TooSlow { id: String },
     #[error("the pod was not configured")]
     NotConfigured,
     #[error("the container was not set up in {} s", create::SETUP_TIMEOUT.as_secs())]
@@ -163,10 +184,11 @@ pub struct Container {
     identity: Identity,
     envp: Arc<StringArray>,
     process: Launched,
-    /// Held while it is open for the container to read: a pipe's write end or
-    /// a terminal's master.
-    #[expect(dead_code, reason = "kept open, not used: attaching is not served yet")]
-    stdin: Option<OwnedFd>,
+    /// Open for as long as the container may read it, attached or not.
+    stdin: Option<Arc<Stdin>>,
+    /// The master of its terminal.
+    terminal: Option<Arc<OwnedFd>>,
+    outputs: Outputs,
     /// True once the process has ended.
     ended: watch::Sender<bool>,
     /// True once its exit was published.
@@ -181,7 +203,27 @@ pub struct Container {
     pub fs_usage: FsUsage,
 }
 
+/// Where clients get a container's output from. A terminal has only the first.
+#[derive(Clone, Debug, Default)]
+struct Outputs {
+    stdout: Arc<Tee>,
+    stderr: Arc<Tee>,
+}
+
 impl Container {
+    fn check_running(&self) -> Result<(), Error> {
+        let phase = match self.state().phase {
+            Phase::Running if !*self.ended.borrow() => return Ok(()),
+            Phase::Running => Phase::Exited,
+            phase => phase,
+        };
+        Err(Error::Phase {
+            id: self.id.clone(),
+            phase: phase.name(),
+            wanted: Phase::Running.name(),
+        })
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         // Every change of the state is one assignment.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -232,6 +274,8 @@ struct Inner {
     /// The last guard of devices loaded, likewise.
     guard: Mutex<Option<Arc<Guard>>>,
     execs: Arc<tokio::sync::Semaphore>,
+    attached: Arc<tokio::sync::Semaphore>,
+    sessions: Arc<Sessions>,
 }
 
 /// All containers of the pod. Cheap to clone.
@@ -261,6 +305,8 @@ impl Containers {
                 seccomp: Mutex::default(),
                 guard: Mutex::default(),
                 execs: Arc::new(tokio::sync::Semaphore::new(MAX_EXECS)),
+                attached: Arc::new(tokio::sync::Semaphore::new(MAX_ATTACHED)),
+                sessions: Arc::default(),
             }),
         })
     }
@@ -299,6 +345,19 @@ impl Containers {
 
     pub fn subscribe(&self) -> broadcast::Receiver<Event> {
         self.inner.events.subscribe()
+    }
+
+    pub fn has_session(&self, token: Token) -> bool {
+        self.inner.sessions.has(token)
+    }
+
+    /// A stream from the host for the session of this token.
+    pub fn hand_over(&self, token: Token, stream: Stream, connection: VsockStream) {
+        self.inner.sessions.hand_over(token, stream, connection);
+    }
+
+    pub fn resize(&self, token: &[u8], width: u32, height: u32) -> Result<(), Error> {
+        self.inner.sessions.resize(token, width, height)
     }
 
     /// Makes the PID namespace that the pod's containers share.
@@ -383,6 +442,8 @@ impl Containers {
             if let Some(task) = supervisor.unwrap_or_else(PoisonError::into_inner).take() {
                 task.abort();
             }
+            // Who waits for its end waits for nothing more.
+            container.published.send_replace(true);
         }
         rootfs.remove().await?;
         container.cgroup.remove()?;

@@ -159,8 +159,13 @@ pub enum Entry {
 pub enum Stdio {
     /// Descriptors for standard input, output and error.
     Files([OwnedFd; 3]),
-    /// A pseudo terminal of the container's own devpts; rows and columns.
-    Terminal { rows: u16, columns: u16 },
+    /// A pseudo terminal of the container's own devpts.
+    Terminal {
+        rows: u16,
+        columns: u16,
+        /// Make it /dev/console.
+        console: bool,
+    },
 }
 
 #[derive(Debug)]

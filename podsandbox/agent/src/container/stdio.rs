@@ -1,4 +1,5 @@
-//! Standard output from a container's pipes or terminal to the host.
+//! Standard output from a container's pipes or terminal to the host's log, and
+//! to those attached.
 //!
 //! Each stream has a vsock connection of its own to the host's log port: one
 //! header line, then the bytes as they are. A host that does not take them
@@ -19,6 +20,7 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 use tokio_vsock::{VsockAddr, VsockStream};
 
+use super::tee::Tee;
 use crate::sys;
 
 /// vsock address and port of the host that take output (the VMM's `LOG_PORT`).
@@ -75,10 +77,9 @@ pub struct Streams {
     pub outputs: Vec<(&'static str, OwnedFd)>,
 }
 
-/// Streams of a process without a terminal. `capture`: its output goes to
-/// pipes; else it is thrown away. The pipes are user `uid`'s, who could not
-/// open /dev/stdout otherwise.
-pub fn streams(uid: u32, stdin: bool, capture: bool) -> Result<Streams, StdioError> {
+/// Streams of a process without a terminal. The pipes are user `uid`'s, who
+/// could not open /dev/stdout otherwise.
+pub fn streams(uid: u32, stdin: bool) -> Result<Streams, StdioError> {
     let own = |pipe: &OwnedFd| match uid {
         0 => Ok(()),
         uid => fchown(pipe, Some(uid.into()), None).map_err(create),
@@ -92,9 +93,6 @@ pub fn streams(uid: u32, stdin: bool, capture: bool) -> Result<Streams, StdioErr
     };
     let mut outputs = Vec::new();
     let mut output = |stream| -> Result<OwnedFd, StdioError> {
-        if !capture {
-            return null().map_err(create);
-        }
         let (read, write) = output_pipe().map_err(create)?;
         own(&write)?;
         outputs.push((stream, read));
@@ -180,8 +178,14 @@ impl Source {
 
 /// Moves all of `source` to the host, tells it of the end and waits until it
 /// has taken everything. A connection that breaks does not stop the container:
-/// the rest of its output is thrown away.
-pub async fn pump(id: &str, stream: &str, mut source: Source, host: Option<VsockStream>) {
+/// the rest of its output is not logged. Those attached get what was logged.
+pub async fn pump(
+    id: &str,
+    stream: &str,
+    mut source: Source,
+    host: Option<VsockStream>,
+    tee: &Tee,
+) {
     let mut host = host;
     let mut buffer = vec![0; CHUNK];
     loop {
@@ -193,14 +197,16 @@ pub async fn pump(id: &str, stream: &str, mut source: Source, host: Option<Vsock
                 break;
             }
         };
-        let Some(connection) = &mut host else {
-            continue;
-        };
-        if let Err(error) = send(connection, &buffer[..length], &source.ended).await {
+        let bytes = &buffer[..length];
+        if let Some(connection) = &mut host
+            && let Err(error) = send(connection, bytes, &source.ended).await
+        {
             eprintln!("drupe-agent: container {id}: {stream} is lost from here: {error}");
             host = None;
         }
+        tee.give(bytes).await;
     }
+    tee.end();
     if let Some(mut connection) = host
         && let Err(error) = finish(&mut connection).await
     {

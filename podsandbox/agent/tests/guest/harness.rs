@@ -28,8 +28,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
 use vmm_client::{Control, VmmProcess};
 
-use boot::Artifacts;
-pub use boot::{Options, artifacts};
+pub use boot::{Artifacts, Options, artifacts};
 pub use container::Container;
 pub use image::{Image, busybox_tree};
 
@@ -38,6 +37,8 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 
 pub struct Guest {
     pub agent: AgentClient<Channel>,
+    /// The same as the daemon has it, for streams.
+    pub daemon: podsandbox::AgentClient,
     pub control: Control,
     pub dir: TempDir,
     vmm: VmmProcess,

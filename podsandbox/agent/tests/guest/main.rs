@@ -11,6 +11,7 @@ mod harness;
 mod network;
 mod pod;
 mod processes;
+mod streams;
 
 /// A shell's, until it is told to end.
 const FOREVER: &str = "trap 'exit 0' TERM; while :; do sleep 1; done";

@@ -83,7 +83,11 @@ fn execute(plan: &Plan) -> Result<Infallible> {
             }
             None
         }
-        Stdio::Terminal { rows, columns } => Some(open_terminal(identity.uid, *rows, *columns)?),
+        Stdio::Terminal {
+            rows,
+            columns,
+            console,
+        } => Some(open_terminal(identity.uid, *rows, *columns, *console)?),
     };
     if let Entry::Create(root) = &plan.entry {
         root::restrict(root)?;

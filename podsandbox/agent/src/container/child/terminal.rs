@@ -13,8 +13,8 @@ use super::{Result, duplicate};
 use crate::container::plan::{Failure, Step};
 
 /// Opens a terminal of the container's own devpts, makes it the controlling
-/// one and /dev/console, and returns its master.
-pub(super) fn open_terminal(uid: u32, rows: u16, columns: u16) -> Result<OwnedFd> {
+/// one and perhaps /dev/console, and returns its master.
+pub(super) fn open_terminal(uid: u32, rows: u16, columns: u16, console: bool) -> Result<OwnedFd> {
     let fail = |errno| Failure {
         step: Step::Terminal,
         index: 0,
@@ -56,14 +56,16 @@ pub(super) fn open_terminal(uid: u32, rows: u16, columns: u16) -> Result<OwnedFd
     let path = terminal_path(&mut buffer, number.unsigned_abs());
     let slave = open(path, flags, Mode::empty()).map_err(fail)?;
     chown(path, Some(uid.into()), None).map_err(fail)?;
-    mount(
-        Some(path),
-        c"/dev/console",
-        None::<&CStr>,
-        MsFlags::MS_BIND,
-        None::<&CStr>,
-    )
-    .map_err(fail)?;
+    if console {
+        mount(
+            Some(path),
+            c"/dev/console",
+            None::<&CStr>,
+            MsFlags::MS_BIND,
+            None::<&CStr>,
+        )
+        .map_err(fail)?;
+    }
     // SAFETY: TIOCSCTTY takes an integer.
     Errno::result(unsafe { libc::ioctl(slave.as_raw_fd(), libc::TIOCSCTTY, 0) }).map_err(fail)?;
     for number in 0..3 {

@@ -16,6 +16,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
 };
+use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint, Uri};
 use vmm_client::protocol::{AGENT_PORT, Event as VmEvent, VmState};
 use vmm_client::{
@@ -171,8 +172,10 @@ impl Guest {
         }
         println!("boot: {:?}", begun.elapsed());
         let agent = AgentClient::new(connect(path("vsock")));
+        let daemon = podsandbox::AgentClient::new(path("vsock"), CancellationToken::new());
         Self {
             agent,
+            daemon,
             control,
             dir,
             vmm,

@@ -10,6 +10,7 @@ pub struct Container {
     pub user: User,
     pub etc: bool,
     pub stdin: bool,
+    pub stdin_once: bool,
     pub log: bool,
 }
 
@@ -79,6 +80,7 @@ impl Container {
             user: User::default(),
             etc: true,
             stdin: false,
+            stdin_once: false,
             log: true,
         }
     }
@@ -112,7 +114,7 @@ impl Container {
             user: Some(self.user.clone()),
             provide_etc_files: self.etc,
             stdin: self.stdin,
-            stdin_once: false,
+            stdin_once: self.stdin_once,
             log: self.log,
         }
     }

@@ -1,0 +1,264 @@
+//! `kubectl exec`, `attach`, `cp` and `port-forward`, as their clients do it:
+//! crictl, over SPDY and over WebSocket.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use e2e::{Node, eventually};
+
+use crate::with_node;
+
+const TRANSPORTS: [&str; 2] = ["spdy", "websocket"];
+const PATIENCE: Duration = Duration::from_secs(20);
+
+#[test]
+fn a_command_gets_its_input_and_gives_output_errors_and_exit_code() -> Result<()> {
+    with_node(|node| {
+        let container = node.run_pod("p")?.start_idle("c")?;
+        for transport in TRANSPORTS {
+            let script = "cat; echo to stderr >&2; exit 7";
+            let command = ["-i", &container.id, "sh", "-c", script];
+            let output = exec(node, transport, &command, b"typed\n")?;
+            assert_eq!(output.stdout, b"typed\n", "{transport}");
+            let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+            ensure!(errors.contains("to stderr\n"), "{transport}: {errors}");
+            ensure!(errors.contains("exit code 7"), "{transport}: {errors}");
+            ensure!(!output.status.success(), "{transport}");
+
+            let missing = exec(node, transport, &[&container.id, "/no/such"], b"")?;
+            let errors = String::from_utf8_lossy(&missing.stderr).into_owned();
+            ensure!(
+                !missing.status.success() && errors.contains("/no/such"),
+                "{transport}: {errors}"
+            );
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn bytes_pass_unchanged_both_ways() -> Result<()> {
+    with_node(|node| {
+        let container = node.run_pod("p")?.start_idle("c")?;
+        let mut data = vec![0; 32 << 20];
+        File::open("/dev/urandom")?.read_exact(&mut data)?;
+        for transport in TRANSPORTS {
+            let output = exec(node, transport, &["-i", &container.id, "cat"], &data)?;
+            ensure!(output.status.success(), "{transport}: {output:?}");
+            ensure!(output.stdout == data, "{transport}: the bytes differ");
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_terminal_has_the_clients_size_and_no_standard_error() -> Result<()> {
+    with_node(|node| {
+        let container = node.run_pod("p")?.start_idle("c")?;
+        for transport in TRANSPORTS {
+            // script(1) is the terminal that crictl asks for.
+            let line = format!(
+                "stty rows 33 cols 111; exec {} exec -r {transport} -it {} sh -c 'sleep 1; stty size; tty; echo err >&2'",
+                crictl_line(node)?,
+                container.id
+            );
+            let output = node.netns.output("script", &["-qec", &line, "/dev/null"])?;
+            ensure!(output.contains("33 111"), "{transport}: {output}");
+            ensure!(output.contains("/dev/pts/"), "{transport}: {output}");
+            ensure!(output.contains("err"), "{transport}: {output}");
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_client_attaches_to_a_container_and_leaves_it_running() -> Result<()> {
+    with_node(|node| {
+        let pod = node.run_pod("p")?;
+        let mut config =
+            pod.container_config("echo", &["sh", "-c", "while read l; do echo got $l; done"]);
+        config.stdin = true;
+        let container = pod.start_with(config)?;
+        for transport in TRANSPORTS {
+            let mut client = client(node, &["attach", "-r", transport, "-i", &container.id])?;
+            let mut input = client.stdin.take().context("its input")?;
+            let mut output = client.stdout.take().context("its output")?;
+            writeln!(input, "{transport}")?;
+            let mut answer = vec![0; format!("got {transport}\n").len()];
+            output.read_exact(&mut answer)?;
+            assert_eq!(answer, format!("got {transport}\n").into_bytes());
+            client.kill()?;
+            client.wait()?;
+            let state = container.status()?.state();
+            ensure!(format!("{state:?}").ends_with("Running"), "{state:?}");
+        }
+        // The log has it as well.
+        eventually("the log to have it all", PATIENCE, || {
+            let log = container.stdout()?;
+            ensure!(log == "got spdy\ngot websocket\n", "{log:?}");
+            Ok::<_, anyhow::Error>(())
+        })
+    })
+}
+
+#[test]
+fn a_port_is_forwarded_to_the_pods_loopback_for_many_at_once() -> Result<()> {
+    with_node(|node| {
+        let pod = node.run_pod("p")?;
+        let server = "mkdir /www; head -c 100000 /dev/zero | tr '\\0' x > /www/x; exec httpd -f -p 127.0.0.1:8000 -h /www";
+        let _server = pod.start("server", &["sh", "-c", server])?;
+        let _six = pod.start(
+            "six",
+            &[
+                "sh",
+                "-c",
+                "mkdir /www; echo six > /www/x; exec httpd -f -p [::1]:8006 -h /www",
+            ],
+        )?;
+        for (transport, local) in TRANSPORTS.into_iter().zip([7001, 7003]) {
+            let ports = [format!("{local}:8000"), format!("{}:8006", local + 1)];
+            let mut arguments = vec!["port-forward", "-r", transport, &pod.id];
+            arguments.extend(ports.iter().map(String::as_str));
+            let mut forward = client(node, &arguments)?;
+            let body = eventually("the port to be forwarded", PATIENCE, || {
+                get(node, local, "/x")
+            })?;
+            ensure!(body.len() == 100_000, "{transport}: {} bytes", body.len());
+            ensure!(get(node, local + 1, "/x")? == b"six\n", "{transport}: IPv6");
+            std::thread::scope(|scope| {
+                let gets: Vec<_> = (0..100)
+                    .map(|_| scope.spawn(|| get(node, local, "/x")))
+                    .collect();
+                for got in gets {
+                    let body = got.join().expect("thread")?;
+                    ensure!(body == [b'x'; 100_000], "{transport}: {} bytes", body.len());
+                }
+                Ok(())
+            })?;
+            forward.kill()?;
+            forward.wait()?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn two_hundred_commands_run_at_once() -> Result<()> {
+    with_node(|node| {
+        let container = node.run_pod("p")?.start_idle("c")?;
+        let clients = (0..200)
+            .map(|n| {
+                client(
+                    node,
+                    &[
+                        "exec",
+                        &container.id,
+                        "sh",
+                        "-c",
+                        &format!("sleep 1; echo {n}"),
+                    ],
+                )
+            })
+            .collect::<Result<Vec<_>>>()?;
+        for (n, client) in clients.into_iter().enumerate() {
+            let output = client.wait_with_output()?;
+            ensure!(
+                output.stdout == format!("{n}\n").into_bytes(),
+                "{n}: {output:?}"
+            );
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn clients_that_are_killed_leave_nothing_behind() -> Result<()> {
+    with_node(|node| {
+        let container = node.run_pod("p")?.start_idle("c")?;
+        let before = processes(&container)?;
+        for n in 0..100 {
+            let transport = TRANSPORTS[n % 2];
+            let mut client = client(
+                node,
+                &[
+                    "exec",
+                    "-r",
+                    transport,
+                    "-i",
+                    &container.id,
+                    "sh",
+                    "-c",
+                    "echo on; exec cat",
+                ],
+            )?;
+            let mut on = [0; 3];
+            client
+                .stdout
+                .as_mut()
+                .context("its output")?
+                .read_exact(&mut on)?;
+            client.kill()?;
+            client.wait()?;
+        }
+        eventually("their processes to end", PATIENCE, || {
+            let now = processes(&container)?;
+            ensure!(now == before, "{now} processes, {before} before");
+            Ok::<_, anyhow::Error>(())
+        })
+    })
+}
+
+fn processes(container: &e2e::Container) -> Result<usize> {
+    Ok(container.exec(&["ps"])?.lines().count())
+}
+
+fn exec(node: &Node, transport: &str, arguments: &[&str], input: &[u8]) -> Result<Output> {
+    let mut all = vec!["exec", "-r", transport];
+    all.extend(arguments);
+    let mut client = client(node, &all)?;
+    let mut stdin = client.stdin.take().context("its input")?;
+    std::thread::scope(|scope| {
+        let typing = scope.spawn(move || stdin.write_all(input));
+        let output = client.wait_with_output().context("crictl")?;
+        // One whose command does not read may be gone by then.
+        let _typed = typing.join();
+        Ok(output)
+    })
+}
+
+/// crictl, in the node's network, where the server of streams is.
+fn client(node: &Node, arguments: &[&str]) -> Result<Child> {
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", &format!("exec {} \"$@\"", crictl_line(node)?), "sh"])
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    node.netns.run(|| command.spawn().context("crictl"))
+}
+
+fn crictl_line(node: &Node) -> Result<String> {
+    Ok(format!(
+        "{} --config /dev/null -r unix://{}",
+        e2e::artifacts::crictl()?.display(),
+        node.socket().display()
+    ))
+}
+
+/// The body that an HTTP server answers.
+fn get(node: &Node, port: u16, path: &str) -> Result<Vec<u8>> {
+    let mut stream = node
+        .netns
+        .run(|| Ok(TcpStream::connect(("127.0.0.1", port))?))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    write!(stream, "GET {path} HTTP/1.0\r\n\r\n")?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer)?;
+    let end = answer.windows(4).position(|four| four == b"\r\n\r\n");
+    Ok(answer.split_off(end.context("no HTTP answer")? + 4))
+}
