@@ -58,8 +58,8 @@ test-kvm: setup build out/node ## End-to-end tests on kvm, in an emulated bare-m
 out/node:
 	@e2e/node/build.sh $@
 
-fuzz: ## Fuzz the devices with hostile guests, FUZZ_SECONDS (60) each; FUZZ=blk takes one
-	@vmm/fuzz/run.sh $(or $(FUZZ_SECONDS),60) $(FUZZ)
+fuzz: ## Fuzz with hostile guests, clients and images, FUZZ_SECONDS (60) a target; FUZZ=blk takes one
+	@e2e/fuzz.sh $(or $(FUZZ_SECONDS),60) $(FUZZ)
 
 bench: ## Measure pods; PEER=containerd measures Debian's containerd and runc beside it
 bench: SETUP_EXTRA = $(if $(PEER),$(PEER) runc)

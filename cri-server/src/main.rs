@@ -1,22 +1,13 @@
-//! drupe: the node daemon that speaks CRI v1.
+//! The command line of drupe.
 #![forbid(unsafe_code)]
 
-mod check;
-mod chunks;
-mod config;
-mod convert;
-mod images;
-mod runtime;
-mod serve;
-mod streaming;
-
-use std::collections::HashMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use config::Config;
+use cri_server::config::{Config, DEFAULT_YAML};
+use cri_server::{check, serve};
 
 const DEFAULT_CONFIG: &str = "/etc/drupe/config.yaml";
 
@@ -51,7 +42,7 @@ fn main() -> ExitCode {
     end_on_panic();
     match Cli::parse().command {
         Command::Config => {
-            print!("{}", config::DEFAULT_YAML);
+            print!("{}", DEFAULT_YAML);
             ExitCode::SUCCESS
         }
         Command::Check { config } => with_config(config, |config| {
@@ -110,9 +101,4 @@ fn start_log(config: &Config) {
         .with_writer(std::io::stderr)
         .with_ansi(false)
         .init();
-}
-
-/// The map in which verbose answers carry their JSON, as crictl prints it.
-fn json_info(value: serde_json::Value) -> HashMap<String, String> {
-    HashMap::from([("info".to_owned(), value.to_string())])
 }

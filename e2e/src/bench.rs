@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 use crate::pod::IDLE;
+use crate::streams::cat;
 use crate::{Node, Server};
 
 /// Pods started one after another.
@@ -17,6 +18,9 @@ const AT_ONCE: usize = 8;
 const ROUNDS: usize = 3;
 /// Pods that run while memory is measured.
 const RESIDENT: usize = 4;
+/// MiB sent through a command and back, and how often.
+const STREAMED: usize = 512;
+const STREAMS: usize = 5;
 
 /// The steps of a pod's life, in order, and the one that users feel most.
 pub const STEPS: [&str; 7] = [
@@ -38,6 +42,8 @@ pub struct Report {
     pub pods_per_second: f64,
     /// Proportional set size of everything that one pod adds.
     pub pss_bytes: u64,
+    /// MiB/s of a `cat` that crictl feeds, each way: the median.
+    pub streaming: f64,
 }
 
 /// Time at quantile `q` of step `step`.
@@ -87,6 +93,9 @@ pub fn measure(server: Server, progress: impl Fn(&str)) -> Result<Report> {
         parallel.extend(lives.into_iter().map(|(sample, _)| sample));
     }
 
+    progress(&format!("{STREAMS} times {STREAMED} MiB through exec"));
+    let streaming = streaming(&node)?;
+
     progress(&format!("memory of {RESIDENT} pods"));
     for n in 0..RESIDENT {
         let pod = node.run_pod(&format!("resident-{n}"))?;
@@ -99,6 +108,7 @@ pub fn measure(server: Server, progress: impl Fn(&str)) -> Result<Report> {
         pods_per_second: parallel.len() as f64 / until_all_up.as_secs_f64(),
         parallel,
         pss_bytes,
+        streaming,
     })
 }
 
@@ -148,6 +158,18 @@ fn life(node: &Node, name: &str, all_up: &Barrier) -> Result<(Sample, Duration)>
     lap(5);
     sample[6] = up;
     Ok((sample, up))
+}
+
+fn streaming(node: &Node) -> Result<f64> {
+    let pod = node.run_pod("streams")?;
+    let container = pod.start_idle("c")?;
+    let mut times = (0..STREAMS)
+        .map(|_| cat(node, "spdy", &container, STREAMED))
+        .collect::<Result<Vec<_>>>()?;
+    times.sort();
+    pod.stop()?;
+    pod.remove()?;
+    Ok(STREAMED as f64 / times[STREAMS / 2].as_secs_f64())
 }
 
 /// Proportional set sizes of everything that pods run in, the server left out.

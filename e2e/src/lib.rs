@@ -27,6 +27,7 @@ pub mod pod;
 pub mod proxy;
 pub mod reaper;
 pub mod registry;
+pub mod streams;
 
 pub use cri::Cri;
 pub use eventually::eventually;

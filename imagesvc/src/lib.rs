@@ -17,6 +17,8 @@ mod digest;
 pub mod erofs;
 mod error;
 mod flight;
+#[cfg(any(test, feature = "hostile"))]
+pub mod hostile;
 mod image;
 pub mod layer;
 mod lock;

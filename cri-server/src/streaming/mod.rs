@@ -18,6 +18,8 @@
 mod activity;
 mod backend;
 mod handshake;
+#[cfg(any(test, feature = "hostile"))]
+pub mod hostile;
 mod inbox;
 mod outbox;
 mod port_forward;

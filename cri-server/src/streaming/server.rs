@@ -118,6 +118,17 @@ pub async fn accept(listener: TcpListener, tls: Option<TlsAcceptor>, served: Ser
     }
 }
 
+/// A whole connection of a client that is here already.
+#[cfg(any(test, feature = "hostile"))]
+pub async fn converse<IO>(io: IO, served: Arc<Served>)
+where
+    IO: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    if let Some((upgraded, granted)) = greet(io, &served).await {
+        serve(upgraded, granted, &served).await;
+    }
+}
+
 fn prepare(stream: &TcpStream) -> std::io::Result<()> {
     stream.set_nodelay(true)?;
     setsockopt(stream, sockopt::KeepAlive, &true)?;

@@ -38,6 +38,11 @@ fn main() -> Result<()> {
         (ours.pods_per_second, None),
         theirs_report.map(|r| (r.pods_per_second, None)),
     );
+    row(
+        "exec cat, MiB/s",
+        (ours.streaming, None),
+        theirs_report.map(|r| (r.streaming, None)),
+    );
     let pss = |report: &Report| (report.pss_bytes as f64 / f64::from(1 << 20), None);
     row("PSS a pod, MiB", pss(&ours), theirs_report.map(pss));
     Ok(())

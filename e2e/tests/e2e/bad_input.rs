@@ -307,24 +307,6 @@ fn an_invalid_configuration_ends_the_daemon_with_the_key_named() -> Result<()> {
 }
 
 #[test]
-fn a_missing_kernel_is_told_at_the_start_or_by_the_first_pod() -> Result<()> {
-    let node = Node::builder()
-        .server(Server::Drupe)
-        .config(|config| config["runtimes"]["microvm"]["kernel"] = json!("/no/such/kernel"))
-        .start()?;
-    let answer = node
-        .try_run_pod(node.pod_config("kernelless"))
-        .map(|pod| pod.id);
-    refused(
-        answer,
-        Code::Internal,
-        &["phase vmm", "/no/such/kernel", "No such file"],
-    )?;
-    node.assert_no_pod_left()?;
-    node.finish()
-}
-
-#[test]
 fn a_second_daemon_on_the_same_state_is_refused() -> Result<()> {
     let node = drupe()?;
     let output = std::process::Command::new("timeout")

@@ -12,7 +12,7 @@ use serde_json::json;
 use tonic::Code;
 
 use crate::machine::{assert_ended, await_end};
-use crate::{on_drupe, refused, took_less, with_drupe};
+use crate::{on_drupe, pod_refused, took_less, with_drupe};
 
 #[test]
 fn a_guest_kernel_that_does_not_boot_is_told_with_its_last_words() -> Result<()> {
@@ -23,12 +23,10 @@ fn a_guest_kernel_that_does_not_boot_is_told_with_its_last_words() -> Result<()>
         .start()?;
     on_drupe(node, |node| {
         let begun = Instant::now();
-        let answer = node
-            .try_run_pod(node.pod_config("panics"))
-            .map(|pod| pod.id);
         // The panic's reason, and the console's lines around it.
-        refused(
-            answer,
+        pod_refused(
+            node,
+            "panics",
             Code::Internal,
             &[
                 "phase boot",
@@ -43,6 +41,22 @@ fn a_guest_kernel_that_does_not_boot_is_told_with_its_last_words() -> Result<()>
 }
 
 #[test]
+fn a_missing_guest_kernel_is_named() -> Result<()> {
+    let node = Node::builder()
+        .config(|config| config["runtimes"]["microvm"]["kernel"] = json!("/no/such/kernel"))
+        .start()?;
+    on_drupe(node, |node| {
+        pod_refused(
+            node,
+            "kernelless",
+            Code::Internal,
+            &["phase vmm", "/no/such/kernel", "No such file"],
+        )?;
+        node.assert_no_pod_left()
+    })
+}
+
+#[test]
 fn a_guest_kernel_that_is_no_kernel_is_named() -> Result<()> {
     let node = Node::builder().prepare()?;
     let broken = node.dir.join("broken-kernel");
@@ -51,11 +65,9 @@ fn a_guest_kernel_that_is_no_kernel_is_named() -> Result<()> {
     node.edit_config(|config| config["runtimes"]["microvm"]["kernel"] = json!(broken))?;
     node.start_server()?;
     on_drupe(node, |node| {
-        let answer = node
-            .try_run_pod(node.pod_config("kernelless"))
-            .map(|pod| pod.id);
-        refused(
-            answer,
+        pod_refused(
+            node,
+            "kernelless",
             Code::Internal,
             &["phase vmm", "broken-kernel", "is no kernel"],
         )?;
@@ -73,11 +85,9 @@ fn a_guest_that_never_reports_ready_is_given_up_with_its_last_words() -> Result<
     node.start_server()?;
     on_drupe(node, |node| {
         let begun = Instant::now();
-        let answer = node
-            .try_run_pod(node.pod_config("silent"))
-            .map(|pod| pod.id);
-        refused(
-            answer,
+        pod_refused(
+            node,
+            "silent",
             Code::DeadlineExceeded,
             &["phase boot", "2 s", "console", "no agent in here"],
         )?;
@@ -113,9 +123,9 @@ fn an_initramfs_larger_than_the_guests_memory_is_named() -> Result<()> {
     node.edit_config(|config| config["runtimes"]["microvm"]["initramfs"] = json!(large))?;
     node.start_server()?;
     on_drupe(node, |node| {
-        let answer = node.try_run_pod(node.pod_config("large")).map(|pod| pod.id);
-        refused(
-            answer,
+        pod_refused(
+            node,
+            "large",
             Code::Internal,
             &[
                 "phase vmm",
@@ -137,9 +147,9 @@ fn virtual_machines_that_the_node_does_not_let_drupe_have_are_named() -> Result<
     })?;
     node.start_server()?;
     on_drupe(node, |node| {
-        let answer = node.try_run_pod(node.pod_config("kvm")).map(|pod| pod.id);
-        refused(
-            answer,
+        pod_refused(
+            node,
+            "kvm",
             Code::FailedPrecondition,
             &["phase vmm", "/dev/kvm", "`drupe check`"],
         )?;

@@ -9,7 +9,7 @@ use e2e::Node;
 use serde_json::json;
 use tonic::Code;
 
-use crate::{on_drupe, refused, took_less};
+use crate::{on_drupe, pod_refused, took_less};
 
 #[test]
 fn a_failing_cni_plugin_is_quoted_and_nothing_is_left() -> Result<()> {
@@ -25,10 +25,12 @@ esac
     )?;
     node.start_server()?;
     on_drupe(node, |node| {
-        let answer = node
-            .try_run_pod(node.pod_config("unplugged"))
-            .map(|pod| pod.id);
-        let message = refused(answer, Code::Internal, &["e2e-fails", "no cherries today"])?;
+        let message = pod_refused(
+            node,
+            "unplugged",
+            Code::Internal,
+            &["e2e-fails", "no cherries today"],
+        )?;
         ensure!(message.contains("cni"), "the phase is not named: {message}");
         ensure!(
             node.cri()?
@@ -51,10 +53,12 @@ fn a_cni_plugin_that_hangs_is_given_up() -> Result<()> {
     node.start_server()?;
     on_drupe(node, |node| {
         let begun = Instant::now();
-        let answer = node
-            .try_run_pod(node.pod_config("hanging"))
-            .map(|pod| pod.id);
-        refused(answer, Code::DeadlineExceeded, &["e2e-hangs", "2 s"])?;
+        pod_refused(
+            node,
+            "hanging",
+            Code::DeadlineExceeded,
+            &["e2e-hangs", "2 s"],
+        )?;
         took_less(begun, Duration::from_secs(20))?;
         node.assert_no_pod_left()
     })

@@ -8,7 +8,7 @@ use e2e::Node;
 use tonic::Code;
 
 use crate::bad_containers::assert_no_container;
-use crate::{on_drupe, refused, shares_the_hosts_kernel, with_drupe};
+use crate::{on_drupe, pod_refused, refused, shares_the_hosts_kernel, with_drupe};
 
 #[test]
 fn unknown_ids_are_not_found_and_nothing_to_stop_or_remove() -> Result<()> {
@@ -228,8 +228,7 @@ fn a_full_disk_fails_the_pod_and_not_those_that_run() -> Result<()> {
     // one that finds the template there.
     for (name, free) in [("first", 0), ("template", 256 << 10)] {
         fill(&small, free)?;
-        let answer = node.try_run_pod(node.pod_config(name)).map(|pod| pod.id);
-        refused(answer, Code::ResourceExhausted, &["No space left"])
+        pod_refused(node, name, Code::ResourceExhausted, &["No space left"])
             .with_context(|| format!("{free} bytes free"))?;
         let pods = node
             .cri()?
@@ -242,9 +241,9 @@ fn a_full_disk_fails_the_pod_and_not_those_that_run() -> Result<()> {
     let pod = node.run_pod("resident")?;
     let container = pod.start_idle("c")?;
     fill(&small, 64 << 10)?;
-    let answer = node.try_run_pod(node.pod_config("late")).map(|pod| pod.id);
-    refused(
-        answer,
+    pod_refused(
+        node,
+        "late",
         Code::ResourceExhausted,
         &["phase scratch", "No space left"],
     )?;

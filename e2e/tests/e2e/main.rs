@@ -53,6 +53,11 @@ fn refused<T>(result: Result<T, Status>, code: Code, parts: &[&str]) -> Result<S
     Ok(message)
 }
 
+/// A pod called `name` is refused for a reason that names `parts`.
+fn pod_refused(node: &Node, name: &str, code: Code, parts: &[&str]) -> Result<String> {
+    refused(node.try_run_pod(node.pod_config(name)), code, parts)
+}
+
 /// The node whose images are pulled and which runs `test`, then proves that
 /// nothing is left.
 fn with_node(test: impl FnOnce(&Node) -> Result<()>) -> Result<()> {

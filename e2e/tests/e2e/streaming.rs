@@ -1,18 +1,20 @@
 //! `kubectl exec`, `attach`, `cp` and `port-forward`, as their clients do it:
 //! crictl, over SPDY and over WebSocket.
 
-use std::fs::File;
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::Output;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use e2e::streams::{cat, client, crictl_line};
 use e2e::{Node, eventually};
 
 use crate::with_node;
 
 const TRANSPORTS: [&str; 2] = ["spdy", "websocket"];
+/// What a command is sent and sends back.
+const CAT_MIB: usize = 1024;
 const PATIENCE: Duration = Duration::from_secs(20);
 
 #[test]
@@ -41,15 +43,11 @@ fn a_command_gets_its_input_and_gives_output_errors_and_exit_code() -> Result<()
 }
 
 #[test]
-fn bytes_pass_unchanged_both_ways() -> Result<()> {
+fn a_gibibyte_passes_unchanged_both_ways() -> Result<()> {
     with_node(|node| {
         let container = node.run_pod("p")?.start_idle("c")?;
-        let mut data = vec![0; 32 << 20];
-        File::open("/dev/urandom")?.read_exact(&mut data)?;
         for transport in TRANSPORTS {
-            let output = exec(node, transport, &["-i", &container.id, "cat"], &data)?;
-            ensure!(output.status.success(), "{transport}: {output:?}");
-            ensure!(output.stdout == data, "{transport}: the bytes differ");
+            cat(node, transport, &container, CAT_MIB).context(transport)?;
         }
         Ok(())
     })
@@ -228,26 +226,6 @@ fn exec(node: &Node, transport: &str, arguments: &[&str], input: &[u8]) -> Resul
         let _typed = typing.join();
         Ok(output)
     })
-}
-
-/// crictl, in the node's network, where the server of streams is.
-fn client(node: &Node, arguments: &[&str]) -> Result<Child> {
-    let mut command = Command::new("sh");
-    command
-        .args(["-c", &format!("exec {} \"$@\"", crictl_line(node)?), "sh"])
-        .args(arguments)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    node.netns.run(|| command.spawn().context("crictl"))
-}
-
-fn crictl_line(node: &Node) -> Result<String> {
-    Ok(format!(
-        "{} --config /dev/null -r unix://{}",
-        e2e::artifacts::crictl()?.display(),
-        node.socket().display()
-    ))
 }
 
 /// The body that an HTTP server answers.

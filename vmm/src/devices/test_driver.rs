@@ -6,6 +6,7 @@ use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+use super::hostile::descriptor;
 use super::{Device, Interrupt, Io};
 use crate::transport::place_rings;
 
@@ -112,13 +113,9 @@ impl Driver {
             if n + 1 < parts.len() {
                 flags |= VRING_DESC_F_NEXT;
             }
-            let mut desc = [0; 16];
-            desc[..8].copy_from_slice(&addr.to_le_bytes());
-            desc[8..12].copy_from_slice(&len.to_le_bytes());
-            desc[12..14].copy_from_slice(&(flags as u16).to_le_bytes());
-            desc[14..].copy_from_slice(&self.next_desc[queue].to_le_bytes());
+            let bytes = descriptor((addr, len, flags as u16, self.next_desc[queue]));
             let at = GuestAddress(base + 16 * u64::from(index));
-            self.mem.write_slice(&desc, at).unwrap();
+            self.mem.write_slice(&bytes, at).unwrap();
         }
         let slot = u64::from(self.avail[queue] % SIZE);
         let ring = GuestAddress(base + AVAIL + 4 + 2 * slot);

@@ -10,7 +10,7 @@ use super::{JailError, step};
 /// directory. Not DAC_READ_SEARCH: with it a process can open any inode of a
 /// file system by its handle. The guest's kernel gets none: they are not
 /// inheritable.
-const KEPT: [Capability; 8] = [
+pub(crate) const KEPT: [Capability; 8] = [
     Capability::CAP_CHOWN,
     Capability::CAP_DAC_OVERRIDE,
     Capability::CAP_FOWNER,

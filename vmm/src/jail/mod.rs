@@ -7,6 +7,9 @@
 mod creds;
 mod mounts;
 
+#[cfg(test)]
+pub(crate) use creds::KEPT;
+
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;

@@ -207,13 +207,13 @@ pub fn window_update(stream: u32, delta: u32) -> Bytes {
     control(WINDOW_UPDATE, 0, &[stream, delta], &[])
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "hostile"))]
 pub fn syn_stream(stream: u32, block: &[u8]) -> Bytes {
     let rest = [&[0, 0][..], block].concat();
     control(SYN_STREAM, 0, &[stream, 0], &rest)
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "hostile"))]
 pub fn settings(initial_window: u32) -> Bytes {
     control(
         SETTINGS,

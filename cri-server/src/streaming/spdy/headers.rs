@@ -147,7 +147,7 @@ impl EmptyBlocks {
     }
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "hostile"))]
 pub mod testing {
     use flate2::{Compress, Compression, FlushCompress};
 

@@ -3,8 +3,8 @@
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use super::backend::Pods;
 use super::{exec, forward, server, soon};
+use crate::streaming::hostile::Pods;
 
 /// The connection after the request, and the answer's head.
 pub async fn request(url: &str, headers: &[(&str, &str)]) -> (TcpStream, String) {

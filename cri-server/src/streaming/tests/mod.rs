@@ -1,6 +1,5 @@
 //! The server as clients see it, over loopback, with pods made up here.
 
-mod backend;
 mod http;
 mod port_forward;
 mod remote_command;
@@ -11,9 +10,9 @@ use std::time::Duration;
 
 use tokio::time::timeout;
 
+use super::hostile::Pods;
 use super::session::{ExecRequest, PortForwardRequest, Wanted};
 use super::{Streaming, StreamingConfig};
-use backend::Pods;
 
 const LONG: Duration = Duration::from_secs(20);
 

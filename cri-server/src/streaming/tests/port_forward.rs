@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 
-use super::backend::Pods;
 use super::spdy::{Client, Got};
 use super::websocket::Got as Message;
 use super::{forward, http, server};
+use crate::streaming::hostile::Pods;
 use crate::streaming::spdy::frame;
 
 const V1: &str = "portforward.k8s.io";

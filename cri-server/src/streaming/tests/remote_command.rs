@@ -6,10 +6,10 @@ use std::time::Duration;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
-use super::backend::Pods;
 use super::spdy::{Client, Got};
 use super::websocket::Got as Message;
 use super::{LONG, exec, http, server, soon};
+use crate::streaming::hostile::Pods;
 use crate::streaming::session::{AttachRequest, Wanted};
 use crate::streaming::spdy::frame;
 use crate::streaming::{Streaming, StreamingConfig};

@@ -150,7 +150,7 @@ pub fn close(code: CloseCode) -> Bytes {
     head(0x88, &(code as u16).to_be_bytes(), 0)
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "hostile"))]
 pub mod testing {
     use super::unmask;
 

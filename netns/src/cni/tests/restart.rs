@@ -18,6 +18,9 @@ use crate::testing::{cni, cni_in, pod};
 
 const DIR: &str = "NETNS_TEST_DIR";
 const VERB: &str = "NETNS_TEST_VERB";
+/// The test that is the daemon.
+const DAEMON: &str =
+    "cni::tests::restart::a_daemon_that_nobody_kills_leaves_nothing_to_its_successor";
 /// For what a loaded machine does in one second.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How long a call that has to wait is seen to wait.
@@ -25,14 +28,27 @@ const WATCHED: Duration = Duration::from_millis(300);
 /// In a script: tells that it got here and waits for the test, the first time.
 const HOLD: &str = "mkdir held 2>/dev/null && { echo here > at; read go < gate; }";
 
-/// Not a test, but the daemon of those below: what is killed has to be a process
-/// of its own, and cargo builds no helper programs for tests that see a crate's
-/// inside.
+/// Told by its environment it is the daemon of this test and of those below:
+/// what is killed has to be a process of its own, and cargo builds no helper
+/// programs for tests that see a crate's inside.
 #[tokio::test]
-#[ignore = "run by other tests"]
-async fn daemon() {
-    let dir = PathBuf::from(env::var_os(DIR).expect("the test's directory"));
-    let cni = cni_in(&dir);
+async fn a_daemon_that_nobody_kills_leaves_nothing_to_its_successor() {
+    if let Some(dir) = env::var_os(DIR) {
+        return be_the_daemon(&PathBuf::from(dir)).await;
+    }
+    let host = Host::enter();
+    let network = network(&host, "bridge", "host-local", "portmap");
+    let clean = prepare(&host, &network).await;
+    for (verb, attachments) in [(Verb::Add, 1), (Verb::Del, 0)] {
+        let mut daemon = Daemon::start(&host, verb);
+        assert!(daemon.0.wait().unwrap().success(), "{verb:?}");
+        assert_eq!(cni(&host).attachments().await.unwrap().len(), attachments);
+    }
+    assert_eq!(census(&host), clean);
+}
+
+async fn be_the_daemon(dir: &Path) {
+    let cni = cni_in(dir);
     if env::var(VERB).unwrap() == "DEL" {
         cni.del("p", "eth0").await.unwrap();
         return;
@@ -49,7 +65,7 @@ impl Daemon {
     fn start(host: &Host, verb: Verb) -> Self {
         let path = env::var("PATH").unwrap();
         let child = Command::new(env::current_exe().unwrap())
-            .args(["--exact", "cni::tests::restart::daemon", "--ignored"])
+            .args(["--exact", DAEMON])
             .env(DIR, host.dir())
             .env(VERB, verb.name())
             // Before the machine's own iptables.

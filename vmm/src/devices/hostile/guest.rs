@@ -341,7 +341,8 @@ impl<D: Device> Guest<D> {
     }
 }
 
-fn descriptor((addr, len, flags, next): (u64, u32, u16, u16)) -> [u8; 16] {
+/// A descriptor as it lies in a ring's table (virtio 1.2 §2.7.5).
+pub(crate) fn descriptor((addr, len, flags, next): (u64, u32, u16, u16)) -> [u8; 16] {
     let mut bytes = [0; 16];
     bytes[..8].copy_from_slice(&addr.to_le_bytes());
     bytes[8..12].copy_from_slice(&len.to_le_bytes());

@@ -19,6 +19,9 @@ mod templates;
 mod tests;
 mod world;
 
+#[cfg(test)]
+pub(crate) use guest::descriptor;
+
 /// A script being read. Past its end are zeroes.
 pub struct Script<'a>(&'a [u8]);
 

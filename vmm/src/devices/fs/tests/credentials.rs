@@ -4,12 +4,13 @@ use std::fs;
 use std::io::ErrorKind;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
-use caps::{CapSet, Capability, CapsHashSet};
+use caps::CapSet;
 use virtiofsd::fuse::{AttrOut, Opcode, SetattrIn};
 use virtiofsd::soft_idmap::{GuestGid, GuestUid};
 use vm_memory::ByteValued;
 
 use super::guest::{Guest, REQUESTS, ROOT};
+use crate::jail::KEPT;
 
 /// A uid that a pod's VMM might have.
 const POD: libc::c_long = 777_777;
@@ -17,18 +18,7 @@ const POD: libc::c_long = 777_777;
 /// Makes the calling thread what the jail makes of the VMM: the pod's uid and
 /// a few capabilities.
 fn become_the_pod() {
-    let kept: CapsHashSet = [
-        Capability::CAP_CHOWN,
-        Capability::CAP_DAC_OVERRIDE,
-        Capability::CAP_FOWNER,
-        Capability::CAP_FSETID,
-        Capability::CAP_MKNOD,
-        Capability::CAP_SETFCAP,
-        Capability::CAP_SETGID,
-        Capability::CAP_SETUID,
-    ]
-    .into_iter()
-    .collect();
+    let kept = KEPT.into_iter().collect();
     nix::sys::prctl::set_keepcaps(true).unwrap();
     let none: *const libc::gid_t = std::ptr::null();
     // SAFETY: system calls on ids of this thread; an empty list of groups.

@@ -16,6 +16,7 @@ use virtiofsd::soft_idmap::{GuestGid, GuestUid};
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::devices::fs::{Fs, OUT_HEADER_LEN, QUEUE_SIZES};
+use crate::devices::hostile::descriptor;
 use crate::devices::test_driver::Irqs;
 use crate::devices::{Device, Io, Poller};
 use crate::transport::place_rings;
@@ -114,10 +115,8 @@ impl Guest {
         next: u16,
     ) {
         let at = ring(queue).0 + 16 * u64::from(index);
-        self.mem.write_obj(addr, GuestAddress(at)).unwrap();
-        self.mem.write_obj(len, GuestAddress(at + 8)).unwrap();
-        self.mem.write_obj(flags, GuestAddress(at + 12)).unwrap();
-        self.mem.write_obj(next, GuestAddress(at + 14)).unwrap();
+        let bytes = descriptor((addr, len, flags, next));
+        self.mem.write_slice(&bytes, GuestAddress(at)).unwrap();
     }
 
     pub(super) fn offer(&mut self, queue: usize, head: u16) {

@@ -13,6 +13,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollTimeout};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+use crate::devices::hostile::descriptor;
 use crate::devices::vsock::packet::{HEADER_LEN, HOST_CID, Header, Ports, TYPE_STREAM};
 use crate::devices::vsock::{HostPorts, QUEUE_SIZES, RX, TX, Vsock};
 use crate::devices::{Device, Interrupt, Io, Poller};
@@ -188,10 +189,8 @@ impl Driver {
         next: u16,
     ) {
         let at = self.rings[queue].desc + 16 * u64::from(index);
-        self.mem.write_obj(addr, GuestAddress(at)).unwrap();
-        self.mem.write_obj(len, GuestAddress(at + 8)).unwrap();
-        self.mem.write_obj(flags, GuestAddress(at + 12)).unwrap();
-        self.mem.write_obj(next, GuestAddress(at + 14)).unwrap();
+        let bytes = descriptor((addr, len, flags, next));
+        self.mem.write_slice(&bytes, GuestAddress(at)).unwrap();
     }
 
     /// Puts a chain's head on the available ring.

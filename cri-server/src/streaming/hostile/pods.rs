@@ -96,7 +96,9 @@ impl Pods {
             ["sizes"] => tokio::spawn(async move {
                 while let Some((width, height)) = sizes.recv().await {
                     let line = format!("{width}x{height}\n");
-                    write.write_all(line.as_bytes()).await.unwrap();
+                    if write.write_all(line.as_bytes()).await.is_err() {
+                        break;
+                    }
                 }
                 0
             }),

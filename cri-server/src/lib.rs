@@ -1,0 +1,19 @@
+//! drupe: the node daemon that speaks CRI v1. A library only so that its command
+//! line and its fuzzers can have it.
+#![forbid(unsafe_code)]
+
+pub mod check;
+mod chunks;
+pub mod config;
+mod convert;
+mod images;
+mod runtime;
+pub mod serve;
+pub mod streaming;
+
+use std::collections::HashMap;
+
+/// The map in which verbose answers carry their JSON, as crictl prints it.
+fn json_info(value: serde_json::Value) -> HashMap<String, String> {
+    HashMap::from([("info".to_owned(), value.to_string())])
+}

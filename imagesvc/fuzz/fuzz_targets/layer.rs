@@ -1,0 +1,7 @@
+#![no_main]
+
+use imagesvc::hostile::layer;
+
+libfuzzer_sys::fuzz_target!(|script: &[u8]| {
+    layer(script).expect("taken or refused");
+});
