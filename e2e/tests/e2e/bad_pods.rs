@@ -228,7 +228,7 @@ fn a_full_disk_fails_the_pod_and_not_those_that_run() -> Result<()> {
     // one that finds the template there.
     for (name, free) in [("first", 0), ("template", 256 << 10)] {
         fill(&small, free)?;
-        pod_refused(node, name, Code::ResourceExhausted, &["No space left"])
+        pod_refused(&node, name, Code::ResourceExhausted, &["No space left"])
             .with_context(|| format!("{free} bytes free"))?;
         let pods = node
             .cri()?
@@ -242,7 +242,7 @@ fn a_full_disk_fails_the_pod_and_not_those_that_run() -> Result<()> {
     let container = pod.start_idle("c")?;
     fill(&small, 64 << 10)?;
     pod_refused(
-        node,
+        &node,
         "late",
         Code::ResourceExhausted,
         &["phase scratch", "No space left"],

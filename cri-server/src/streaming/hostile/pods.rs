@@ -83,7 +83,7 @@ impl Pods {
                 i32::from(copied.is_err())
             }),
             ["exit", code] => {
-                let code = code.parse().unwrap();
+                let code = code.parse().map_err(|_| format!("no code {code}"))?;
                 tokio::spawn(async move {
                     drop(read);
                     // Fails where the client did not ask for the stream.

@@ -59,7 +59,7 @@ impl<'a> Script<'a> {
     }
 
     fn ticket(&mut self, tokens: &Tokens) -> String {
-        if self.byte() % 2 == 0 {
+        if self.byte().is_multiple_of(2) {
             self.exec(tokens)
         } else {
             self.ports(tokens)
@@ -92,7 +92,7 @@ impl<'a> Script<'a> {
     }
 
     pub fn spdy(mut self, tokens: &Tokens) -> Vec<Vec<u8>> {
-        let (path, protocol) = if self.byte() % 2 == 0 {
+        let (path, protocol) = if self.byte().is_multiple_of(2) {
             let versions = ["v4.channel.k8s.io", "v2.channel.k8s.io"];
             let token = self.exec(tokens);
             (format!("exec/{token}"), self.choose(versions))

@@ -159,7 +159,7 @@ pub mod testing {
     impl Deflater {
         pub fn new() -> Self {
             let mut zlib = Compress::new(Compression::best(), true);
-            zlib.set_dictionary(DICTIONARY).unwrap();
+            zlib.set_dictionary(DICTIONARY).expect("the dictionary");
             Self(zlib)
         }
 
@@ -167,7 +167,7 @@ pub mod testing {
             let mut out = Vec::with_capacity(block.len() + 1024);
             self.0
                 .compress_vec(block, &mut out, FlushCompress::Sync)
-                .unwrap();
+                .expect("room for the block");
             out
         }
 
