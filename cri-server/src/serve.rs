@@ -16,6 +16,7 @@ use podsandbox::{Network, NetworkOptions, PodManager};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
+use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 
 use crate::config::Config;
@@ -80,7 +81,9 @@ async fn serve(config: Config) -> Result<()> {
     let streaming = Streaming::start(&config.streaming, pods.clone())
         .await
         .context("streaming")?;
-    let runtime = RuntimeServiceServer::new(Runtime::new(pods.clone(), streaming))
+    let stopping = CancellationToken::new();
+    let runtime = Runtime::new(pods.clone(), streaming, stopping.clone());
+    let runtime = RuntimeServiceServer::new(runtime)
         .max_decoding_message_size(MAX_REQUEST_BYTES)
         .max_encoding_message_size(MAX_ANSWER_BYTES);
     let images = ImageServiceServer::new(Images::new(images, pods))
@@ -104,6 +107,7 @@ async fn serve(config: Config) -> Result<()> {
     }
     tracing::info!("stopping; pods keep running");
     drop(stop);
+    stopping.cancel();
     if tokio::time::timeout(DRAIN, server).await.is_err() {
         tracing::warn!(
             "requests still under way after {} s were cut off",

@@ -173,7 +173,7 @@ fn streaming(node: &Node) -> Result<f64> {
 }
 
 /// Proportional set sizes of everything that pods run in, the server left out.
-fn pss(node: &Node) -> Result<u64> {
+pub fn pss(node: &Node) -> Result<u64> {
     let mut kib = 0;
     for (pid, line) in node.pod_processes()? {
         let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))

@@ -107,7 +107,6 @@ impl Cri {
         runtime.port_forward(PortForwardRequest) -> PortForwardResponse;
         runtime.update_container_resources(UpdateContainerResourcesRequest) -> UpdateContainerResourcesResponse;
         runtime.update_pod_sandbox_resources(UpdatePodSandboxResourcesRequest) -> UpdatePodSandboxResourcesResponse;
-        runtime.get_container_events(GetEventsRequest) -> Streaming<ContainerEventResponse>;
         runtime.list_metric_descriptors(ListMetricDescriptorsRequest) -> ListMetricDescriptorsResponse;
         runtime.list_pod_sandbox_metrics(ListPodSandboxMetricsRequest) -> ListPodSandboxMetricsResponse;
         image.pull_image(PullImageRequest) -> PullImageResponse;
@@ -124,6 +123,16 @@ impl Cri {
         runtime.stream_pod_sandbox_stats(StreamPodSandboxStatsRequest) -> StreamPodSandboxStatsResponse;
         runtime.stream_pod_sandbox_metrics(StreamPodSandboxMetricsRequest) -> StreamPodSandboxMetricsResponse;
         image.stream_images(StreamImagesRequest) -> StreamImagesResponse;
+    }
+
+    /// What happens to containers from now on.
+    pub fn container_events(&self) -> Result<ContainerEvents, Status> {
+        let mut client = self.runtime.clone();
+        let answer = client.get_container_events(GetEventsRequest {});
+        Ok(ContainerEvents {
+            tokio: self.tokio.clone(),
+            stream: self.tokio.block_on(answer)?.into_inner(),
+        })
     }
 
     /// Pulls `image` without credentials; returns its reference.
@@ -164,6 +173,22 @@ impl Cri {
             .iter()
             .filter_map(|fs| fs.used_bytes.as_ref());
         Ok(used.map(|used| used.value).sum())
+    }
+}
+
+pub struct ContainerEvents {
+    tokio: Arc<Runtime>,
+    stream: Streaming<ContainerEventResponse>,
+}
+
+impl ContainerEvents {
+    /// The next one; DEADLINE_EXCEEDED if none comes for long.
+    pub fn await_next(&mut self) -> Result<Option<ContainerEventResponse>, Status> {
+        const WITHIN: Duration = Duration::from_secs(30);
+        let stream = &mut self.stream;
+        let next = async move { tokio::time::timeout(patient(WITHIN), stream.message()).await };
+        let outcome = self.tokio.block_on(next);
+        outcome.unwrap_or_else(|_| Err(Status::deadline_exceeded("no event")))
     }
 }
 

@@ -198,6 +198,16 @@ impl Pod {
         Ok(std::iter::once(network.ip).chain(more).collect())
     }
 
+    /// States what its containers may use together, without overhead.
+    pub fn update(&self, resources: LinuxContainerResources) -> Result<(), Status> {
+        let request = UpdatePodSandboxResourcesRequest {
+            pod_sandbox_id: self.id.clone(),
+            resources: Some(resources),
+            overhead: None,
+        };
+        self.cri.update_pod_sandbox_resources(request).map(drop)
+    }
+
     pub fn stop(&self) -> Result<(), Status> {
         self.cri
             .stop_pod_sandbox(StopPodSandboxRequest {
@@ -341,6 +351,16 @@ impl Container {
                 container_id: self.id.clone(),
             })
             .map(drop)
+    }
+
+    /// Changes what `resources` names of its limits.
+    pub fn update(&self, resources: LinuxContainerResources) -> Result<(), Status> {
+        let request = UpdateContainerResourcesRequest {
+            container_id: self.id.clone(),
+            linux: Some(resources),
+            ..Default::default()
+        };
+        self.cri.update_container_resources(request).map(drop)
     }
 
     /// What it has written to its standard output.

@@ -9,6 +9,7 @@ use agent_api::agent_client::AgentClient as Grpc;
 use agent_api::stream::{ACCEPTED, HELLO_LEN, Hello, MAX_REFUSAL, REFUSED, STREAM_PORT};
 use agent_api::{Event, ExecSyncEvent, ExecSyncRequest, MAX_MESSAGE_BYTES, SessionEvent};
 use hyper_util::rt::TokioIo;
+use oci_spec::runtime::LinuxResources;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::Semaphore;
@@ -198,6 +199,28 @@ impl AgentClient {
             )
             .await?;
         Ok(reply.containers)
+    }
+
+    /// `resources` are those of the OCI runtime spec; what they do not name
+    /// stays.
+    pub async fn update(
+        &self,
+        id: &str,
+        resources: &LinuxResources,
+        oom_score_adj: Option<i32>,
+    ) -> Result<()> {
+        let request = agent_api::UpdateContainerRequest {
+            id: id.to_owned(),
+            resources: serde_json::to_vec(resources).map_err(oci_spec::OciSpecError::SerDe)?,
+            oom_score_adj,
+        };
+        self.call(
+            "UpdateContainer",
+            CALL_TIMEOUT,
+            self.grpc.clone().update_container(request),
+        )
+        .await?;
+        Ok(())
     }
 
     pub async fn stats(&self, container_ids: Vec<String>) -> Result<agent_api::StatsResponse> {

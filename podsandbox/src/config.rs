@@ -28,6 +28,9 @@ pub struct RuntimeConfig {
     /// Guest memory on top of the pod's limit where RuntimeClass declares no
     /// overhead: the guest's kernel and the agent live there.
     pub guest_overhead_mib: u32,
+    /// How much memory a pod can grow by while it runs. The guest does without
+    /// it until then, but keeps a 64th of it to manage it by.
+    pub memory_headroom_mib: u32,
     /// Size of the disk that holds what containers write.
     pub scratch_gib: u32,
     /// How many image disks, so containers, a pod can hold at once.
@@ -52,6 +55,7 @@ impl Default for RuntimeConfig {
             default_vcpus: 1,
             huge_pages: HugePages::Off,
             guest_overhead_mib: 64,
+            memory_headroom_mib: 0,
             scratch_gib: 10,
             disk_slots: 8,
             disk_limit: RateLimit::default(),

@@ -1,6 +1,7 @@
 //! What every pod driver shares.
 
 use crate::config::Config;
+use crate::events::Events;
 use crate::network::Network;
 use crate::store::Store;
 use imagesvc::ImageService;
@@ -10,6 +11,7 @@ pub struct Context {
     pub store: Store,
     pub images: ImageService,
     pub network: Network,
+    pub events: Events,
 }
 
 /// Nanoseconds since the epoch, the unit of CRI's times.

@@ -71,6 +71,14 @@ pub enum Error {
         state: &'static str,
         needed: &'static str,
     },
+    #[error(
+        "pod sandbox {id} cannot have {wanted_mib} MiB of memory: its machine was started with {machine_mib} MiB (memory_headroom_mib of the runtime handler is how much a pod can grow by)"
+    )]
+    MachineTooSmall {
+        id: String,
+        wanted_mib: u32,
+        machine_mib: u32,
+    },
     #[error("{field}: {why}")]
     Invalid { field: String, why: String },
     #[error("pod sandbox {id} failed in phase {step}: {}{console}", sentence(source.as_ref()))]
@@ -177,9 +185,10 @@ impl Error {
             | Self::Ambiguous { .. }
             | Self::Invalid { .. }
             | Self::Oci(_) => ErrorKind::InvalidArgument,
-            Self::PodNotReady { .. } | Self::ContainerState { .. } | Self::Kvm(_) => {
-                ErrorKind::FailedPrecondition
-            }
+            Self::PodNotReady { .. }
+            | Self::ContainerState { .. }
+            | Self::MachineTooSmall { .. }
+            | Self::Kvm(_) => ErrorKind::FailedPrecondition,
             Self::Start { source, .. } => source.kind(),
             Self::NoDiskSlot { .. } => ErrorKind::ResourceExhausted,
             Self::NoNetwork(_) => ErrorKind::Unavailable,

@@ -3,6 +3,8 @@
 //! Names and ids live here; everything about one pod lives in its driver. The
 //! map's lock is held for look-ups and inserts only, never across an await.
 
+mod updates;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,6 +19,7 @@ use tokio::sync::Semaphore;
 use crate::config::Config;
 use crate::context::{Context, now_nanos};
 use crate::driver::{Command, Driver, Handle, max_vcpus};
+use crate::events::Events;
 use crate::network::Network;
 use crate::record::{ContainerPhase, ContainerRecord, PodPhase, PodRecord};
 use crate::session::{AttachOptions, ExecOptions, Session};
@@ -79,6 +82,7 @@ impl PodManager {
             store,
             images,
             network,
+            events: Events::default(),
         });
         let manager = Self {
             context,
@@ -233,6 +237,7 @@ impl PodManager {
             uid: free_uid(self.context.config.uid_base, &pods)?,
             vcpus: size.vcpus,
             memory_mib: size.memory_mib,
+            machine_mib: size.machine_mib,
             cgroup: spec
                 .cgroup_parent
                 .clone()

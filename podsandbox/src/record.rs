@@ -23,7 +23,12 @@ pub struct PodRecord {
     /// Uid and gid of the pod's VMM.
     pub uid: u32,
     pub vcpus: u32,
+    /// What the guest is to have now.
     pub memory_mib: u32,
+    /// What its machine was started with: it cannot have more. 0 in a record
+    /// of a version that knew no difference.
+    #[serde(default)]
+    pub machine_mib: u32,
     /// The control group the VMM is put below; none: the daemon's own.
     pub cgroup: Option<PathBuf>,
     pub network: Option<PodNetworkRecord>,
@@ -32,6 +37,19 @@ pub struct PodRecord {
     /// Why the pod is not ready any more, when nobody asked for that.
     pub failure: Option<String>,
     pub timeline: Vec<PhaseTime>,
+}
+
+impl PodRecord {
+    #[must_use]
+    pub fn machine_mib(&self) -> u32 {
+        self.machine_mib.max(self.memory_mib)
+    }
+
+    /// What the guest is to do without.
+    #[must_use]
+    pub fn balloon_mib(&self) -> u32 {
+        self.machine_mib() - self.memory_mib
+    }
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -16,6 +16,8 @@ const MAX_VCPUS: u32 = 32;
 pub struct VmSize {
     pub vcpus: u32,
     pub memory_mib: u32,
+    /// With the room to grow.
+    pub machine_mib: u32,
 }
 
 /// The node, and how many vCPUs the handler's machine can have.
@@ -48,15 +50,8 @@ pub fn size(
     bounds: Bounds,
 ) -> VmSize {
     let memory_mib = match resources.memory_limit_bytes {
-        Some(limit) => {
-            let own = overhead
-                .memory_limit_bytes
-                .map_or(runtime.guest_overhead_mib, |bytes| {
-                    mib(bytes).max(runtime.guest_overhead_mib)
-                });
-            mib(limit).saturating_add(own)
-        }
-        None => runtime.default_memory_mib,
+        Some(limit) => memory_for(runtime, limit, overhead, bounds),
+        None => in_bounds(runtime.default_memory_mib, bounds),
     };
     let vcpus = match (
         resources.cpu_quota_us,
@@ -72,8 +67,29 @@ pub fn size(
             1,
             bounds.host_cpus.clamp(1, bounds.max_vcpus.min(MAX_VCPUS)),
         ),
-        memory_mib: memory_mib.min(bounds.host_memory_mib).max(MIN_MEMORY_MIB),
+        memory_mib,
+        machine_mib: in_bounds(
+            memory_mib.saturating_add(runtime.memory_headroom_mib),
+            bounds,
+        ),
     }
+}
+
+/// What a guest needs in which containers can use `limit` bytes.
+#[must_use]
+pub fn memory_for(
+    runtime: &RuntimeConfig,
+    limit: u64,
+    overhead: &Resources,
+    bounds: Bounds,
+) -> u32 {
+    let declared = overhead.memory_limit_bytes.map_or(0, mib);
+    let own = declared.max(runtime.guest_overhead_mib);
+    in_bounds(mib(limit).saturating_add(own), bounds)
+}
+
+fn in_bounds(mib: u32, bounds: Bounds) -> u32 {
+    mib.min(bounds.host_memory_mib).max(MIN_MEMORY_MIB)
 }
 
 fn mib(bytes: u64) -> u32 {
@@ -109,9 +125,27 @@ mod tests {
             size,
             VmSize {
                 vcpus: 1,
-                memory_mib: 512
+                memory_mib: 512,
+                machine_mib: 512
             }
         );
+    }
+
+    #[test]
+    fn a_machine_has_the_headroom_that_the_node_has_memory_for() {
+        let runtime = RuntimeConfig {
+            memory_headroom_mib: 1024,
+            ..RuntimeConfig::default()
+        };
+        let none = Resources::default();
+        let limit = limits(Some(100 << 20), None);
+        let of = |bounds| size(&runtime, &limit, &none, bounds);
+        assert_eq!((of(NODE).memory_mib, of(NODE).machine_mib), (164, 1188));
+        let small = Bounds {
+            host_memory_mib: 1000,
+            ..NODE
+        };
+        assert_eq!((of(small).memory_mib, of(small).machine_mib), (164, 1000));
     }
 
     #[test]
@@ -135,6 +169,7 @@ mod tests {
             let size = size(&runtime, &limits(Some(limit), Some(quota)), &declared, bounds);
             prop_assert!(u64::from(size.memory_mib) << 20 >= limit.min(u64::from(node) << 20));
             prop_assert!(size.memory_mib <= node);
+            prop_assert_eq!(size.machine_mib, size.memory_mib);
             prop_assert!(size.vcpus >= 1 && size.vcpus <= host && size.vcpus <= 32 && size.vcpus <= max);
         }
     }

@@ -142,8 +142,9 @@ fn start(
     devices.add(Kind::Quick, "vsock", vsock)?;
     let rng = Rng::new(Path::new(jail::URANDOM)).map_err(device_error("rng"))?;
     devices.add(Kind::Quick, "rng", rng)?;
-    let balloon = Balloon::new().map_err(device_error("balloon"))?;
-    devices.add(Kind::Quick, "balloon", balloon)?;
+    let balloon = Balloon::new(u64::from(spec.balloon_mib) << 20);
+    let balloon = balloon.map_err(device_error("balloon"))?;
+    let balloon = devices.add(Kind::Quick, "balloon", balloon)?;
 
     let shared = Fs::new(Path::new(jail::SHARED_DIR), SHARED_TAG).map_err(device_error("fs"))?;
     devices.add(Kind::Shared, "fs", shared)?;
@@ -165,6 +166,7 @@ fn start(
         notifier,
         logs,
         disks,
+        balloon,
     };
     Supervisor::new(signals, parts, started)
         .map_err(|e| BootError::Prepare("supervise the machine", e))

@@ -199,6 +199,7 @@ mod tests {
             machine: Machine::Uml(UmlMode::Ptrace),
             vcpus: 1,
             memory_mib: 128,
+            balloon_mib: 0,
             huge_pages: HugePages::Off,
             kernel_args: Vec::new(),
             mac: None,

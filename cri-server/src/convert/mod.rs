@@ -2,7 +2,9 @@
 
 pub mod container;
 pub mod error;
+pub mod event;
 pub mod filter;
+pub mod metrics;
 pub mod pod;
 pub mod resources;
 pub mod signal;

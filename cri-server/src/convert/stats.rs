@@ -2,24 +2,48 @@
 
 use cri_api::v1;
 use podsandbox::record::ContainerRecord;
-use podsandbox::{ContainerStats, PodSnapshot, StatsResponse};
+use podsandbox::{ContainerStats, PodSnapshot, Pressure, PressureData, StatsResponse};
 
 /// The guest can claim any number; a pod has one, and what its containers add.
-const MAX_INTERFACES: usize = 16;
+pub(super) const MAX_INTERFACES: usize = 16;
 /// `IFNAMSIZ` less the null byte.
-const MAX_NAME: usize = 15;
+pub(super) const MAX_NAME: usize = 15;
 
 fn value(value: u64) -> Option<v1::UInt64Value> {
     Some(v1::UInt64Value { value })
 }
 
-fn cpu(timestamp: i64, nanos: u64) -> v1::CpuUsage {
+/// The guest's word, within what the kernel can say: 100 percent.
+fn psi(pressure: Option<&Pressure>) -> Option<v1::PsiStats> {
+    const ALL: u32 = 10_000;
+    let percent = |hundredths: u32| f64::from(hundredths.min(ALL)) / 100.0;
+    let data = |data: &PressureData| v1::PsiData {
+        total: data.total_nanos,
+        avg10: percent(data.avg10),
+        avg60: percent(data.avg60),
+        avg300: percent(data.avg300),
+    };
+    pressure.map(|pressure| v1::PsiStats {
+        full: pressure.full.as_ref().map(data),
+        some: pressure.some.as_ref().map(data),
+    })
+}
+
+/// Pressure is all that CRI has of it.
+fn io(timestamp: i64, pressure: Option<&Pressure>) -> Option<v1::IoUsage> {
+    psi(pressure).map(|psi| v1::IoUsage {
+        timestamp,
+        psi: Some(psi),
+    })
+}
+
+fn cpu(timestamp: i64, nanos: u64, pressure: Option<&Pressure>) -> v1::CpuUsage {
     // The rate is left to the kubelet, which computes it between samples.
     v1::CpuUsage {
         timestamp,
         usage_core_nano_seconds: value(nanos),
         usage_nano_cores: None,
-        psi: None,
+        psi: psi(pressure),
     }
 }
 
@@ -43,7 +67,7 @@ pub fn container(
     let of = figures.unwrap_or(&none);
     v1::ContainerStats {
         attributes: Some(attributes(record)),
-        cpu: Some(cpu(timestamp, of.cpu_usage_nanos)),
+        cpu: Some(cpu(timestamp, of.cpu_usage_nanos, of.cpu_pressure.as_ref())),
         memory: Some(v1::MemoryUsage {
             timestamp,
             working_set_bytes: value(of.memory_working_set_bytes),
@@ -56,7 +80,7 @@ pub fn container(
             rss_bytes: value(of.memory_rss_bytes),
             page_faults: value(of.memory_page_faults),
             major_page_faults: value(of.memory_major_page_faults),
-            psi: None,
+            psi: psi(of.memory_pressure.as_ref()),
         }),
         writable_layer: Some(v1::FilesystemUsage {
             timestamp,
@@ -71,7 +95,7 @@ pub fn container(
             swap_available_bytes: None,
             swap_usage_bytes: value(of.swap_usage_bytes),
         }),
-        io: None,
+        io: io(timestamp, of.io_pressure.as_ref()),
     }
 }
 
@@ -110,12 +134,17 @@ pub fn pod(
             annotations: spec.annotations.clone().into_iter().collect(),
         }),
         linux: Some(v1::LinuxPodSandboxStats {
-            cpu: Some(cpu(timestamp, guest.cpu_usage_nanos)),
+            cpu: Some(cpu(
+                timestamp,
+                guest.cpu_usage_nanos,
+                guest.cpu_pressure.as_ref(),
+            )),
             memory: Some(v1::MemoryUsage {
                 timestamp,
                 working_set_bytes: value(used),
                 available_bytes: value(guest.memory_available_bytes),
                 usage_bytes: value(used),
+                psi: psi(guest.memory_pressure.as_ref()),
                 ..v1::MemoryUsage::default()
             }),
             network: Some(v1::NetworkUsage {
@@ -128,8 +157,33 @@ pub fn pod(
                 process_count: value(guest.process_count),
             }),
             containers: containers.collect(),
-            io: None,
+            io: io(timestamp, guest.io_pressure.as_ref()),
         }),
         windows: None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_can_claim_no_more_pressure_than_there_is() {
+        let data = PressureData {
+            total_nanos: 7,
+            avg10: 1205,
+            avg60: u32::MAX,
+            avg300: 10_000,
+        };
+        let claimed = Pressure {
+            some: Some(data),
+            full: None,
+        };
+        let shown = psi(Some(&claimed)).unwrap();
+        let some = shown.some.unwrap();
+        assert_eq!((some.total, some.avg10), (7, 12.05));
+        assert_eq!((some.avg60, some.avg300), (100.0, 100.0));
+        assert!(shown.full.is_none());
+        assert_eq!(io(1, None), None);
     }
 }

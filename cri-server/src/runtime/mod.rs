@@ -1,7 +1,10 @@
 //! CRI's RuntimeService: each call is converted, handed on, and its error
-//! mapped. What drupe does not do yet answers UNIMPLEMENTED.
+//! mapped. What drupe cannot do answers UNIMPLEMENTED.
 
 mod containers;
+mod events;
+mod metrics;
+mod resources;
 mod sandboxes;
 mod stats;
 mod status;
@@ -10,29 +13,31 @@ mod streaming;
 use cri_api::v1;
 use cri_api::v1::runtime_service_server::RuntimeService;
 use podsandbox::PodManager;
+use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
 use crate::chunks::{self, Messages};
+use crate::convert;
 use crate::streaming::Streaming;
 
 pub struct Runtime {
     pods: PodManager,
     streaming: Streaming,
+    /// Ends answers that would go on for ever.
+    stopping: CancellationToken,
 }
 
 impl Runtime {
-    pub fn new(pods: PodManager, streaming: Streaming) -> Self {
-        Self { pods, streaming }
+    pub fn new(pods: PodManager, streaming: Streaming, stopping: CancellationToken) -> Self {
+        Self {
+            pods,
+            streaming,
+            stopping,
+        }
     }
 }
 
 type Answer<T> = Result<Response<T>, Status>;
-
-fn not_yet<T>(call: &str) -> Answer<T> {
-    Err(Status::unimplemented(format!(
-        "{call} is not supported by this version of drupe"
-    )))
-}
 
 #[tonic::async_trait]
 impl RuntimeService for Runtime {
@@ -252,16 +257,18 @@ impl RuntimeService for Runtime {
 
     async fn update_container_resources(
         &self,
-        _: Request<v1::UpdateContainerResourcesRequest>,
+        request: Request<v1::UpdateContainerResourcesRequest>,
     ) -> Answer<v1::UpdateContainerResourcesResponse> {
-        not_yet("UpdateContainerResources")
+        self.update_container(request.into_inner()).await?;
+        Ok(Response::new(v1::UpdateContainerResourcesResponse {}))
     }
 
     async fn update_pod_sandbox_resources(
         &self,
-        _: Request<v1::UpdatePodSandboxResourcesRequest>,
+        request: Request<v1::UpdatePodSandboxResourcesRequest>,
     ) -> Answer<v1::UpdatePodSandboxResourcesResponse> {
-        not_yet("UpdatePodSandboxResources")
+        self.update_sandbox(request.into_inner()).await?;
+        Ok(Response::new(v1::UpdatePodSandboxResourcesResponse {}))
     }
 
     async fn exec(&self, request: Request<v1::ExecRequest>) -> Answer<v1::ExecResponse> {
@@ -286,7 +293,9 @@ impl RuntimeService for Runtime {
         &self,
         _: Request<v1::CheckpointContainerRequest>,
     ) -> Answer<v1::CheckpointContainerResponse> {
-        not_yet("CheckpointContainer")
+        Err(Status::unimplemented(
+            "CheckpointContainer: a container inside a virtual machine cannot be checkpointed by itself",
+        ))
     }
 
     type GetContainerEventsStream = Messages<v1::ContainerEventResponse>;
@@ -295,21 +304,26 @@ impl RuntimeService for Runtime {
         &self,
         _: Request<v1::GetEventsRequest>,
     ) -> Answer<Self::GetContainerEventsStream> {
-        not_yet("GetContainerEvents")
+        Ok(Response::new(self.events()))
     }
 
     async fn list_metric_descriptors(
         &self,
         _: Request<v1::ListMetricDescriptorsRequest>,
     ) -> Answer<v1::ListMetricDescriptorsResponse> {
-        not_yet("ListMetricDescriptors")
+        Ok(Response::new(v1::ListMetricDescriptorsResponse {
+            descriptors: convert::metrics::descriptors(),
+        }))
     }
 
     async fn list_pod_sandbox_metrics(
         &self,
         _: Request<v1::ListPodSandboxMetricsRequest>,
     ) -> Answer<v1::ListPodSandboxMetricsResponse> {
-        not_yet("ListPodSandboxMetrics")
+        let pod_metrics = self.metrics_of_pods().await;
+        Ok(Response::new(v1::ListPodSandboxMetricsResponse {
+            pod_metrics,
+        }))
     }
 
     type StreamPodSandboxMetricsStream = Messages<v1::StreamPodSandboxMetricsResponse>;
@@ -318,6 +332,11 @@ impl RuntimeService for Runtime {
         &self,
         _: Request<v1::StreamPodSandboxMetricsRequest>,
     ) -> Answer<Self::StreamPodSandboxMetricsStream> {
-        not_yet("StreamPodSandboxMetrics")
+        let metrics = self.metrics_of_pods().await;
+        Ok(chunks::stream(metrics, |pod_sandbox_metrics| {
+            v1::StreamPodSandboxMetricsResponse {
+                pod_sandbox_metrics,
+            }
+        }))
     }
 }

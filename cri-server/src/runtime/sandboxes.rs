@@ -38,6 +38,7 @@ impl Runtime {
                 "handler": record.handler,
                 "vcpus": record.vcpus,
                 "memoryMiB": record.memory_mib,
+                "machineMiB": record.machine_mib(),
                 "vmmUid": record.uid,
                 "phase": record.phase,
                 "failure": record.failure,

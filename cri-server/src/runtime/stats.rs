@@ -95,7 +95,7 @@ impl Runtime {
 
     /// All guests are asked at once: one that hangs delays the list by its own
     /// time limit only.
-    async fn figures_of(
+    pub(super) async fn figures_of(
         &self,
         pods: Vec<PodSnapshot>,
     ) -> Vec<(PodSnapshot, Option<StatsResponse>)> {

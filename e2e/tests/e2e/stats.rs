@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use cri_api::v1::*;
 use e2e::eventually;
 
-use crate::{shares_the_hosts_kernel, with_node};
+use crate::{shares_the_hosts_kernel, with_drupe, with_node};
 
 #[test]
 fn a_containers_work_shows_in_its_statistics() -> Result<()> {
@@ -162,6 +162,46 @@ fn a_pods_statistics_sum_up_the_pod() -> Result<()> {
             ..Default::default()
         };
         assert_eq!(of(by_label)?, [other.id.as_str()]);
+        Ok(())
+    })
+}
+
+#[test]
+fn pressure_shows_who_waits_for_a_cpu() -> Result<()> {
+    with_drupe(|node| {
+        let pod = node.run_pod("pressed")?;
+        let mut config = pod.container_config("waits", &["sh", "-c", "while :; do :; done"]);
+        config.linux.get_or_insert_default().resources = Some(LinuxContainerResources {
+            cpu_period: 100_000,
+            cpu_quota: 10_000,
+            ..Default::default()
+        });
+        let waits = pod.start_with(config)?;
+        let calm = pod.start_idle("calm")?;
+        let pressure = |stats: &ContainerStats| -> Result<u64> {
+            let psi = stats.cpu.as_ref().and_then(|cpu| cpu.psi.as_ref());
+            let some = psi.and_then(|psi| psi.some.as_ref());
+            Ok(some.context("no pressure")?.total)
+        };
+        let second = 1_000_000_000;
+        eventually("a second of waiting", Duration::from_secs(60), || {
+            let total = pressure(&waits.stats()?)?;
+            ensure!(total > second, "{total} ns");
+            Ok::<_, anyhow::Error>(())
+        })?;
+        ensure!(pressure(&calm.stats()?)? < second);
+        let stats = waits.stats()?;
+        ensure!(stats.memory.is_some_and(|memory| memory.psi.is_some()));
+        let io = stats.io.context("no pressure of disks")?;
+        ensure!(io.timestamp > 0 && io.psi.is_some());
+        let request = PodSandboxStatsRequest {
+            pod_sandbox_id: pod.id.clone(),
+        };
+        let of_pod = node.cri()?.pod_sandbox_stats(request)?.stats;
+        let linux = of_pod.and_then(|stats| stats.linux).context("no figures")?;
+        let psi = linux.cpu.and_then(|cpu| cpu.psi).context("no pressure")?;
+        ensure!(psi.some.is_some_and(|some| some.total > second));
+        ensure!(linux.io.is_some());
         Ok(())
     })
 }

@@ -23,7 +23,7 @@ use crate::cgroup::CgroupError;
 use crate::container::{Containers, Error};
 use crate::power;
 use crate::sandbox::{self, Sandbox, SandboxError};
-use crate::stats::{self, StatsError};
+use crate::stats;
 
 type Reply<T> = Result<Response<T>, Status>;
 type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -139,9 +139,9 @@ impl Agent for Service {
         &self,
         request: Request<UpdateContainerRequest>,
     ) -> Reply<UpdateContainerResponse> {
-        let UpdateContainerRequest { id, resources } = request.into_inner();
         self.containers
-            .update(&id, &resources)
+            .update(request.into_inner())
+            .await
             .map_err(container_status)?;
         Ok(Response::new(UpdateContainerResponse {}))
     }
@@ -197,10 +197,7 @@ impl Agent for Service {
 
     async fn stats(&self, request: Request<StatsRequest>) -> Reply<StatsResponse> {
         let response = stats::collect(&self.containers, &request.into_inner()).await;
-        let response = response.map_err(|error| match error {
-            StatsError::Container(error) => container_status(*error),
-            other => status(Code::Internal, &other),
-        })?;
+        let response = response.map_err(|error| status(Code::Internal, &error))?;
         Ok(Response::new(response))
     }
 
@@ -255,7 +252,7 @@ fn container_status(error: Error) -> Status {
         Error::Phase { .. }
         | Error::NotConfigured
         | Error::NoTerminal
-        | Error::Cgroup(CgroupError::Absent { .. })
+        | Error::Cgroup(CgroupError::Absent { .. } | CgroupError::InUse { .. })
         | Error::Rootfs(RootfsError::Disk(DiskError::InUse { .. })) => Code::FailedPrecondition,
         Error::TooMany | Error::TooManyExecs | Error::TooManyAttached | Error::TooSlow { .. } => {
             Code::ResourceExhausted
@@ -277,6 +274,16 @@ fn container_status(error: Error) -> Status {
         | Error::Rootfs(RootfsError::Disk(
             DiskError::Range { .. } | DiskError::TooManyLayers { .. },
         )) => Code::InvalidArgument,
+        // What the kernel does not take.
+        Error::Cgroup(CgroupError::Name { .. }) => Code::InvalidArgument,
+        Error::Cgroup(CgroupError::Set { source, .. })
+            if matches!(
+                source.raw_os_error(),
+                Some(libc::EINVAL | libc::ERANGE | libc::EACCES)
+            ) =>
+        {
+            Code::InvalidArgument
+        }
         _ => Code::Internal,
     };
     status(code, &error)

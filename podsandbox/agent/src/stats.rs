@@ -12,7 +12,7 @@ use tokio::time::timeout;
 
 use crate::cgroup::{self, CgroupError};
 use crate::clock;
-use crate::container::{self, Container, Containers};
+use crate::container::{Container, Containers};
 use crate::rootfs::SCRATCH;
 use crate::tree::{self, Size};
 
@@ -22,8 +22,6 @@ const MEASURE_PATIENCE: Duration = Duration::from_millis(100);
 
 #[derive(Debug, thiserror::Error)]
 pub enum StatsError {
-    #[error(transparent)]
-    Container(#[from] Box<container::Error>),
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
     #[error("cannot read {path}")]
@@ -37,15 +35,12 @@ pub async fn collect(
     containers: &Containers,
     request: &StatsRequest,
 ) -> Result<StatsResponse, StatsError> {
+    // One that has just gone is left out.
     let asked: Vec<Arc<Container>> = if request.container_ids.is_empty() {
         containers.all()
     } else {
-        let get = |id: &String| containers.get(id).map_err(Box::new);
-        request
-            .container_ids
-            .iter()
-            .map(get)
-            .collect::<Result<_, _>>()?
+        let get = |id: &String| containers.get(id).ok();
+        request.container_ids.iter().filter_map(get).collect()
     };
     let mut response = StatsResponse {
         containers: Vec::with_capacity(asked.len()),
@@ -53,7 +48,11 @@ pub async fn collect(
         time_unix_nanos: clock::now_nanos(),
     };
     for container in asked {
-        response.containers.push(of_container(&container).await?);
+        match of_container(&container).await {
+            Ok(stats) => response.containers.push(stats),
+            // The others' figures are as good as before.
+            Err(error) => eprintln!("drupe-agent: container {}: {error}", container.id()),
+        }
     }
     Ok(response)
 }
@@ -74,11 +73,33 @@ async fn of_container(container: &Container) -> Result<ContainerStats, StatsErro
         fs_used_bytes: layer.bytes,
         fs_inodes_used: layer.inodes,
         swap_usage_bytes: usage.swap,
+        cpu_user_nanos: usage.cpu_user_nanos,
+        cpu_system_nanos: usage.cpu_system_nanos,
+        cpu_periods: usage.cpu_periods,
+        cpu_throttled_periods: usage.cpu_throttled_periods,
+        cpu_throttled_nanos: usage.cpu_throttled_nanos,
+        cpu_pressure: usage.pressures.cpu,
+        memory_pressure: usage.pressures.memory,
+        io_pressure: usage.pressures.io,
+        memory_file_bytes: usage.file,
+        memory_mapped_file_bytes: usage.mapped_file,
+        memory_kernel_bytes: usage.kernel,
+        memory_peak_bytes: usage.memory_peak,
+        memory_limit_hits: usage.limit_hits,
+        oom_kills: usage.oom_kills,
+        pids_limit: usage.pids_limit,
+        processes: usage.processes,
+        disks: usage.disks,
     })
 }
 
 fn guest() -> Result<GuestStats, StatsError> {
     let meminfo = read("/proc/meminfo")?;
+    let pressures = cgroup::pod_pressures()?;
+    let scratch = statvfs(SCRATCH).map_err(|errno| StatsError::Read {
+        path: SCRATCH,
+        source: errno.into(),
+    })?;
     Ok(GuestStats {
         cpu_usage_nanos: cgroup::guest_cpu_nanos()?,
         memory_total_bytes: meminfo_bytes(&meminfo, "MemTotal"),
@@ -86,6 +107,12 @@ fn guest() -> Result<GuestStats, StatsError> {
         process_count: cgroup::pod_tasks()?,
         interfaces: interfaces(&read("/proc/net/dev")?),
         agent_rss_bytes: rss(&read("/proc/self/statm")?),
+        cpu_pressure: pressures.cpu,
+        memory_pressure: pressures.memory,
+        io_pressure: pressures.io,
+        scratch_bytes: scratch.blocks().saturating_mul(scratch.fragment_size()),
+        scratch_inodes: scratch.files(),
+        scratch_free_inodes: scratch.files_free(),
     })
 }
 
@@ -117,9 +144,13 @@ fn interfaces(text: &str) -> Vec<InterfaceStats> {
             (name != "lo" && counters.len() >= 16).then(|| InterfaceStats {
                 name: name.to_owned(),
                 rx_bytes: counter(0),
+                rx_packets: counter(1),
                 rx_errors: counter(2),
+                rx_dropped: counter(3),
                 tx_bytes: counter(8),
+                tx_packets: counter(9),
                 tx_errors: counter(10),
+                tx_dropped: counter(11),
             })
         })
         .collect()
@@ -210,7 +241,7 @@ mod tests {
         let text = "Inter-|   Receive                                                |  Transmit\n \
             face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs drop fifo colls carrier compressed\n    \
             lo: 1 1 0 0 0 0 0 0 1 1 0 0 0 0 0 0\n  \
-            eth0: 1000 10 3 0 0 0 0 0 2000 20 4 0 0 0 0 0\n";
+            eth0: 1000 10 3 5 0 0 0 0 2000 20 4 6 0 0 0 0\n";
         assert_eq!(
             interfaces(text),
             [InterfaceStats {
@@ -218,7 +249,11 @@ mod tests {
                 rx_bytes: 1000,
                 rx_errors: 3,
                 tx_bytes: 2000,
-                tx_errors: 4
+                tx_errors: 4,
+                rx_packets: 10,
+                rx_dropped: 5,
+                tx_packets: 20,
+                tx_dropped: 6,
             }]
         );
     }

@@ -374,7 +374,7 @@ impl Driver {
         }
     }
 
-    fn container(&self, id: &str) -> Result<&ContainerRecord> {
+    pub(super) fn container(&self, id: &str) -> Result<&ContainerRecord> {
         self.containers
             .get(id)
             .ok_or_else(|| Error::ContainerNotFound(id.to_owned()))

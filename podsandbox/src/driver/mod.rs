@@ -8,13 +8,14 @@
 //! [`PodSnapshot`]. Called by [`crate::manager`] only.
 
 mod containers;
+mod resources;
 mod start;
 mod stop;
 mod take_up;
 mod watch_vm;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
@@ -24,9 +25,11 @@ use vmm_client::Control;
 
 use crate::agent::AgentClient;
 use crate::context::Context;
+use crate::events::Told;
 use crate::paths::PodPaths;
 use crate::phase::{PodEvent, PodPhase};
 use crate::record::{ContainerPhase, ContainerRecord, PodRecord};
+use crate::resize::{ContainerChange, PodChange};
 use crate::snapshot::PodSnapshot;
 use crate::spec::ContainerSpec;
 use crate::{Error, Result};
@@ -66,6 +69,15 @@ pub(crate) enum Command {
     },
     ReopenLog {
         id: String,
+        reply: Reply<()>,
+    },
+    UpdateContainer {
+        id: String,
+        change: Box<ContainerChange>,
+        reply: Reply<()>,
+    },
+    UpdatePod {
+        change: Box<PodChange>,
         reply: Reply<()>,
     },
     Stop {
@@ -131,6 +143,8 @@ pub(crate) struct Driver {
     /// Containers that have ended and are being freed in the guest.
     freeing: JoinSet<containers::Freed>,
     publish: watch::Sender<PodSnapshot>,
+    /// What subscribers were told of the snapshots.
+    told: Mutex<Told>,
     started: watch::Sender<Option<std::result::Result<(), Arc<Error>>>>,
     stopping: CancellationToken,
     commands: mpsc::Receiver<Command>,
@@ -151,6 +165,9 @@ impl Driver {
             agent: None,
             gone: false,
         };
+        // What a restarted daemon finds is no news.
+        let mut told = Told::default();
+        told.changes(&first);
         let (publish, snapshot) = watch::channel(first);
         let (started, started_rx) = watch::channel(None);
         let (sender, commands) = mpsc::channel(COMMAND_QUEUE);
@@ -170,6 +187,7 @@ impl Driver {
             machine: None,
             freeing: JoinSet::new(),
             publish,
+            told: Mutex::new(told),
             started,
             stopping,
             commands,
@@ -262,6 +280,12 @@ impl Driver {
                 drop(reply.send(self.remove_container(&id).await));
             }
             Command::ReopenLog { id, reply } => drop(reply.send(self.reopen_log(&id).await)),
+            Command::UpdateContainer { id, change, reply } => {
+                drop(reply.send(self.update_container(&id, &change).await));
+            }
+            Command::UpdatePod { change, reply } => {
+                drop(reply.send(self.update_pod(*change).await));
+            }
             Command::Stop { reply } => drop(reply.send(self.stop().await)),
             Command::Remove { reply } => drop(reply.send(self.remove().await)),
         }
@@ -279,6 +303,15 @@ impl Driver {
             agent: self.machine.as_ref().map(|machine| machine.agent.clone()),
             gone: false,
         });
+        self.tell();
+    }
+
+    /// Whoever hears of a change finds it published.
+    fn tell(&self) {
+        let snapshot = self.publish.borrow();
+        // One driver tells of its pod, one snapshot after another.
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        self.context.events.tell(told.changes(&snapshot), &snapshot);
     }
 
     /// Whether a stop or removal of the pod or of a container was begun and
@@ -331,6 +364,7 @@ impl Driver {
             snapshot.gone = true;
             snapshot.agent = None;
         });
+        self.tell();
         Ok(())
     }
 

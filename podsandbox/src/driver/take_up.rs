@@ -49,6 +49,7 @@ impl Driver {
         match self.connect().await {
             Ok(machine) => {
                 self.machine = Some(machine);
+                self.set_balloon().await;
                 if let Err(error) = self.finish_containers().await {
                     tracing::warn!(pod = %self.record.id, error = %error.sentence(), "a container cannot be cleared away yet");
                 }

@@ -78,6 +78,7 @@ impl Drupe {
             machine: Machine::Kvm,
             vcpus: 1,
             memory_mib: vm.memory_mib,
+            balloon_mib: 0,
             huge_pages: HugePages::Off,
             kernel_args: Vec::new(),
             mac: vm.tap.map(|tap| tap.mac),

@@ -114,6 +114,12 @@ impl Control {
         self.order("close-log", &request, &[]).await
     }
 
+    /// Asks the guest to do without `mib` MiB of its memory.
+    pub async fn set_balloon(&mut self, mib: u32) -> Result<(), ControlError> {
+        self.order("set-balloon", &Request::SetBalloon { mib }, &[])
+            .await
+    }
+
     /// Ends the machine now. A VMM that has gone already is no error.
     pub async fn kill(&mut self) -> Result<(), ControlError> {
         match self.order("kill", &Request::Kill, &[]).await {

@@ -49,6 +49,12 @@ pub enum Request {
     CloseLog {
         container: String,
     },
+    /// Ask the guest to do without `mib` MiB of its memory. It follows as far
+    /// and as soon as it can, and takes pages back before it kills for want of
+    /// memory.
+    SetBalloon {
+        mib: u32,
+    },
     /// End the machine now.
     Kill,
 }

@@ -21,6 +21,10 @@ pub struct VmSpec {
     /// 1 to 32. `uml` in ptrace mode takes 1.
     pub vcpus: u32,
     pub memory_mib: u32,
+    /// How much of it the guest is to do without from its start: it takes that
+    /// out of use by itself, soon after its drivers come up.
+    #[serde(default)]
+    pub balloon_mib: u32,
     /// What backs the guest's memory on `kvm`.
     #[serde(default)]
     pub huge_pages: HugePages,

@@ -148,7 +148,7 @@ mod tests {
         blk.set_features(blk.features());
         assert_ne!(blk.state().features, 0);
         survives(&blk.state());
-        let mut balloon = balloon::Balloon::new().unwrap();
+        let mut balloon = balloon::Balloon::new(0).unwrap();
         balloon.write_config(4, &[7]);
         survives(&balloon.state());
         let mut rng = rng::Rng::new("/dev/zero".as_ref()).unwrap();

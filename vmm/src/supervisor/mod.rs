@@ -27,7 +27,9 @@ use vmm_client::protocol::{Event, Reply, Request, Status, VmState};
 use self::clients::{ClientId, Clients, Said};
 pub use self::notice::{Notice, Notices, Notifier, notices};
 use crate::console::Console;
+use crate::devices::balloon::Balloon;
 use crate::devices::blk::Blk;
+use crate::devices::{Device, Io};
 use crate::event_loop::DeviceRef;
 use crate::logs::{LogError, LogHandle};
 use crate::machine::{Machine, Started};
@@ -54,6 +56,7 @@ pub struct Parts {
     pub logs: LogHandle,
     /// Disk slots by number.
     pub disks: Vec<DeviceRef<Blk>>,
+    pub balloon: DeviceRef<Balloon>,
 }
 
 pub struct Supervisor {
@@ -67,6 +70,7 @@ pub struct Supervisor {
     notifier: Notifier,
     logs: LogHandle,
     disks: Vec<DeviceRef<Blk>>,
+    balloon: DeviceRef<Balloon>,
     since: Instant,
     status: Status,
 }
@@ -107,6 +111,7 @@ impl Supervisor {
             notifier: parts.notifier,
             logs: parts.logs,
             disks: parts.disks,
+            balloon: parts.balloon,
             status: Status {
                 state: VmState::Booting,
                 jailed_us: Some(parts.jailed_us),
@@ -253,6 +258,12 @@ impl Supervisor {
             Request::CloseLog { container } => {
                 self.on_logs(client, move |logs| logs.close(&container))
             }
+            Request::SetBalloon { mib } => {
+                self.on_device(client, &self.balloon, move |balloon, io| {
+                    balloon.set_target(u64::from(mib) << 20, io);
+                    Ok(())
+                })
+            }
             Request::Kill => {
                 self.clients.answer(client, &Reply::Ok, &self.epoll)?;
                 return Ok(Some("the machine was killed on request".into()));
@@ -284,15 +295,25 @@ impl Supervisor {
         &self,
         client: ClientId,
         slot: u32,
-        call: impl FnOnce(&mut Blk, &crate::devices::Io<'_>) -> Result<(), String> + Send + 'static,
+        call: impl FnOnce(&mut Blk, &Io<'_>) -> Result<(), String> + Send + 'static,
     ) -> Option<Reply> {
         let Some(disk) = self.disks.get(slot as usize) else {
             let message = format!("no disk slot {slot}, there are {}", self.disks.len());
             return Some(Reply::Error { message });
         };
+        self.on_device(client, disk, call)
+    }
+
+    /// `None` when the answer comes as a notice.
+    fn on_device<D: Device>(
+        &self,
+        client: ClientId,
+        device: &DeviceRef<D>,
+        call: impl FnOnce(&mut D, &Io<'_>) -> Result<(), String> + Send + 'static,
+    ) -> Option<Reply> {
         let notifier = self.notifier.clone();
-        let posted = disk.post(move |disk, io| {
-            let reply = match call(disk, io) {
+        let posted = device.post(move |device, io| {
+            let reply = match call(device, io) {
                 Ok(()) => Reply::Ok,
                 Err(message) => Reply::Error { message },
             };

@@ -74,6 +74,7 @@ pub struct Setup {
     pub mode: UmlMode,
     pub vcpus: u32,
     pub memory_mib: u32,
+    pub balloon_mib: u32,
     pub image_slots: u32,
     pub network: bool,
     /// Shell lines of the guest's init.
@@ -87,6 +88,7 @@ impl Default for Setup {
             mode: UmlMode::Seccomp,
             vcpus: 1,
             memory_mib: 128,
+            balloon_mib: 0,
             image_slots: 2,
             network: false,
             script: "",
@@ -304,6 +306,7 @@ pub fn prepare(kernel: &Path, setup: &Setup, dir: &Path) -> (SpawnRequest, Clean
             machine: machine(setup.mode),
             vcpus: setup.vcpus,
             memory_mib: setup.memory_mib,
+            balloon_mib: setup.balloon_mib,
             huge_pages: HugePages::Off,
             kernel_args: kernel_args(setup),
             mac: setup.network.then_some(MAC),

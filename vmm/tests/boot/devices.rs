@@ -245,6 +245,35 @@ async fn free_memory_goes_back_to_the_host() {
     control.kill().await.unwrap();
 }
 
+#[tokio::test]
+async fn a_guest_starts_without_what_the_balloon_holds_and_gets_it_when_told() {
+    let Some(kernel) = kernel() else { return };
+    let setup = Setup {
+        balloon_mib: 64,
+        script: r#"
+            free() { while read name kib _; do [ $name = MemFree: ] && echo $kib; done < /proc/meminfo; }
+            wait_for() { until [ $(free) $1 $2 ]; do sleep 0.1; done; }
+            wait_for -lt 57344; echo small
+            wait_for -gt 81920; echo large
+            wait_for -lt 57344; echo small=again
+            mkdir -p /t && mount -t tmpfs -o size=100m tmpfs /t
+            yes drupe | head -c 67108864 > /t/big && echo took=back
+            sleep 60
+        "#,
+        ..Setup::default()
+    };
+    let mut pod = Pod::start(&kernel, setup).await;
+    pod.expect("small").await;
+    let mut control = pod.control().await;
+    control.set_balloon(0).await.unwrap();
+    pod.expect("large").await;
+    control.set_balloon(64).await.unwrap();
+    pod.expect("small=again").await;
+    // A guest that runs out of memory takes pages back unasked.
+    pod.expect("took=back").await;
+    control.kill().await.unwrap();
+}
+
 /// Waits until a pod's memory is `kib` or less. Linux reports pages a few
 /// seconds after they became free, and nothing tells that they went.
 async fn shrinks_to(pod: &Pod, kib: u64) {

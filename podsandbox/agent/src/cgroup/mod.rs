@@ -5,6 +5,8 @@
 //! controllers, so the container's processes may live beside them.
 
 mod limits;
+mod update;
+mod usage;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -19,6 +21,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::sys;
 use limits::{Setting, settings};
+pub use usage::pod_pressures;
 
 pub const ROOT: &str = "/sys/fs/cgroup";
 pub const POD: &str = "/sys/fs/cgroup/pod";
@@ -44,6 +47,16 @@ pub enum CgroupError {
     Absent { file: String, value: String },
     #[error("{file:?} is no name of a cgroup file")]
     Name { file: String },
+    #[error(
+        "it uses {used} bytes of memory that cannot be dropped, more than a limit of {limit} allows: its processes would be killed"
+    )]
+    InUse { used: u64, limit: u64 },
+    #[error("cannot set oom_score_adj of process {pid} to {score}")]
+    OomScore {
+        pid: i32,
+        score: i32,
+        source: io::Error,
+    },
     #[error("cannot read {path}")]
     Read { path: PathBuf, source: io::Error },
     #[error("cannot kill the processes of {path}")]
@@ -137,52 +150,25 @@ impl Cgroup {
 
     /// Sets what `resources` names and leaves the rest.
     pub fn apply(&self, resources: &LinuxResources) -> Result<(), CgroupError> {
-        for setting in settings(resources)? {
-            match self.write(&setting.file, &setting.value) {
-                Err(error) if error.is_absence() => {
-                    if !setting.optional {
-                        let Setting { file, value, .. } = setting;
-                        return Err(CgroupError::Absent { file, value });
-                    }
-                }
-                result => result?,
-            }
+        settings(resources)?
+            .iter()
+            .try_for_each(|setting| self.set(setting))
+    }
+
+    fn set(&self, setting: &Setting) -> Result<(), CgroupError> {
+        match self.write(&setting.file, &setting.value) {
+            Err(error) if error.is_absence() && setting.optional => Ok(()),
+            Err(error) if error.is_absence() => Err(CgroupError::Absent {
+                file: setting.file.clone(),
+                value: setting.value.clone(),
+            }),
+            result => result,
         }
-        Ok(())
     }
 
     /// Times that the kernel's OOM killer ended a process in here.
     pub fn oom_kills(&self) -> Result<u64, CgroupError> {
         Ok(field(&self.read("memory.events")?, "oom_kill"))
-    }
-
-    pub fn usage(&self) -> Result<Usage, CgroupError> {
-        // A container that has just gone has no files; a controller that the
-        // kernel lacks has none ever. Both read as zero.
-        let read = |file| match self.read(file) {
-            Err(CgroupError::Read { source, .. })
-                if matches!(source.raw_os_error(), Some(libc::ENOENT | libc::ENODEV)) =>
-            {
-                Ok(String::new())
-            }
-            result => result,
-        };
-        let number = |text: String| text.trim().parse().unwrap_or(0);
-        let stat = read("memory.stat")?;
-        let current = number(read("memory.current")?);
-        Ok(Usage {
-            cpu_nanos: field(&read("cpu.stat")?, "usage_usec").saturating_mul(1000),
-            memory: current,
-            // What the kubelet and cAdvisor call the working set.
-            working_set: current.saturating_sub(field(&stat, "inactive_file")),
-            rss: field(&stat, "anon"),
-            page_faults: field(&stat, "pgfault"),
-            major_page_faults: field(&stat, "pgmajfault"),
-            // "max" is no number.
-            memory_limit: number(read("memory.max")?),
-            swap: number(read("memory.swap.current")?),
-            pids: number(read("pids.current")?),
-        })
     }
 
     /// Kills every process in here and below, and waits for their end.
@@ -236,33 +222,41 @@ impl Cgroup {
     /// Signals every process in here and below it. Best effort for processes
     /// that fork meanwhile.
     pub fn signal_all(&self, signal: i32) -> Result<(), CgroupError> {
-        let failed = |path: &Path| {
-            let path = path.to_owned();
-            move |source| CgroupError::Kill { path, source }
-        };
-        let mut dirs = vec![self.path.clone()];
-        while let Some(dir) = dirs.pop() {
-            for line in read_file(&dir.join("cgroup.procs"))?.lines() {
-                let Ok(pid) = line.parse::<i32>() else {
-                    continue;
-                };
-                // SAFETY: takes integers only. Pid 0, a process of another
-                // PID namespace, would mean the agent's own group.
-                if pid > 0 && unsafe { libc::kill(pid, signal) } != 0 {
-                    let error = io::Error::last_os_error();
-                    if error.raw_os_error() != Some(libc::ESRCH) {
-                        return Err(failed(&dir)(error));
-                    }
-                }
-            }
-            for entry in fs::read_dir(&dir).map_err(failed(&dir))? {
-                let entry = entry.map_err(failed(&dir))?;
-                if entry.file_type().map_err(failed(&dir))?.is_dir() {
-                    dirs.push(entry.path());
+        for pid in self.processes()? {
+            // SAFETY: takes integers only, and no pid is 0, which would mean
+            // the agent's own group.
+            if unsafe { libc::kill(pid, signal) } != 0 {
+                let source = io::Error::last_os_error();
+                if source.raw_os_error() != Some(libc::ESRCH) {
+                    let path = self.path.clone();
+                    return Err(CgroupError::Kill { path, source });
                 }
             }
         }
         Ok(())
+    }
+
+    /// The processes in here and below it, as they are now. None that the
+    /// agent's PID namespace does not have.
+    fn processes(&self) -> Result<Vec<i32>, CgroupError> {
+        let mut found = Vec::new();
+        let mut dirs = vec![self.path.clone()];
+        while let Some(dir) = dirs.pop() {
+            let pids = read_file(&dir.join("cgroup.procs"))?;
+            let pids = pids.lines().filter_map(|line| line.parse::<i32>().ok());
+            found.extend(pids.filter(|&pid| pid > 0));
+            let failed = |source| CgroupError::Read {
+                path: dir.clone(),
+                source,
+            };
+            for entry in fs::read_dir(&dir).map_err(failed)? {
+                let entry = entry.map_err(failed)?;
+                if entry.file_type().map_err(failed)?.is_dir() {
+                    dirs.push(entry.path());
+                }
+            }
+        }
+        Ok(found)
     }
 }
 
@@ -330,20 +324,6 @@ pub fn pod_tasks() -> Result<u64, CgroupError> {
         .trim()
         .parse()
         .unwrap_or(0))
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Usage {
-    pub cpu_nanos: u64,
-    pub memory: u64,
-    pub working_set: u64,
-    pub rss: u64,
-    pub page_faults: u64,
-    pub major_page_faults: u64,
-    /// 0: none.
-    pub memory_limit: u64,
-    pub swap: u64,
-    pub pids: u64,
 }
 
 #[cfg(test)]

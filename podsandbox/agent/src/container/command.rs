@@ -127,7 +127,7 @@ impl Containers {
                 pidfd: target,
                 namespaces: libc::CLONE_NEWNS | cgroup_namespace,
             },
-            identity: container.identity.clone(),
+            identity: container.identity(),
             program: spec::program(wish.argv, envp)?,
             stdio,
             channel: theirs,

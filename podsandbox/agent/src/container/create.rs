@@ -254,6 +254,7 @@ impl Containers {
             cgroup,
             namespaces,
             identity,
+            oom_score: Mutex::default(),
             envp,
             process,
             stdin,

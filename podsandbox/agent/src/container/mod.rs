@@ -34,6 +34,7 @@ mod tee;
 mod user;
 
 use std::collections::BTreeMap;
+use std::ffi::CString;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -41,7 +42,7 @@ use std::time::Duration;
 
 use agent_api::container_state::Phase as ApiPhase;
 use agent_api::stream::{Stream, Token};
-use agent_api::{ContainerState, Event, Exit, OomKill, event};
+use agent_api::{ContainerState, Event, Exit, OomKill, UpdateContainerRequest, event};
 use oci_spec::runtime::LinuxResources;
 use tokio::sync::{broadcast, oneshot, watch};
 use tokio::task::JoinHandle;
@@ -75,6 +76,10 @@ use user::UserError;
 
 /// A pod has tens of containers.
 const MAX_CONTAINERS: usize = 256;
+
+/// The kernel's bounds.
+const OOM_SCORE_MIN: i32 = -1000;
+const OOM_SCORE_MAX: i32 = 1000;
 
 /// Events kept for a subscriber that is slow; one that falls further behind is
 /// told to list the containers instead.
@@ -182,6 +187,8 @@ pub struct Container {
     cgroup: Cgroup,
     namespaces: OwnNamespaces,
     identity: Identity,
+    /// What an update has made of the identity's.
+    oom_score: Mutex<Option<i32>>,
     envp: Arc<StringArray>,
     process: Launched,
     /// Open for as long as the container may read it, attached or not.
@@ -222,6 +229,23 @@ impl Container {
             phase: phase.name(),
             wanted: Phase::Running.name(),
         })
+    }
+
+    fn oom_score(&self) -> MutexGuard<'_, Option<i32>> {
+        // Every change is one assignment.
+        self.oom_score
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Who a process is that is run in it now.
+    fn identity(&self) -> Identity {
+        let mut identity = self.identity.clone();
+        let score = *self.oom_score();
+        if let Some(score) = score.and_then(|score| CString::new(score.to_string()).ok()) {
+            identity.oom_score_adj = Some(score);
+        }
+        identity
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -409,12 +433,24 @@ impl Containers {
         }
     }
 
-    pub fn update(&self, id: &str, resources: &[u8]) -> Result<(), Error> {
-        let container = self.get(id)?;
+    pub async fn update(&self, request: UpdateContainerRequest) -> Result<(), Error> {
+        let container = self.get(&request.id)?;
         let resources: LinuxResources =
-            serde_json::from_slice(resources).map_err(Error::Resources)?;
-        container.cgroup.apply(&resources)?;
-        Ok(())
+            serde_json::from_slice(&request.resources).map_err(Error::Resources)?;
+        let score = request
+            .oom_score_adj
+            .map(|score| score.clamp(OOM_SCORE_MIN, OOM_SCORE_MAX));
+        // Dropping caches may wait for the disk.
+        let work = tokio::task::spawn_blocking(move || {
+            container.cgroup.update(&resources)?;
+            if let Some(score) = score {
+                // Before the processes: one that is made meanwhile has it too.
+                *container.oom_score() = Some(score);
+                container.cgroup.set_oom_score(score)?;
+            }
+            Ok(())
+        });
+        work.await?
     }
 
     /// Kills what is left of a container and gives back all it had.

@@ -35,6 +35,7 @@ async fn limits_hold_and_an_oom_kill_is_told() {
     let update = UpdateContainerRequest {
         id: "calm".into(),
         resources: resources.to_string().into_bytes(),
+        oom_score_adj: Some(321),
     };
     guest.agent.update_container(update).await.unwrap();
     let text = guest
@@ -43,6 +44,9 @@ async fn limits_hold_and_an_oom_kill_is_told() {
         .unwrap()
         .text();
     assert_eq!(text, "67108864\n50\nmax 100000\n100\n1\n");
+    let scores = "for p in $(cat /sys/fs/cgroup/cgroup.procs) self; do cat /proc/$p/oom_score_adj; done | sort -u";
+    let text = guest.exec("calm", &["sh", "-c", scores]).await;
+    assert_eq!(text.unwrap().text(), "321\n");
 
     let write = "head -c 5000000 /dev/zero > /file; sync";
     guest.exec("calm", &["sh", "-c", write]).await.unwrap();

@@ -73,9 +73,13 @@ pub struct Balloon {
 }
 
 impl Balloon {
-    pub fn new() -> io::Result<Self> {
+    /// With a target of `bytes`: see [`Self::set_target`].
+    pub fn new(bytes: u64) -> io::Result<Self> {
         Ok(Self {
-            state: State::default(),
+            state: State {
+                target_pages: pages(bytes),
+                ..State::default()
+            },
             again: Again::new()?,
             reclaimed: 0,
             refused: false,
@@ -85,7 +89,7 @@ impl Balloon {
     /// Asks the guest to do without `bytes` of its memory, rounded down to
     /// pages; it follows as far and as soon as it can.
     pub fn set_target(&mut self, bytes: u64, io: &Io<'_>) {
-        let pages = u32::try_from(bytes / PAGE).unwrap_or(u32::MAX);
+        let pages = pages(bytes);
         if pages != self.state.target_pages {
             self.state.target_pages = pages;
             io.irq.config_changed();
@@ -179,6 +183,10 @@ impl Balloon {
             tracing::warn!(%error, "the host does not take back pages of the guest");
         }
     }
+}
+
+fn pages(bytes: u64) -> u32 {
+    u32::try_from(bytes / PAGE).unwrap_or(u32::MAX)
 }
 
 impl Device for Balloon {

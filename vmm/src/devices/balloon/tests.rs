@@ -62,7 +62,7 @@ struct Bench {
 }
 
 fn bench(mem: GuestMemoryMmap) -> Bench {
-    let mut balloon = Balloon::new().unwrap();
+    let mut balloon = Balloon::new(0).unwrap();
     let epoll = Arc::new(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).unwrap());
     balloon.start(Poller::new(epoll.clone(), 0)).unwrap();
     balloon.set_features(balloon.features());

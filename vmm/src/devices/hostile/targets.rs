@@ -38,7 +38,7 @@ pub type Ended = Option<String>;
 
 pub fn balloon(script: &[u8]) -> io::Result<Ended> {
     play(
-        Balloon::new()?,
+        Balloon::new(0)?,
         &mut Script::new(script),
         templates::balloon(),
         |balloon, io, what| balloon.set_target(u64::from(what) << 16, io),

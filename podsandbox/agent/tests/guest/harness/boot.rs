@@ -129,6 +129,7 @@ impl Guest {
                 machine: Machine::Uml(options.mode),
                 vcpus: 1,
                 memory_mib: options.memory_mib,
+                balloon_mib: 0,
                 huge_pages: HugePages::Off,
                 kernel_args: Vec::new(),
                 mac,
