@@ -89,8 +89,22 @@ pub enum Error {
         /// The last lines of the guest's console, where they may help.
         console: String,
     },
-    #[error("pod sandbox {id} has no free disk slot: it already holds {slots} containers")]
-    NoDiskSlot { id: String, slots: u32 },
+    #[error(
+        "pod sandbox {id} has no free disk slot: it has {slots} (disk_slots of the runtime), \
+         {taken} of them taken, and the container needs {needed}, one for its image and one for each image volume"
+    )]
+    NoDiskSlot {
+        id: String,
+        slots: u32,
+        taken: usize,
+        needed: usize,
+    },
+    /// In the words that the kubelet looks for.
+    #[error("ImageVolumeMountFailed: config.mounts[{container_path}].image")]
+    ImageVolume {
+        container_path: String,
+        source: Box<imagesvc::Error>,
+    },
     #[error("mount source {path:?}")]
     MountSource {
         path: PathBuf,
@@ -226,12 +240,8 @@ impl Error {
                 tonic::Code::Unavailable => ErrorKind::Unavailable,
                 _ => ErrorKind::Internal,
             },
-            Self::Image(error) => match error.kind() {
-                imagesvc::ErrorKind::NotFound => ErrorKind::NotFound,
-                imagesvc::ErrorKind::InvalidArgument => ErrorKind::InvalidArgument,
-                imagesvc::ErrorKind::ResourceExhausted => ErrorKind::ResourceExhausted,
-                _ => ErrorKind::Internal,
-            },
+            Self::Image(error) => image_kind(error),
+            Self::ImageVolume { source, .. } => image_kind(source),
             Self::Shared { kind, .. } => *kind,
             _ => ErrorKind::Internal,
         }
@@ -241,6 +251,15 @@ impl Error {
     #[must_use]
     pub fn sentence(&self) -> String {
         sentence(self)
+    }
+}
+
+fn image_kind(error: &imagesvc::Error) -> ErrorKind {
+    match error.kind() {
+        imagesvc::ErrorKind::NotFound => ErrorKind::NotFound,
+        imagesvc::ErrorKind::InvalidArgument => ErrorKind::InvalidArgument,
+        imagesvc::ErrorKind::ResourceExhausted => ErrorKind::ResourceExhausted,
+        _ => ErrorKind::Internal,
     }
 }
 

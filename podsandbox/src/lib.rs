@@ -13,6 +13,7 @@ mod context;
 mod driver;
 mod error;
 pub mod events;
+mod id_mapping;
 mod ids;
 pub mod machine;
 mod manager;

@@ -132,10 +132,11 @@ impl PodManager {
         for container in of_pod.into_values().flatten().map(|(_, c)| c) {
             self.context.images.release(&container.id).await?;
             self.context.store.delete_container(&container.id).await?;
+            known.remove(&container.id);
         }
         // A lease is taken just before its container's record is written.
         for (owner, _) in self.context.images.leases() {
-            if !known.contains(&owner) {
+            if !known.contains(crate::driver::lease_holder(&owner)) {
                 self.context.images.release(&owner).await?;
             }
         }

@@ -305,6 +305,12 @@ fn mounts(spec: &ContainerSpec, guest_volumes: &Path) -> Result<Vec<Mount>> {
     let mut volumes: Vec<(usize, &crate::spec::Mount)> = spec.mounts.iter().enumerate().collect();
     volumes.sort_by_key(|(_, volume)| volume.container_path.components().count());
     for (index, volume) in volumes {
+        if volume.image.is_some() {
+            let number = crate::spec::image_volumes(&spec.mounts[..index]).count();
+            mounts.retain(|mount| mount.destination() != &volume.container_path);
+            mounts.push(image_mount(volume, number)?);
+            continue;
+        }
         let propagation = match volume.propagation {
             Propagation::Private => "rprivate",
             Propagation::HostToContainer => "rslave",
@@ -326,6 +332,16 @@ fn mounts(spec: &ContainerSpec, guest_volumes: &Path) -> Result<Vec<Mount>> {
         );
     }
     Ok(mounts)
+}
+
+/// The agent has the image's files by the volume's number.
+fn image_mount(volume: &crate::spec::Mount, number: usize) -> Result<Mount> {
+    Ok(MountBuilder::default()
+        .destination(&volume.container_path)
+        .typ("image")
+        .source(number.to_string())
+        .options(vec!["ro".to_owned()])
+        .build()?)
 }
 
 fn kernel_mount(at: &str, kind: &str, source: &str, options: &[&str]) -> Result<Mount> {
@@ -404,4 +420,4 @@ pub fn linux_resources(resources: &Resources) -> Result<LinuxResources> {
 
 #[cfg(test)]
 #[path = "oci_tests.rs"]
-mod tests;
+pub(crate) mod tests;

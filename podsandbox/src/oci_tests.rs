@@ -1,7 +1,7 @@
 use super::*;
 use crate::spec::{ContainerName, Security, User};
 
-fn container() -> ContainerSpec {
+pub(crate) fn container() -> ContainerSpec {
     ContainerSpec {
         name: ContainerName {
             name: "c".into(),
@@ -22,6 +22,7 @@ fn container() -> ContainerSpec {
         tty: false,
         stop_signal: None,
         user: User::default(),
+        user_namespace: None,
         security: Security::default(),
         resources: Resources::default(),
     }
@@ -108,6 +109,8 @@ fn a_volume_replaces_what_is_mounted_at_its_place_and_parents_come_first() {
         container_path: at.into(),
         read_only: false,
         propagation: Propagation::Private,
+        id_mapping: None,
+        image: None,
     };
     let spec = ContainerSpec {
         mounts: vec![volume("/a/b"), volume("/a"), volume("/dev/mqueue")],
@@ -132,4 +135,39 @@ fn a_volume_replaces_what_is_mounted_at_its_place_and_parents_come_first() {
         mounts[at("/a/b")].source().as_deref(),
         Some(Path::new("/v/0"))
     );
+}
+
+#[test]
+fn image_volumes_are_numbered_apart_from_the_nodes() {
+    let volume = |at: &str, image: Option<&str>| crate::spec::Mount {
+        host_path: "/h".into(),
+        container_path: at.into(),
+        read_only: image.is_some(),
+        propagation: Propagation::Private,
+        id_mapping: None,
+        image: image.map(|image| crate::spec::ImageVolume {
+            image: image.to_owned(),
+            sub_path: String::new(),
+        }),
+    };
+    let spec = ContainerSpec {
+        mounts: vec![
+            volume("/a/b", Some("i")),
+            volume("/c", None),
+            volume("/a", Some("j")),
+        ],
+        ..container()
+    };
+    let mounts = mounts(&spec, Path::new("/v")).unwrap();
+    let at = |path: &str| {
+        let mount = mounts.iter().find(|m| m.destination() == Path::new(path));
+        let mount = mount.unwrap();
+        (
+            mount.typ().clone().unwrap(),
+            mount.source().clone().unwrap(),
+        )
+    };
+    assert_eq!(at("/a/b"), ("image".to_owned(), "0".into()));
+    assert_eq!(at("/a"), ("image".to_owned(), "1".into()));
+    assert_eq!(at("/c"), ("bind".to_owned(), "/v/1".into()));
 }

@@ -91,6 +91,9 @@ pub struct ContainerRecord {
     pub phase: ContainerPhase,
     /// The disk slot its image is attached to, until it has ended.
     pub slot: Option<u32>,
+    /// Those of its image volumes.
+    #[serde(default)]
+    pub volume_slots: Vec<u32>,
     /// What StopContainer sends first: asked for, or the image's.
     pub stop_signal: String,
     pub log_file: Option<PathBuf>,

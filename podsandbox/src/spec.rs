@@ -36,12 +36,23 @@ pub struct PodSpec {
     /// Kernel parameters of the guest, by dotted name.
     pub sysctls: BTreeMap<String, String>,
     pub share_process_namespace: bool,
+    /// A user namespace for all of the containers; None: the guest's own.
+    #[serde(default)]
+    pub user_namespace: Option<IdMapping>,
     /// The control group that the kubelet made for the pod.
     pub cgroup_parent: Option<PathBuf>,
     /// Sum over the containers, as the kubelet states it; bytes and CPUs.
     pub resources: Resources,
     /// What RuntimeClass declares on top.
     pub overhead: Resources,
+}
+
+/// Ids 0 to `length - 1` of containers, users' and groups' alike, are `host_id`
+/// and on outside of their user namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IdMapping {
+    pub host_id: u32,
+    pub length: u32,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -126,16 +137,41 @@ pub struct ContainerSpec {
     #[serde(default)]
     pub stop_signal: Option<String>,
     pub user: User,
+    /// As asked for; must be the pod's.
+    #[serde(default)]
+    pub user_namespace: Option<IdMapping>,
     pub security: Security,
     pub resources: Resources,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mount {
+    /// Empty for an image.
     pub host_path: PathBuf,
     pub container_path: PathBuf,
     pub read_only: bool,
     pub propagation: Propagation,
+    /// Whose ids the container sees as files' owners; must be the pod's.
+    #[serde(default)]
+    pub id_mapping: Option<IdMapping>,
+    #[serde(default)]
+    pub image: Option<ImageVolume>,
+}
+
+/// The files of an image, without anything to write to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageVolume {
+    /// An id or reference.
+    pub image: String,
+    /// A directory inside; empty: the root.
+    pub sub_path: String,
+}
+
+/// Those of `mounts` that are images, in order.
+pub(crate) fn image_volumes(mounts: &[Mount]) -> impl Iterator<Item = (&Mount, &ImageVolume)> {
+    mounts
+        .iter()
+        .filter_map(|mount| mount.image.as_ref().map(|image| (mount, image)))
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

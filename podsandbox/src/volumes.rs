@@ -36,10 +36,13 @@ pub fn prepare(shared: &Path, stage: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Binds each of `mounts` at `dir/<index>`; on failure nothing stays mounted.
+/// Binds each of `mounts` that is of the node at `dir/<index>`; on failure nothing stays mounted.
 pub fn bind_all(stage: &Path, dir: &Path, mounts: &[Mount]) -> Result<()> {
     make_dir(dir)?;
     for (index, volume) in mounts.iter().enumerate() {
+        if volume.image.is_some() {
+            continue;
+        }
         if let Err(error) = bind(stage, &dir.join(index.to_string()), volume) {
             unmount_below(stage)?;
             unbind_all(dir)?;
@@ -249,6 +252,8 @@ mod tests {
                 container_path: "/v".into(),
                 read_only,
                 propagation,
+                id_mapping: None,
+                image: None,
             };
             bind_all(&self.at("stage"), &self.at("shared/c"), &[volume]).unwrap();
         }
@@ -294,6 +299,8 @@ mod tests {
             container_path: "/a".into(),
             read_only: false,
             propagation: Propagation::Private,
+            id_mapping: None,
+            image: None,
         };
         let bad = Mount {
             host_path: pod.at("nowhere"),

@@ -146,7 +146,8 @@ fn start(
     let balloon = balloon.map_err(device_error("balloon"))?;
     let balloon = devices.add(Kind::Quick, "balloon", balloon)?;
 
-    let shared = Fs::new(Path::new(jail::SHARED_DIR), SHARED_TAG).map_err(device_error("fs"))?;
+    let shared = Path::new(jail::SHARED_DIR);
+    let shared = Fs::with_ids(shared, SHARED_TAG, spec.shared_ids).map_err(device_error("fs"))?;
     devices.add(Kind::Shared, "fs", shared)?;
 
     let console = Console::new(fds.console, spec.console_limit_bytes)

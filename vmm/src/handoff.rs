@@ -208,6 +208,7 @@ mod tests {
             disk_limit: RateLimit::default(),
             jail_root: "/jail".into(),
             shared_dir: "/shared".into(),
+            shared_ids: None,
             uid: 1000,
             gid: 1000,
             console_limit_bytes: 1 << 20,

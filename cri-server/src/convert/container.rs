@@ -4,10 +4,12 @@ use std::path::{Component, PathBuf};
 
 use cri_api::v1;
 use podsandbox::record::{ContainerPhase, ContainerRecord};
-use podsandbox::spec::{ContainerName, ContainerSpec, Mount, Propagation, Seccomp, Security, User};
+use podsandbox::spec::{
+    ContainerName, ContainerSpec, ImageVolume, Mount, Propagation, Seccomp, Security, User,
+};
 use tonic::Status;
 
-use super::{invalid, required, resources, signal, unsupported};
+use super::{invalid, required, resources, signal, unsupported, userns};
 
 /// `/proc` files that tell of or change the kernel; CRI states its own lists.
 pub fn parse(config: v1::ContainerConfig) -> Result<ContainerSpec, Status> {
@@ -61,6 +63,13 @@ pub fn parse(config: v1::ContainerConfig) -> Result<ContainerSpec, Status> {
         tty: config.tty,
         stop_signal: signal::parse("config.stop_signal", config.stop_signal)?,
         user: user(&context)?,
+        user_namespace: userns::parse(
+            "config.linux.security_context.namespace_options.userns_options",
+            context
+                .namespace_options
+                .as_ref()
+                .and_then(|options| options.userns_options.as_ref()),
+        )?,
         security: security(&context)?,
         resources: resources::parse(
             "config.linux.resources",
@@ -111,18 +120,8 @@ fn log_path(path: &str) -> Result<Option<PathBuf>, Status> {
 fn mount(mount: v1::Mount) -> Result<Mount, Status> {
     let propagation = mount.propagation();
     let field = format!("config.mounts[{}]", mount.container_path);
-    if mount.image.is_some_and(|image| !image.image.is_empty()) {
-        return Err(unsupported(&format!("{field}.image"), "an image volume"));
-    }
-    if !mount.image_sub_path.is_empty() {
-        return Err(invalid(
-            &format!("{field}.image_sub_path"),
-            "is set without an image",
-        ));
-    }
-    if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
-        return Err(unsupported(&field, "an id-mapped mount"));
-    }
+    let image = image_volume(&field, &mount)?;
+    let id_mapping = userns::of_mount(&field, &mount.uid_mappings, &mount.gid_mappings)?;
     if mount.recursive_read_only {
         return Err(unsupported(
             &format!("{field}.recursive_read_only"),
@@ -147,7 +146,7 @@ fn mount(mount: v1::Mount) -> Result<Mount, Status> {
         ));
     }
     let host_path = PathBuf::from(&mount.host_path);
-    if !host_path.is_absolute() {
+    if image.is_none() && !host_path.is_absolute() {
         return Err(invalid(
             &format!("{field}.host_path"),
             format_args!("{host_path:?} is not an absolute path"),
@@ -162,7 +161,42 @@ fn mount(mount: v1::Mount) -> Result<Mount, Status> {
             v1::MountPropagation::PropagationHostToContainer => Propagation::HostToContainer,
             v1::MountPropagation::PropagationBidirectional => Propagation::Bidirectional,
         },
+        id_mapping,
+        image,
     })
+}
+
+/// The image whose files the mount is of; none: a path of the node.
+fn image_volume(field: &str, mount: &v1::Mount) -> Result<Option<ImageVolume>, Status> {
+    let refuse = |name: &str, why: &str| Err(invalid(&format!("{field}.{name}"), why));
+    let sub_path = &mount.image_sub_path;
+    let image = mount.image.as_ref().filter(|image| !image.image.is_empty());
+    let Some(image) = image else {
+        return match (&mount.image, sub_path.is_empty()) {
+            (Some(_), _) if mount.host_path.is_empty() => refuse("image.image", "is empty"),
+            (_, false) => refuse("image_sub_path", "is set without an image"),
+            _ => Ok(None),
+        };
+    };
+    if !mount.host_path.is_empty() {
+        return refuse("host_path", "is set beside an image");
+    }
+    if !mount.readonly {
+        return refuse("readonly", "is not set: an image cannot be written to");
+    }
+    if mount.propagation() == v1::MountPropagation::PropagationBidirectional {
+        return refuse(
+            "propagation",
+            "is BIDIRECTIONAL: nothing can be mounted in an image",
+        );
+    }
+    if sub_path.contains('\0') {
+        return refuse("image_sub_path", "has a null byte");
+    }
+    Ok(Some(ImageVolume {
+        image: image.image.clone(),
+        sub_path: sub_path.clone(),
+    }))
 }
 
 fn user(context: &v1::LinuxContainerSecurityContext) -> Result<User, Status> {
@@ -349,7 +383,19 @@ pub fn status(container: &ContainerRecord) -> v1::ContainerStatus {
 }
 
 fn show_mount(mount: &Mount) -> v1::Mount {
+    let ids = mount.id_mapping.map(userns::show).unwrap_or_default();
     v1::Mount {
+        uid_mappings: ids.clone(),
+        gid_mappings: ids,
+        image: mount.image.as_ref().map(|volume| v1::ImageSpec {
+            image: volume.image.clone(),
+            ..v1::ImageSpec::default()
+        }),
+        image_sub_path: mount
+            .image
+            .as_ref()
+            .map(|volume| volume.sub_path.clone())
+            .unwrap_or_default(),
         container_path: mount.container_path.to_string_lossy().into_owned(),
         host_path: mount.host_path.to_string_lossy().into_owned(),
         readonly: mount.read_only,
@@ -441,6 +487,55 @@ mod tests {
             parse(device).unwrap_err().code(),
             tonic::Code::Unimplemented
         );
+    }
+
+    #[test]
+    fn an_image_volume_has_nothing_of_the_nodes() {
+        let volume = || v1::Mount {
+            container_path: "/model".into(),
+            image: Some(v1::ImageSpec {
+                image: "sha256:0".into(),
+                ..Default::default()
+            }),
+            image_sub_path: "weights".into(),
+            readonly: true,
+            ..v1::Mount::default()
+        };
+        let taken = mount(volume()).unwrap();
+        assert_eq!(
+            taken.image,
+            Some(ImageVolume {
+                image: "sha256:0".into(),
+                sub_path: "weights".into()
+            })
+        );
+        let shown = show_mount(&taken);
+        assert_eq!(shown, volume());
+
+        let refused = |change: fn(&mut v1::Mount)| {
+            let mut volume = volume();
+            change(&mut volume);
+            let refused = mount(volume).unwrap_err();
+            assert_eq!(refused.code(), tonic::Code::InvalidArgument);
+            let message = refused.message().to_owned();
+            let field = message.strip_prefix("config.mounts[/model].").unwrap();
+            field.split_once(':').unwrap().0.to_owned()
+        };
+        assert_eq!(refused(|m| m.host_path = "/srv".into()), "host_path");
+        assert_eq!(refused(|m| m.readonly = false), "readonly");
+        assert_eq!(
+            refused(|m| m.set_propagation(v1::MountPropagation::PropagationBidirectional)),
+            "propagation"
+        );
+        assert_eq!(
+            refused(|m| m.image_sub_path = "a\0b".into()),
+            "image_sub_path"
+        );
+        assert_eq!(
+            refused(|m| m.image = Some(v1::ImageSpec::default())),
+            "image.image"
+        );
+        assert_eq!(refused(|m| m.image = None), "image_sub_path");
     }
 
     #[test]

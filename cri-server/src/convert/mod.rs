@@ -9,6 +9,7 @@ pub mod pod;
 pub mod resources;
 pub mod signal;
 pub mod stats;
+pub mod userns;
 
 use tonic::Status;
 

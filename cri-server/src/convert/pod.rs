@@ -8,7 +8,7 @@ use podsandbox::PodSnapshot;
 use podsandbox::spec::{Bandwidth, Dns, PodName, PodSpec, PortMapping, Protocol};
 use tonic::Status;
 
-use super::{invalid, required, resources, unsupported};
+use super::{invalid, required, resources, unsupported, userns};
 
 /// Linux takes no longer host name (`__NEW_UTS_LEN`).
 const MAX_HOSTNAME: usize = 64;
@@ -26,9 +26,14 @@ pub fn parse(config: v1::PodSandboxConfig, handler: String) -> Result<PodSpec, S
     let linux = config.linux.unwrap_or_default();
     let security = linux.security_context.unwrap_or_default();
     let namespaces = security.namespace_options;
+    let field = "config.linux.security_context.namespace_options";
     if let Some(options) = &namespaces {
-        refuse_host(options, "config.linux.security_context.namespace_options")?;
+        refuse_host(options, field)?;
     }
+    let user_namespace = userns::parse(
+        &format!("{field}.userns_options"),
+        namespaces.as_ref().and_then(|o| o.userns_options.as_ref()),
+    )?;
     let hostname = if config.hostname.is_empty() {
         metadata.name.clone()
     } else {
@@ -84,6 +89,7 @@ pub fn parse(config: v1::PodSandboxConfig, handler: String) -> Result<PodSpec, S
         sysctls: linux.sysctls.into_iter().collect(),
         share_process_namespace: namespaces
             .is_some_and(|options| options.pid() == v1::NamespaceMode::Pod),
+        user_namespace,
         cgroup_parent,
         resources: resources::parse(
             "config.linux.resources",
@@ -93,8 +99,7 @@ pub fn parse(config: v1::PodSandboxConfig, handler: String) -> Result<PodSpec, S
     })
 }
 
-/// A microVM has its own kernel: it cannot be in the host's namespaces. A user
-/// namespace inside it is not there yet.
+/// A microVM has its own kernel: it cannot be in the host's namespaces.
 pub fn refuse_host(options: &v1::NamespaceOption, field: &str) -> Result<(), Status> {
     let modes = [
         ("network", options.network()),
@@ -108,16 +113,6 @@ pub fn refuse_host(options: &v1::NamespaceOption, field: &str) -> Result<(), Sta
                 format_args!("the host's {name} namespace in a pod with its own kernel"),
             ));
         }
-    }
-    if options
-        .userns_options
-        .as_ref()
-        .is_some_and(|userns| userns.mode() == v1::NamespaceMode::Pod)
-    {
-        return Err(unsupported(
-            &format!("{field}.userns_options"),
-            "a user namespace of the pod's own",
-        ));
     }
     Ok(())
 }
@@ -258,6 +253,7 @@ pub fn status(pod: &PodSnapshot) -> v1::PodSandboxStatus {
                         v1::NamespaceMode::Container.into()
                     },
                     ipc: v1::NamespaceMode::Pod.into(),
+                    userns_options: spec.user_namespace.map(userns::show_namespace),
                     ..v1::NamespaceOption::default()
                 }),
             }),

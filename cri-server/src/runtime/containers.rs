@@ -66,6 +66,7 @@ impl Runtime {
                 "sandboxID": pod.pod.id,
                 "pid": record.pid,
                 "diskSlot": record.slot,
+                "volumeDiskSlots": record.volume_slots,
                 "stopSignal": record.stop_signal,
                 "spec": record.spec,
             }))

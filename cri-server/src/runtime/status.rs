@@ -123,7 +123,7 @@ impl Runtime {
 fn features() -> v1::RuntimeHandlerFeatures {
     v1::RuntimeHandlerFeatures {
         recursive_read_only_mounts: false,
-        user_namespaces: false,
+        user_namespaces: true,
     }
 }
 

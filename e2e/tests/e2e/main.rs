@@ -11,6 +11,7 @@ mod containers;
 mod events;
 mod files;
 mod harness;
+mod image_volumes;
 mod images;
 mod logs;
 mod machine;
@@ -26,6 +27,7 @@ mod restart_sweep;
 mod runtime;
 mod stats;
 mod streaming;
+mod userns;
 
 use std::time::{Duration, Instant};
 

@@ -21,6 +21,7 @@ mod stats;
 mod streams;
 mod sys;
 mod tree;
+mod userns;
 
 use std::io;
 use std::sync::Arc;

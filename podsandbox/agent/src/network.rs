@@ -224,6 +224,39 @@ pub async fn loopback_up() -> Result<(), NetworkError> {
         })
 }
 
+/// Moves the NIC into the network namespace of process `pid`, with its own
+/// address, by which [`configure`] finds it there: the agent's sysfs shows
+/// only the devices of the guest's first namespace.
+pub async fn move_to(interface: &Interface, pid: u32) -> Result<(), NetworkError> {
+    let netlink = Netlink::open()?;
+    let links = netlink.handle.link();
+    let found: Vec<LinkMessage> = links
+        .get()
+        .execute()
+        .try_collect()
+        .await
+        .map_err(NetworkError::List)?;
+    let link = pick(&found, &interface.mac).ok_or_else(|| NetworkError::NoInterface {
+        mac: mac_text(&interface.mac),
+    })?;
+    let index = link.header.index;
+    let settings = [
+        LinkUnspec::new_with_index(index).address(interface.mac.clone()),
+        LinkUnspec::new_with_index(index).setns_by_pid(pid),
+    ];
+    for settings in settings {
+        links
+            .set(settings.build())
+            .execute()
+            .await
+            .map_err(|source| NetworkError::Link {
+                name: interface.name.clone(),
+                source,
+            })?;
+    }
+    Ok(())
+}
+
 /// Sets up the NIC. `named` runs once it has its name, before it is up: that
 /// is when its kernel parameters can be set.
 pub async fn configure<E: From<NetworkError>>(

@@ -1,5 +1,9 @@
 //! A container's root: EROFS layers from partitions of its image disk under an
-//! overlay whose upper directory is on the scratch disk.
+//! overlay whose upper directory is on the scratch disk; and image volumes,
+//! which are the same without anything to write to.
+//!
+//! In a user namespace the layers are shown with their owners mapped. Overlays
+//! cannot be; what containers write has the guest's ids on the scratch disk.
 //!
 //! Nothing is mounted at a path: each layer and the overlay are detached mounts
 //! (fsmount(2)), so there is nothing to unmount. The overlay lives as long as
@@ -11,20 +15,29 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use agent_api::{RootDisk, image_serial};
+use agent_api::{ImageVolume, Layer, RootDisk, image_serial};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
+use nix::unistd::chown;
 
 use crate::disk::{Disk, DiskError, Partitions, Range};
 use crate::sys;
 use crate::tree;
+use crate::userns::UserNamespace;
 
 /// The scratch disk.
 pub const SCRATCH: &str = "/run/drupe/scratch";
 
 /// `OVL_MAX_STACK` is 500; an image has at most 127 layers.
 const MAX_LAYERS: usize = 200;
+
+/// A guest has at most 32 disks for images.
+const MAX_VOLUMES: usize = 32;
+
+/// How an image volume is mounted: its files are data, or programs to be run
+/// as whoever runs them.
+const VOLUME: u64 = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
 
 #[derive(Debug, thiserror::Error)]
 pub enum RootfsError {
@@ -42,25 +55,49 @@ pub enum RootfsError {
     },
     #[error("cannot mount the container's overlay: {detail}")]
     Overlay { detail: String, source: io::Error },
+    #[error("the container has {count} image volumes, more than {MAX_VOLUMES}")]
+    TooManyVolumes { count: usize },
+    #[error("cannot show the owners of files of a layer as the pod's user namespace maps them")]
+    Idmap(#[source] io::Error),
+    /// In the words that the kubelet looks for.
+    #[error("ImageVolumeMountFailed: {mounted_at}: image_sub_path {sub_path:?}")]
+    SubPath {
+        mounted_at: String,
+        sub_path: String,
+        source: io::Error,
+    },
 }
 
 /// What is left to undo once a container has gone.
 #[derive(Debug)]
 pub struct Rootfs {
-    partitions: Option<Partitions>,
+    partitions: Vec<Partitions>,
     dir: PathBuf,
 }
 
+/// Mounts that are attached nowhere; each descriptor is the only holder.
+#[derive(Debug)]
+pub struct Trees {
+    pub root: OwnedFd,
+    /// Read-only, in the order of the request.
+    pub images: Vec<OwnedFd>,
+}
+
 impl Rootfs {
-    /// Mounts the root of container `id`; the descriptor is its only holder.
-    pub async fn mount(id: &str, disk: Option<&RootDisk>) -> Result<(Self, OwnedFd), RootfsError> {
+    /// Mounts the root of container `id` and its image volumes.
+    pub async fn mount(
+        id: &str,
+        disk: Option<&RootDisk>,
+        volumes: &[ImageVolume],
+        user: Option<&UserNamespace>,
+    ) -> Result<(Self, Trees), RootfsError> {
         let dir = Path::new(SCRATCH).join("containers").join(id);
         let mut rootfs = Self {
-            partitions: None,
+            partitions: Vec::new(),
             dir,
         };
-        match rootfs.try_mount(disk).await {
-            Ok(tree) => Ok((rootfs, tree)),
+        match rootfs.try_mount(disk, volumes, user).await {
+            Ok(trees) => Ok((rootfs, trees)),
             Err(error) => {
                 if let Err(undo) = rootfs.remove().await {
                     eprintln!("drupe-agent: container {id}: {undo}");
@@ -70,38 +107,77 @@ impl Rootfs {
         }
     }
 
-    async fn try_mount(&mut self, disk: Option<&RootDisk>) -> Result<OwnedFd, RootfsError> {
+    async fn try_mount(
+        &mut self,
+        disk: Option<&RootDisk>,
+        volumes: &[ImageVolume],
+        user: Option<&UserNamespace>,
+    ) -> Result<Trees, RootfsError> {
+        if volumes.len() > MAX_VOLUMES {
+            let count = volumes.len();
+            return Err(RootfsError::TooManyVolumes { count });
+        }
         for name in ["upper", "work", "empty"] {
             let path = self.dir.join(name);
             fs::create_dir_all(&path).map_err(|source| RootfsError::Directory { path, source })?;
         }
-        let ranges: Vec<Range> = disk
-            .iter()
-            .flat_map(|disk| &disk.layers)
-            .map(|layer| Range {
-                offset: layer.offset,
-                length: layer.length,
-            })
-            .collect();
+        if let Some(user) = user {
+            // It lends its owner to the container's root directory.
+            let (path, root) = (self.upper(), user.ids().root());
+            chown(&path, Some(root.into()), Some(root.into())).map_err(|errno| {
+                RootfsError::Directory {
+                    path,
+                    source: errno.into(),
+                }
+            })?;
+        }
+        let layers = self.mount_layers(disk, user).await?;
+        let root = self.mount_overlay(layers, true)?;
+        let mut images = Vec::with_capacity(volumes.len());
+        for volume in volumes {
+            let layers = self.mount_layers(volume.disk.as_ref(), user).await?;
+            let tree = self.mount_overlay(layers, false)?;
+            images.push(below(tree, volume)?);
+        }
+        Ok(Trees { root, images })
+    }
+
+    async fn mount_layers(
+        &mut self,
+        disk: Option<&RootDisk>,
+        user: Option<&UserNamespace>,
+    ) -> Result<Vec<OwnedFd>, RootfsError> {
+        let range = |layer: &Layer| Range {
+            offset: layer.offset,
+            length: layer.length,
+        };
+        let layers = disk.iter().flat_map(|disk| &disk.layers);
+        let ranges: Vec<Range> = layers.map(range).collect();
         if ranges.len() > MAX_LAYERS {
             return Err(RootfsError::TooManyLayers {
                 count: ranges.len(),
             });
         }
         let mut layers = Vec::with_capacity(ranges.len());
-        if let Some(disk) = disk.filter(|_| !ranges.is_empty()) {
-            let disk = Disk::find(&image_serial(disk.slot))?;
-            let partitions = self
-                .partitions
-                .insert(Partitions::create(disk, &ranges).await?);
-            for device in partitions.devices() {
-                layers.push(mount_layer(&device)?);
+        let Some(disk) = disk.filter(|_| !ranges.is_empty()) else {
+            return Ok(layers);
+        };
+        let disk = Disk::find(&image_serial(disk.slot))?;
+        let partitions = Partitions::create(disk, &ranges).await?;
+        let devices: Vec<CString> = partitions.devices().collect();
+        self.partitions.push(partitions);
+        for device in devices {
+            let layer = mount_layer(&device)?;
+            if let Some(user) = user {
+                sys::idmap_mount(layer.as_fd(), user.as_fd())
+                    .map_err(|errno| RootfsError::Idmap(errno.into()))?;
             }
+            layers.push(layer);
         }
-        self.mount_overlay(layers)
+        Ok(layers)
     }
 
-    fn mount_overlay(&self, layers: Vec<OwnedFd>) -> Result<OwnedFd, RootfsError> {
+    fn mount_overlay(&self, layers: Vec<OwnedFd>, writable: bool) -> Result<OwnedFd, RootfsError> {
         let failed = |fs: Option<&OwnedFd>, errno: Errno| RootfsError::Overlay {
             detail: fs.map(kernel_words).unwrap_or_default(),
             source: errno.into(),
@@ -118,11 +194,14 @@ impl Rootfs {
                 source: errno.into(),
             })
         };
-        let lower = if layers.is_empty() {
-            vec![directory("empty")?]
-        } else {
-            layers
-        };
+        let mut lower = layers;
+        if !writable && lower.is_empty() {
+            return empty_mount().map_err(|errno| failed(None, errno));
+        }
+        if !writable || lower.is_empty() {
+            // Without an upper layer the kernel takes no less than two.
+            lower.insert(0, directory("empty")?);
+        }
         let fs = sys::fsopen(c"overlay").map_err(|errno| failed(None, errno))?;
         let configure = || -> sys::Result<()> {
             // Highest first (overlayfs.rst, "Specifying lower layers").
@@ -132,6 +211,13 @@ impl Rootfs {
             Ok(())
         };
         configure().map_err(|errno| failed(Some(&fs), errno))?;
+        if !writable {
+            let finish = || -> sys::Result<OwnedFd> {
+                sys::fsconfig_create(fs.as_fd())?;
+                sys::fsmount(fs.as_fd(), VOLUME)
+            };
+            return finish().map_err(|errno| failed(Some(&fs), errno));
+        }
         for (key, name) in [(c"upperdir", "upper"), (c"workdir", "work")] {
             sys::fsconfig_fd(fs.as_fd(), key, directory(name)?.as_fd())
                 .map_err(|errno| failed(Some(&fs), errno))?;
@@ -150,14 +236,14 @@ impl Rootfs {
         self.dir.join("upper")
     }
 
-    /// Gives the image disk back and deletes the writable layer, the latter in
+    /// Gives the image disks back and deletes the writable layer, the latter in
     /// the background: it may hold a million files. Every mount of the root
     /// must have gone.
     pub async fn remove(&mut self) -> Result<(), RootfsError> {
-        if let Some(partitions) = &mut self.partitions {
+        while let Some(partitions) = self.partitions.last_mut() {
             partitions.remove().await?;
+            self.partitions.pop();
         }
-        self.partitions = None;
         match tree::discard(&self.dir) {
             Ok(()) => Ok(()),
             Err(source) => Err(RootfsError::Directory {
@@ -166,6 +252,31 @@ impl Rootfs {
             }),
         }
     }
+}
+
+/// The volume of an image without layers.
+fn empty_mount() -> sys::Result<OwnedFd> {
+    let fs = sys::fsopen(c"tmpfs")?;
+    sys::fsconfig_string(fs.as_fd(), c"mode", c"755")?;
+    sys::fsconfig_flag(fs.as_fd(), c"ro")?;
+    sys::fsconfig_create(fs.as_fd())?;
+    sys::fsmount(fs.as_fd(), VOLUME)
+}
+
+/// The directory of an image volume that the container is to see.
+fn below(tree: OwnedFd, volume: &ImageVolume) -> Result<OwnedFd, RootfsError> {
+    if volume.sub_path.is_empty() {
+        return Ok(tree);
+    }
+    let failed = |errno: Errno| RootfsError::SubPath {
+        mounted_at: volume.container_path.clone(),
+        sub_path: volume.sub_path.clone(),
+        source: errno.into(),
+    };
+    let path = CString::new(volume.sub_path.as_str()).map_err(|_| failed(Errno::EINVAL))?;
+    let flags = libc::O_PATH | libc::O_DIRECTORY;
+    let dir = sys::openat2(tree.as_fd(), &path, flags, libc::RESOLVE_IN_ROOT).map_err(failed)?;
+    sys::clone_mount(dir.as_fd(), c"", false).map_err(failed)
 }
 
 fn mount_layer(device: &CString) -> Result<OwnedFd, RootfsError> {

@@ -1,19 +1,24 @@
 //! ConfigureSandbox: turns a booted guest into one pod.
 
+use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::fs;
 use std::io;
 use std::net::IpAddr;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use agent_api::{ConfigureSandboxRequest, Dns};
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
+use nix::unistd::chown;
 use tokio::sync::Mutex;
 
 use crate::clock;
-use crate::container::{self, Containers, ETC_DIR, SHM, sysctl_path};
+use crate::container::{self, Containers, ETC_DIR, ETC_FILES, SHM, sysctl_path};
 use crate::network::{self, Interface, NetworkError};
+use crate::sys;
+use crate::userns::{Holder, IdRange, UserNamespace, UserNsError};
 
 /// What a container finds in /dev/shm when the pod does not say.
 pub const DEFAULT_SHM_BYTES: u64 = 64 * 1024 * 1024;
@@ -49,6 +54,10 @@ pub enum SandboxError {
     Network(#[from] NetworkError),
     #[error("cannot share a PID namespace")]
     Pid(#[source] Box<container::Error>),
+    #[error(transparent)]
+    User(#[from] UserNsError),
+    #[error("cannot give {path} to root of the pod's containers")]
+    Own { path: PathBuf, source: Errno },
 }
 
 /// What the pod was configured with, once it was.
@@ -74,17 +83,27 @@ impl Sandbox {
             };
         }
         set_time(nanos)?;
-        set_hostname(&request.hostname)?;
-        write_etc(&request)?;
-        set_shm(request.shm_bytes)?;
-        match request
+        let interface = request
             .interface
             .as_ref()
             .map(Interface::parse)
-            .transpose()?
-        {
-            Some(interface) => network::configure(interface, || set_sysctls(&request)).await?,
-            None => set_sysctls(&request)?,
+            .transpose()?;
+        let ids = request.user_namespace.as_ref().map(IdRange::parse);
+        let ids = ids.transpose()?;
+        // One that a configuration has made which failed later is still there.
+        if let Some(ids) = ids.filter(|_| !containers.has_user_namespace()) {
+            let user = make_user_namespace(ids, interface.as_ref()).await?;
+            containers.use_user_namespace(user);
+        }
+        set_hostname(&request.hostname)?;
+        write_etc(&request)?;
+        set_shm(request.shm_bytes)?;
+        if let Some(ids) = ids {
+            own_files(ids)?;
+        }
+        match interface {
+            Some(interface) => network::configure(interface, || set_sysctls(&request, ids)).await?,
+            None => set_sysctls(&request, ids)?,
         }
         if request.share_process_namespace {
             containers
@@ -98,6 +117,33 @@ impl Sandbox {
     pub async fn is_configured(&self) -> bool {
         self.configured.lock().await.is_some()
     }
+}
+
+/// From here on the agent stands in the pod's network, IPC and UTS namespaces.
+async fn make_user_namespace(
+    ids: IdRange,
+    interface: Option<&Interface>,
+) -> Result<UserNamespace, SandboxError> {
+    let holder = Holder::start(ids)?;
+    if let Some(interface) = interface {
+        network::move_to(interface, holder.pid()).await?;
+    }
+    let user = holder.enter()?;
+    network::loopback_up().await?;
+    Ok(user)
+}
+
+/// What all containers get of the agent's is theirs, as it is without a user
+/// namespace.
+fn own_files(ids: IdRange) -> Result<(), SandboxError> {
+    let root = ids.root();
+    let etc = ETC_FILES.map(|name| Path::new(ETC_DIR).join(name));
+    let shm = PathBuf::from(OsStr::from_bytes(SHM.to_bytes()));
+    for path in etc.into_iter().chain([shm]) {
+        let own = chown(&path, Some(root.into()), Some(root.into()));
+        own.map_err(|source| SandboxError::Own { path, source })?;
+    }
+    Ok(())
 }
 
 pub fn set_time(nanos: i64) -> Result<(), SandboxError> {
@@ -136,14 +182,25 @@ fn set_shm(bytes: u64) -> Result<(), SandboxError> {
     .map_err(|source| SandboxError::Shm { bytes, source })
 }
 
-fn set_sysctls(request: &ConfigureSandboxRequest) -> Result<(), SandboxError> {
+fn set_sysctls(
+    request: &ConfigureSandboxRequest,
+    ids: Option<IdRange>,
+) -> Result<(), SandboxError> {
     // Sorted, so that a failure is the same one each time.
     let mut sysctls: Vec<_> = request.sysctls.iter().collect();
     sysctls.sort();
     for (name, value) in sysctls {
         let path =
             sysctl_path(name).ok_or_else(|| SandboxError::SysctlName { name: name.clone() })?;
-        fs::write(path, value).map_err(|source| SandboxError::Sysctl {
+        let written = match (fs::write(&path, value), ids) {
+            // Those of an IPC namespace are its root's, whatever capabilities
+            // another has (ipc/ipc_sysctl.c, `ipc_permissions`).
+            (Err(error), Some(ids)) if error.kind() == io::ErrorKind::PermissionDenied => {
+                sys::with_effective_uid(ids.root(), || fs::write(&path, value))
+            }
+            (written, _) => written,
+        };
+        written.map_err(|source| SandboxError::Sysctl {
             name: name.clone(),
             value: value.clone(),
             source,

@@ -24,6 +24,7 @@ use crate::container::{Containers, Error};
 use crate::power;
 use crate::sandbox::{self, Sandbox, SandboxError};
 use crate::stats;
+use crate::userns::UserNsError;
 
 type Reply<T> = Result<Response<T>, Status>;
 type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -237,6 +238,7 @@ fn sandbox_code(error: &SandboxError) -> Code {
         | SandboxError::LineBreak { .. }
         | SandboxError::SysctlName { .. }
         | SandboxError::Sysctl { .. }
+        | SandboxError::User(UserNsError::Range { .. })
         | SandboxError::Network(N::Invalid { .. } | N::TooMany { .. }) => Code::InvalidArgument,
         _ => Code::Internal,
     }
@@ -260,8 +262,13 @@ fn container_status(error: Error) -> Status {
         Error::SetupTimeout | Error::ConnectTimeout => Code::DeadlineExceeded,
         Error::Stdio(_) => Code::Unavailable,
         Error::Launch(LaunchError::Exec(exec)) if exec.code == 127 => Code::NotFound,
+        Error::Rootfs(RootfsError::SubPath { source, .. })
+            if source.kind() == std::io::ErrorKind::NotFound =>
+        {
+            Code::NotFound
+        }
         Error::Launch(LaunchError::Exec(_)) => Code::PermissionDenied,
-        Error::Spec(SpecError::Mount(MountError::Bind { .. }))
+        Error::Spec(SpecError::Mount(MountError::Bind { .. }) | SpecError::Dev(_))
         | Error::Devices(DeviceError::Load(_) | DeviceError::Attach(_)) => Code::Internal,
         Error::Id { .. }
         | Error::Signal { .. }
@@ -270,7 +277,12 @@ fn container_status(error: Error) -> Status {
         | Error::User(_)
         | Error::Seccomp(_)
         | Error::Devices(_)
-        | Error::Rootfs(RootfsError::TooManyLayers { .. })
+        | Error::Unmapped { .. }
+        | Error::Rootfs(
+            RootfsError::TooManyLayers { .. }
+            | RootfsError::TooManyVolumes { .. }
+            | RootfsError::SubPath { .. },
+        )
         | Error::Rootfs(RootfsError::Disk(
             DiskError::Range { .. } | DiskError::TooManyLayers { .. },
         )) => Code::InvalidArgument,

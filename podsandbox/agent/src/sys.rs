@@ -169,6 +169,31 @@ pub fn mount_setattr(dir: RawFd, path: &CStr, recursive: bool, attr: MountAttr) 
     Errno::result(result).map(drop)
 }
 
+/// Shows the files of `tree`, a mount that is attached nowhere, with the owners
+/// that the user namespace `user` maps theirs to (mount_setattr(2), "ID-mapped
+/// mounts").
+pub fn idmap_mount(tree: BorrowedFd<'_>, user: BorrowedFd<'_>) -> Result<()> {
+    let attr = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_IDMAP,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: u64::try_from(user.as_raw_fd()).map_err(|_| Errno::EBADF)?,
+    };
+    // SAFETY: path and `attr` are valid for the length of the call, and the
+    // size given is `attr`'s.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            &raw const attr,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    Errno::result(result).map(drop)
+}
+
 /// Opens `path` so that neither `..` nor a symbolic link leads out of `dir`.
 pub fn openat2(dir: BorrowedFd<'_>, path: &CStr, flags: c_int, resolve: u64) -> Result<OwnedFd> {
     // SAFETY: `open_how` is plain integers, for which zero is valid.
@@ -197,20 +222,27 @@ pub enum Cloned {
     Parent { pid: i32, pidfd: OwnedFd },
 }
 
-/// A child in new namespaces (`CLONE_NEW*`) and in `cgroup`. Its memory is a
-/// copy of the caller's.
+/// A child in new namespaces (`CLONE_NEW*`) and in `cgroup`, the caller's if
+/// none is given; with `CLONE_PARENT` a child of the caller's parent. Its
+/// memory is a copy of the caller's.
 ///
 /// # Safety
 /// The child may have been cloned while another thread held a lock, so it must
 /// not allocate or take locks until it has called `execve` or `_exit`.
-pub unsafe fn clone_process(namespaces: u64, cgroup: BorrowedFd<'_>) -> Result<Cloned> {
+pub unsafe fn clone_process(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> Result<Cloned> {
     let mut pidfd: c_int = -1;
     // SAFETY: `clone_args` is plain integers, for which zero is valid.
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
-    args.flags = namespaces | libc::CLONE_PIDFD as u64 | CLONE_INTO_CGROUP;
+    args.flags = flags | libc::CLONE_PIDFD as u64;
     args.pidfd = &raw mut pidfd as u64;
-    args.exit_signal = libc::SIGCHLD as u64;
-    args.cgroup = cgroup.as_raw_fd() as u64;
+    if flags & libc::CLONE_PARENT as u64 == 0 {
+        // Else it has the caller's own.
+        args.exit_signal = libc::SIGCHLD as u64;
+    }
+    if let Some(cgroup) = cgroup {
+        args.flags |= CLONE_INTO_CGROUP;
+        args.cgroup = cgroup.as_raw_fd() as u64;
+    }
     // SAFETY: without CLONE_VM and with no stack given, this returns twice as
     // fork does; `args` and `pidfd` outlive the call.
     let result = unsafe {
@@ -233,6 +265,28 @@ pub unsafe fn clone_process(namespaces: u64, cgroup: BorrowedFd<'_>) -> Result<C
 pub fn setns(fd: RawFd, namespaces: c_int) -> Result<()> {
     // SAFETY: takes integers only.
     Errno::result(unsafe { libc::setns(fd, namespaces) }).map(drop)
+}
+
+/// Runs `work` with another effective user id and the capabilities of this one
+/// (capabilities(7), "Effect of user ID changes on capabilities"). A thread
+/// that could not go back would be another one for good: it aborts.
+pub fn with_effective_uid<T>(uid: u32, work: impl FnOnce() -> T) -> T {
+    // The system call, not libc's function, which tells every thread.
+    let change = |uid: u32| {
+        const KEEP: u32 = u32::MAX;
+        // SAFETY: takes integers only.
+        Errno::result(unsafe { libc::syscall(libc::SYS_setresuid, KEEP, uid, KEEP) }).map(drop)
+    };
+    // SAFETY: takes no arguments and cannot fail.
+    let own = unsafe { libc::geteuid() };
+    let set = |bits: c_int| prctl(libc::PR_SET_SECUREBITS, bits as u64, 0);
+    let enter = set(libc::SECBIT_NO_SETUID_FIXUP).and_then(|()| change(uid));
+    let result = work();
+    if let Err(errno) = enter.and_then(|()| change(own)).and_then(|()| set(0)) {
+        eprintln!("drupe-agent: cannot work as user {uid} for a while: {errno}");
+        std::process::abort();
+    }
+    result
 }
 
 pub fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: c_int) -> Result<()> {

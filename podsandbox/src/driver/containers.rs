@@ -1,7 +1,7 @@
 //! A pod's containers, one verb after another.
 
 use std::fs;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -10,13 +10,12 @@ use tokio::task::JoinError;
 use vmm_client::Control;
 
 use super::Driver;
+use super::disks::{Disk, Disks, slots_of};
 use crate::context::now_nanos;
 use crate::record::{ContainerPhase, ContainerRecord, ExitReason, ExitRecord, PodPhase};
-use crate::spec::ContainerSpec;
-use crate::{Error, Result, ids, oci, volumes};
+use crate::spec::{self, ContainerSpec};
+use crate::{Error, Result, id_mapping, ids, oci, volumes};
 
-/// Layers begin on this boundary of their disk.
-const LAYER_ALIGN: u64 = 4096;
 /// Mounting waits for nothing unless a file system of the node hangs.
 const MOUNT_TIMEOUT: Duration = Duration::from_secs(30);
 /// What a shell reports of a process that SIGKILL ended.
@@ -49,9 +48,11 @@ impl Driver {
                 id: taken.id.clone(),
             });
         }
-        let slot = self.await_slot().await?;
+        id_mapping::check(self.record.spec.user_namespace, &spec)?;
+        let slots = self.await_slots(&spec).await?;
         let id = ids::new_id();
-        let lease = self.context.images.lease(&spec.image, &id).await?;
+        let Disks { root, volumes } = self.lease_disks(&spec, &id, slots).await?;
+        let lease = &root.lease;
         let names = [&lease.image.repo_tags, &lease.image.repo_digests];
         let record = ContainerRecord {
             image_name: names
@@ -70,11 +71,12 @@ impl Driver {
                 .unwrap_or(&lease.image.id)
                 .clone(),
             phase: ContainerPhase::Creating,
-            slot: Some(slot),
+            slot: Some(root.slot),
+            volume_slots: volumes.iter().map(|volume| volume.slot).collect(),
             stop_signal: spec
                 .stop_signal
                 .clone()
-                .unwrap_or_else(|| stop_signal(&lease)),
+                .unwrap_or_else(|| stop_signal(lease)),
             log_file: log_file(
                 self.record.spec.log_directory.as_deref(),
                 spec.log_path.as_deref(),
@@ -88,7 +90,7 @@ impl Driver {
         };
         let log_file = record.log_file.clone();
         let outcome = match self.context.store.put_container(&record).await {
-            Ok(()) => self.put_together(&record, &lease, slot).await,
+            Ok(()) => self.put_together(&record, &root, &volumes).await,
             Err(error) => Err(error.into()),
         };
         self.containers.insert(
@@ -126,9 +128,10 @@ impl Driver {
     async fn put_together(
         &mut self,
         record: &ContainerRecord,
-        lease: &Lease,
-        slot: u32,
+        root: &Disk,
+        volumes: &[Disk],
     ) -> Result<Option<agent_api::ContainerState>> {
+        let lease = &root.lease;
         let (id, spec) = (record.id.as_str(), &record.spec);
         let oci = oci::runtime_spec(
             spec,
@@ -141,8 +144,15 @@ impl Driver {
         if let Some(path) = &record.log_file {
             open_log(&mut machine.control, id, path).await?;
         }
-        let (files, layers) = layer_disk(lease)?;
-        machine.control.attach_disk(slot, &borrow(&files)).await?;
+        let root = root.attach(&mut machine.control).await?;
+        let mut image_volumes = Vec::with_capacity(volumes.len());
+        for (disk, (mount, volume)) in volumes.iter().zip(spec::image_volumes(&spec.mounts)) {
+            image_volumes.push(agent_api::ImageVolume {
+                disk: Some(disk.attach(&mut machine.control).await?),
+                sub_path: volume.sub_path.clone(),
+                container_path: mount.container_path.to_string_lossy().into_owned(),
+            });
+        }
         let image_user = lease
             .config
             .config()
@@ -152,12 +162,13 @@ impl Driver {
         let request = agent_api::CreateContainerRequest {
             id: id.to_owned(),
             oci_spec: serde_json::to_vec(&oci).map_err(oci_spec::OciSpecError::SerDe)?,
-            root: Some(agent_api::RootDisk { slot, layers }),
+            root: Some(root),
             user: Some(user(spec, &image_user)),
             provide_etc_files: true,
             stdin: spec.stdin,
             stdin_once: spec.stdin_once,
             log: record.log_file.is_some(),
+            image_volumes,
         };
         machine.agent.create(request).await
     }
@@ -202,7 +213,7 @@ impl Driver {
             return;
         };
         // Gone with the container, or with the machine.
-        let held = self.containers.get(&id).is_some_and(|c| c.slot.is_some());
+        let held = self.containers.get(&id).is_some_and(holds_slots);
         if !held || self.machine.is_none() {
             return;
         }
@@ -221,7 +232,7 @@ impl Driver {
     /// Frees what a container that has ended holds in guest and VMM; fine with
     /// any of it being gone. Its record and lease stay.
     async fn free_guest_side(&mut self, id: &str) -> Result<()> {
-        let holds = self.containers.get(id).is_some_and(|c| c.slot.is_some());
+        let holds = self.containers.get(id).is_some_and(holds_slots);
         if let Some(machine) = self.machine.as_ref().filter(|_| holds) {
             machine.agent.remove(id).await?;
         }
@@ -233,40 +244,18 @@ impl Driver {
         let Some(record) = self.containers.get_mut(id) else {
             return Ok(());
         };
-        let Some(slot) = record.slot else {
+        if !holds_slots(record) {
             return Ok(());
-        };
+        }
         if let Some(machine) = &mut self.machine {
-            machine.control.detach_disk(slot).await?;
+            for slot in slots_of(record) {
+                machine.control.detach_disk(slot).await?;
+            }
             machine.control.close_log(id).await?;
         }
         record.slot = None;
+        record.volume_slots.clear();
         Ok(())
-    }
-
-    /// The slot of a container that has ended is about to be free.
-    async fn await_slot(&mut self) -> Result<u32> {
-        loop {
-            let slot = self.free_slot();
-            if slot.is_ok() {
-                return slot;
-            }
-            match self.freeing.join_next().await {
-                Some(freed) => self.learn_freed(freed).await,
-                None => return slot,
-            }
-        }
-    }
-
-    fn free_slot(&self) -> Result<u32> {
-        let (_, runtime) = self.context.config.runtime(&self.record.handler)?;
-        let taken = |slot| self.containers.values().any(|c| c.slot == Some(slot));
-        (0..runtime.settings.disk_slots)
-            .find(|&slot| !taken(slot))
-            .ok_or_else(|| Error::NoDiskSlot {
-                id: self.record.id.clone(),
-                slots: runtime.settings.disk_slots,
-            })
     }
 
     pub(super) async fn start_container(&mut self, id: &str) -> Result<()> {
@@ -353,7 +342,9 @@ impl Driver {
         }
         self.free_guest_side(id).await?;
         volumes::unbind_all(&self.paths.volumes(id))?;
-        self.context.images.release(id).await?;
+        if let Some(record) = self.containers.get(id) {
+            self.release_disks(&record.spec, id).await?;
+        }
         self.context.store.delete_container(id).await?;
         self.containers.remove(id);
         self.publish();
@@ -379,6 +370,10 @@ impl Driver {
             .get(id)
             .ok_or_else(|| Error::ContainerNotFound(id.to_owned()))
     }
+}
+
+fn holds_slots(record: &ContainerRecord) -> bool {
+    slots_of(record).next().is_some()
 }
 
 pub(crate) fn state_error(record: &ContainerRecord, needed: &'static str) -> Error {
@@ -426,10 +421,6 @@ async fn open_log(control: &mut Control, id: &str, path: &Path) -> Result<()> {
     Ok(control.open_log(id, file.as_fd()).await?)
 }
 
-fn borrow(files: &[OwnedFd]) -> Vec<BorrowedFd<'_>> {
-    files.iter().map(AsFd::as_fd).collect()
-}
-
 fn log_file(directory: Option<&Path>, path: Option<&Path>) -> Option<PathBuf> {
     Some(directory?.join(path?))
 }
@@ -444,25 +435,6 @@ fn stop_signal(lease: &Lease) -> String {
     signal
         .filter(|name| !name.is_empty())
         .unwrap_or_else(|| "SIGTERM".to_owned())
-}
-
-/// The image's layer files, opened, and where each lies on the disk they form.
-fn layer_disk(lease: &Lease) -> Result<(Vec<OwnedFd>, Vec<agent_api::Layer>)> {
-    let mut offset = 0;
-    let mut files = Vec::with_capacity(lease.layers.len());
-    let mut layers = Vec::with_capacity(lease.layers.len());
-    for layer in &lease.layers {
-        let file = fs::File::open(&layer.path).map_err(|source| Error::File {
-            what: "image layer",
-            path: layer.path.clone(),
-            source,
-        })?;
-        let length = layer.len.next_multiple_of(LAYER_ALIGN);
-        layers.push(agent_api::Layer { offset, length });
-        files.push(file.into());
-        offset += length;
-    }
-    Ok((files, layers))
 }
 
 /// CRI's wish, else what the image's `user[:group]` says.

@@ -8,6 +8,7 @@
 //! [`PodSnapshot`]. Called by [`crate::manager`] only.
 
 mod containers;
+mod disks;
 mod resources;
 mod start;
 mod stop;
@@ -36,6 +37,7 @@ use crate::{Error, Result};
 use watch_vm::VmEvent;
 
 pub(crate) use containers::state_error;
+pub(crate) use disks::lease_holder;
 pub(crate) use start::max_vcpus;
 
 /// Requests of one pod that may wait for its driver; the kubelet works on a

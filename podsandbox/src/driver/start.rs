@@ -16,7 +16,7 @@ use nix::sys::socket::{
 };
 use tokio_util::sync::CancellationToken;
 use vmm_client::protocol::{Event, VmState};
-use vmm_client::{Control, FdRole, Machine as MachineKind, SpawnRequest, UmlMode, VmSpec};
+use vmm_client::{Control, FdRole, IdRange, Machine as MachineKind, SpawnRequest, UmlMode, VmSpec};
 
 use super::{Driver, Machine, watch_vm};
 use crate::agent::AgentClient;
@@ -187,15 +187,22 @@ impl Driver {
             })
             .await?;
         let dns = network::guest_dns(self.record.spec.dns.as_ref(), &added.dns)?;
-        let request = agent_api::ConfigureSandboxRequest {
-            time_unix_nanos: now_nanos(),
-            hostname: self.record.spec.hostname.clone(),
-            dns: Some(dns),
-            interface: Some(network::guest_interface(&interface)),
-            sysctls: self.record.spec.sysctls.clone().into_iter().collect(),
-            share_process_namespace: self.record.spec.share_process_namespace,
-            shm_bytes: 0,
-        };
+        let request =
+            agent_api::ConfigureSandboxRequest {
+                time_unix_nanos: now_nanos(),
+                hostname: self.record.spec.hostname.clone(),
+                dns: Some(dns),
+                interface: Some(network::guest_interface(&interface)),
+                sysctls: self.record.spec.sysctls.clone().into_iter().collect(),
+                share_process_namespace: self.record.spec.share_process_namespace,
+                shm_bytes: 0,
+                user_namespace: self.record.spec.user_namespace.map(|ids| {
+                    agent_api::UserNamespace {
+                        host_id: ids.host_id,
+                        length: ids.length,
+                    }
+                }),
+            };
         timeline
             .time(Step::Configure, booted.agent.configure(request))
             .await?;
@@ -377,6 +384,10 @@ impl Driver {
             disk_limit: runtime.settings.disk_limit,
             jail_root: self.paths.jail.clone(),
             shared_dir: self.paths.shared.clone(),
+            shared_ids: self.record.spec.user_namespace.map(|ids| IdRange {
+                guest: ids.host_id,
+                length: ids.length,
+            }),
             uid: self.record.uid,
             gid: self.record.uid,
             console_limit_bytes: CONSOLE_LIMIT_BYTES,

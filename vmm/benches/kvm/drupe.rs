@@ -87,6 +87,7 @@ impl Drupe {
             disk_limit: RateLimit::default(),
             jail_root,
             shared_dir,
+            shared_ids: None,
             uid: UID,
             gid: UID,
             console_limit_bytes: 1 << 20,

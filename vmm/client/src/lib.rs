@@ -14,4 +14,4 @@ mod spec;
 pub use control::{Control, ControlError, Events};
 pub use dial::{DialError, dial_vsock};
 pub use spawn::{SpawnError, SpawnRequest, VmmProcess, spawn};
-pub use spec::{FdRole, HugePages, Machine, RateLimit, UmlMode, VmSpec};
+pub use spec::{FdRole, HugePages, IdRange, Machine, RateLimit, UmlMode, VmSpec};

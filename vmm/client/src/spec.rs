@@ -46,6 +46,9 @@ pub struct VmSpec {
     /// mount namespace is a slave of the daemon's, so a later bind mount
     /// inside it appears.
     pub shared_dir: PathBuf,
+    /// How the guest sees the owners of what is in it; absent: as they are.
+    #[serde(default)]
+    pub shared_ids: Option<IdRange>,
     /// Uid and gid of the VMM and of everything it starts.
     pub uid: u32,
     pub gid: u32,
@@ -53,6 +56,15 @@ pub struct VmSpec {
     pub console_limit_bytes: u64,
     /// One role for each descriptor sent with this message, in order.
     pub fds: Vec<FdRole>,
+}
+
+/// Users and groups 0 to `length - 1` of the host are `guest` and on in the
+/// guest. Others of the host have no id there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct IdRange {
+    pub guest: u32,
+    pub length: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

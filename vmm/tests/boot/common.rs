@@ -315,6 +315,7 @@ pub fn prepare(kernel: &Path, setup: &Setup, dir: &Path) -> (SpawnRequest, Clean
             disk_limit: RateLimit::default(),
             jail_root: jail,
             shared_dir: shared,
+            shared_ids: None,
             uid: UID,
             gid: UID,
             console_limit_bytes: 1 << 20,

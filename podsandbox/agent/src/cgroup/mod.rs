@@ -26,6 +26,9 @@ pub use usage::pod_pressures;
 pub const ROOT: &str = "/sys/fs/cgroup";
 pub const POD: &str = "/sys/fs/cgroup/pod";
 
+/// The kernel's list of a cgroup's files that may be another's.
+const DELEGATE: &str = "/sys/kernel/cgroup/delegate";
+
 /// Largest cgroup file read: memory.stat is 2 KiB.
 const MAX_FILE: u64 = 64 * 1024;
 
@@ -63,6 +66,8 @@ pub enum CgroupError {
     Kill { path: PathBuf, source: io::Error },
     #[error("processes of {path} are still alive {} s after they were killed", KILL_TIMEOUT.as_secs())]
     StillAlive { path: PathBuf },
+    #[error("cannot give {path} to root of the container")]
+    Own { path: PathBuf, source: io::Error },
     #[error("cannot remove the cgroup {path}")]
     Remove { path: PathBuf, source: io::Error },
 }
@@ -146,6 +151,23 @@ impl Cgroup {
     /// all of a container that is out of memory, not one process of it.
     pub fn prepare(&self) -> Result<(), CgroupError> {
         self.write_if_there("memory.oom.group", "1")
+    }
+
+    /// Lets user and group `owner` make cgroups below and move processes into
+    /// them, within the limits that stay the agent's (cgroup-v2.rst,
+    /// "Delegation").
+    pub fn delegate(&self, owner: u32) -> Result<(), CgroupError> {
+        let files = read_file(Path::new(DELEGATE))?;
+        for file in files.lines().chain([""]) {
+            let path = self.path.join(file);
+            match std::os::unix::fs::chown(&path, Some(owner), Some(owner)) {
+                // The kernel's list has files of controllers as well.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(source) => return Err(CgroupError::Own { path, source }),
+                Ok(()) => {}
+            }
+        }
+        Ok(())
     }
 
     /// Sets what `resources` names and leaves the rest.

@@ -103,7 +103,10 @@ impl Containers {
             };
             (stdio, None, Vec::new())
         } else {
-            let streams = stdio::streams(container.identity.uid, wish.stdin)?;
+            let uid = container.identity.uid;
+            // It was there when the container was made.
+            let owner = self.user().and_then(|user| user.ids().in_guest(uid));
+            let streams = stdio::streams(owner.unwrap_or(uid), wish.stdin)?;
             (Stdio::Files(streams.child), streams.stdin, streams.outputs)
         };
         let (ours, theirs) = launch::channel()?;
@@ -123,6 +126,7 @@ impl Containers {
             container.envp.clone()
         };
         let plan = Plan {
+            user: self.user().cloned(),
             entry: Entry::Join {
                 pidfd: target,
                 namespaces: libc::CLONE_NEWNS | cgroup_namespace,

@@ -18,12 +18,13 @@ use super::plan::{Entry, Plan, SeccompFilter, Stdio};
 use super::spec::{self, ContainerSpec};
 use super::stdin::Stdin;
 use super::stdio::{self, Source};
+use super::user::Resolved;
 use super::{
     Container, Containers, Error, MAX_CONTAINERS, Outputs, Phase, Slot, State, StdioError, Vigil,
     check_id, seccomp, supervise, user,
 };
 use crate::cgroup::{Cgroup, POD};
-use crate::rootfs::Rootfs;
+use crate::rootfs::{Rootfs, Trees};
 use crate::stats::FsUsage;
 
 /// A child that sets itself up takes milliseconds; one that hangs in a mount
@@ -79,10 +80,17 @@ impl Containers {
 
     async fn build(&self, request: CreateContainerRequest) -> Result<Arc<Container>, Error> {
         let spec = ContainerSpec::parse(&request.oci_spec)?;
-        let (mut rootfs, tree) = Rootfs::mount(&request.id, request.root.as_ref()).await?;
+        let user = self.user().map(Arc::as_ref);
+        let (mut rootfs, trees) = Rootfs::mount(
+            &request.id,
+            request.root.as_ref(),
+            &request.image_volumes,
+            user,
+        )
+        .await?;
         let mut made = None;
         let result = self
-            .build_on(&request, &spec, &rootfs, tree, &mut made)
+            .build_on(&request, &spec, &rootfs, trees, &mut made)
             .await;
         let failed = match result {
             Ok(parts) => return Ok(self.follow(request.id, parts, rootfs)),
@@ -107,11 +115,12 @@ impl Containers {
         request: &CreateContainerRequest,
         spec: &ContainerSpec,
         rootfs: &Rootfs,
-        tree: std::os::fd::OwnedFd,
+        trees: Trees,
         made: &mut Option<Cgroup>,
     ) -> Result<Parts, Error> {
         let id = &request.id;
-        let user = user::resolve_in(tree.as_fd(), &requested_user(request, spec))?;
+        let user = user::resolve_in(trees.root.as_fd(), &requested_user(request, spec))?;
+        let owner = self.owner(&user)?;
         let identity = spec.identity(&user, self.seccomp_filter(spec)?)?;
         let envp = Arc::new(spec.environment(&user)?);
 
@@ -119,6 +128,9 @@ impl Containers {
         cgroup.prepare()?;
         if let Some(resources) = spec.resources() {
             cgroup.apply(resources)?;
+        }
+        if let Some(user) = self.user().filter(|_| spec.has_writable_cgroup()) {
+            cgroup.delegate(user.ids().root())?;
         }
         self.device_guard(spec)?.attach(cgroup.dir().as_fd())?;
         self.inner
@@ -142,16 +154,18 @@ impl Containers {
                 (stdio, None, Vec::new())
             }
             None => {
-                let streams = stdio::streams(user.uid, reads)?;
+                let streams = stdio::streams(owner, reads)?;
                 (Stdio::Files(streams.child), streams.stdin, streams.outputs)
             }
         };
         let (ours, theirs) = launch::channel()?;
         let plan = Plan {
+            user: self.user().cloned(),
             entry: Entry::Create(Box::new(spec.root_setup(
-                tree,
+                trees,
                 Path::new(SHARED_DIR),
                 request.provide_etc_files,
+                self.user().map(|user| user.ids()),
             )?)),
             identity: identity.clone(),
             program: spec::program(spec.args(), envp.clone())?,
@@ -160,6 +174,11 @@ impl Containers {
             wait: true,
         };
         let namespaces = spec.namespaces();
+        if self.user().is_some() && !namespaces.pid {
+            // The guest's own is not the user namespace's, which then could
+            // not mount a proc of it.
+            self.share_pid_namespace()?;
+        }
         let pause = self.pause();
         let pid = match (&pause, namespaces.pid) {
             (_, true) => PidNamespace::New,
@@ -280,6 +299,25 @@ impl Containers {
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = Some(task);
         container
+    }
+
+    /// The id in the guest of the user that a process is to run as, all of
+    /// whose ids must be there in the pod's user namespace.
+    fn owner(&self, user: &Resolved) -> Result<u32, Error> {
+        let Some(ids) = self.user().map(|user| user.ids()) else {
+            return Ok(user.uid);
+        };
+        let mapped = |what, id| {
+            ids.in_guest(id).ok_or(Error::Unmapped {
+                what,
+                id,
+                length: ids.length(),
+            })
+        };
+        for &gid in user.groups.iter().chain([&user.gid]) {
+            mapped("group", gid)?;
+        }
+        mapped("user", user.uid)
     }
 
     fn device_guard(&self, spec: &ContainerSpec) -> Result<Arc<Guard>, Error> {

@@ -21,7 +21,8 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::child;
-use super::plan::{Failure, Labels, MESSAGE_LEN, Message, Plan, Step};
+use super::go_between::{self, Inside};
+use super::plan::{Entry, Failure, Labels, MESSAGE_LEN, Message, Plan, Step};
 use crate::sys::{self, Cloned};
 
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +33,8 @@ pub enum LaunchError {
     PidNamespace(#[source] Errno),
     #[error("cannot make a process")]
     Clone(#[source] Errno),
+    #[error("cannot make a process in the pod's user namespace")]
+    UserNamespace(#[source] Errno),
     #[error("{0}")]
     Setup(String),
     #[error("the process ended before it had run the program")]
@@ -128,9 +131,26 @@ pub fn launch(
     if let PidNamespace::New = pid {
         namespaces |= libc::CLONE_NEWPID as u64;
     }
-    let cloned = match pid {
-        PidNamespace::Join(target) => in_pid_namespace(target, || clone(&plan, namespaces, cgroup)),
-        PidNamespace::Guest | PidNamespace::New => clone(&plan, namespaces, cgroup),
+    let cloned = match (&plan.user, pid) {
+        (Some(user), pid) => {
+            let inside = Inside {
+                oom_score_adj: plan.identity.oom_score_adj.as_deref(),
+                joined: match &plan.entry {
+                    Entry::Join { pidfd, namespaces } => Some((pidfd.as_fd(), *namespaces)),
+                    Entry::Create(_) => None,
+                },
+                pid: match pid {
+                    PidNamespace::Join(target) => Some(target),
+                    PidNamespace::Guest | PidNamespace::New => None,
+                },
+            };
+            let run = || child::run(&plan);
+            go_between::clone_inside(user, &inside, namespaces, cgroup, run)
+        }
+        (None, PidNamespace::Join(target)) => {
+            in_pid_namespace(target, || clone(&plan, namespaces, cgroup))
+        }
+        (None, PidNamespace::Guest | PidNamespace::New) => clone(&plan, namespaces, cgroup),
     };
     let (pid, pidfd) = cloned?;
     Ok(Launched {
@@ -149,7 +169,7 @@ fn clone(
 ) -> Result<(i32, OwnedFd), LaunchError> {
     // SAFETY: the child runs `child::run`, which neither allocates nor locks
     // and never returns.
-    match unsafe { sys::clone_process(namespaces, cgroup) }.map_err(LaunchError::Clone)? {
+    match unsafe { sys::clone_process(namespaces, Some(cgroup)) }.map_err(LaunchError::Clone)? {
         Cloned::Child => child::run(plan),
         Cloned::Parent { pid, pidfd } => Ok((pid, pidfd)),
     }
@@ -225,7 +245,22 @@ impl Launched {
 
 fn receive(channel: BorrowedFd<'_>) -> sys::Result<Option<(Message, Option<OwnedFd>)>> {
     let mut bytes = [0; MESSAGE_LEN];
-    let mut iov = [IoSliceMut::new(&mut bytes)];
+    let (length, received) = receive_packet(channel, &mut bytes)?;
+    if length == 0 {
+        return Ok(None);
+    }
+    match Message::decode(&bytes[..length]) {
+        Some(message) => Ok(Some((message, received))),
+        None => Err(Errno::EPROTO),
+    }
+}
+
+/// One packet's length and the descriptor beside it; 0 at the end.
+pub(super) fn receive_packet(
+    channel: BorrowedFd<'_>,
+    bytes: &mut [u8],
+) -> sys::Result<(usize, Option<OwnedFd>)> {
+    let mut iov = [IoSliceMut::new(bytes)];
     let mut control = cmsg_space!([libc::c_int; 1]);
     let flags = MsgFlags::MSG_CMSG_CLOEXEC;
     let message = recvmsg::<()>(channel.as_raw_fd(), &mut iov, Some(&mut control), flags)?;
@@ -238,14 +273,7 @@ fn receive(channel: BorrowedFd<'_>) -> sys::Result<Option<(Message, Option<Owned
             }
         }
     }
-    let length = message.bytes;
-    if length == 0 {
-        return Ok(None);
-    }
-    match Message::decode(&bytes[..length]) {
-        Some(message) => Ok(Some((message, received))),
-        None => Err(Errno::EPROTO),
-    }
+    Ok((message.bytes, received))
 }
 
 #[cfg(test)]

@@ -17,9 +17,11 @@ mod capabilities;
 pub mod child;
 mod command;
 mod create;
+mod dev_tree;
 mod device_files;
 mod devices;
 mod exec;
+mod go_between;
 mod launch;
 mod mounts;
 mod pause;
@@ -37,7 +39,7 @@ use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use agent_api::container_state::Phase as ApiPhase;
@@ -53,7 +55,7 @@ use attach::MAX_ATTACHED;
 use command::MAX_EXECS;
 pub use devices::DeviceError;
 pub use launch::LaunchError;
-pub use mounts::{ETC_DIR, MountError, SHM};
+pub use mounts::{ETC_DIR, ETC_FILES, MountError, SHM};
 pub use spec::{SpecError, sysctl_path};
 
 use crate::cgroup::{Cgroup, CgroupError};
@@ -63,6 +65,7 @@ use crate::reaper::{ExitCode, Reaper};
 use crate::rootfs::{Rootfs, RootfsError};
 use crate::stats::FsUsage;
 use crate::sys;
+use crate::userns::UserNamespace;
 use devices::Guard;
 use launch::Launched;
 use pause::Pause;
@@ -149,6 +152,14 @@ pub enum Error {
     Launch(#[from] LaunchError),
     #[error("cannot watch container {id} for OOM kills")]
     Oom { id: String, source: std::io::Error },
+    #[error(
+        "{what} {id} of the process is not one of the {length} that the pod's user namespace has"
+    )]
+    Unmapped {
+        what: &'static str,
+        id: u32,
+        length: u32,
+    },
     #[error("a task of the agent has failed")]
     Task(#[from] tokio::task::JoinError),
 }
@@ -291,6 +302,8 @@ struct Inner {
     events: broadcast::Sender<Event>,
     reaper: Reaper,
     oom: OomWatch,
+    /// The user namespace of the pod's containers, if it is not the guest's.
+    user: OnceLock<Arc<UserNamespace>>,
     /// The process that holds the pod's PID namespace, once there is one.
     pause: Mutex<Option<Arc<Pause>>>,
     /// The last seccomp profile compiled: a pod's containers share it.
@@ -325,6 +338,7 @@ impl Containers {
                 events,
                 reaper,
                 oom,
+                user: OnceLock::new(),
                 pause: Mutex::default(),
                 seccomp: Mutex::default(),
                 guard: Mutex::default(),
@@ -392,9 +406,22 @@ impl Containers {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         if pause.is_none() {
-            *pause = Some(Arc::new(Pause::start()?));
+            *pause = Some(Arc::new(Pause::start(self.user().map(Arc::as_ref))?));
         }
         Ok(())
+    }
+
+    /// All containers from now on are in `user`; the first call holds.
+    pub fn use_user_namespace(&self, user: UserNamespace) {
+        self.inner.user.get_or_init(|| Arc::new(user));
+    }
+
+    pub fn has_user_namespace(&self) -> bool {
+        self.user().is_some()
+    }
+
+    fn user(&self) -> Option<&Arc<UserNamespace>> {
+        self.inner.user.get()
     }
 
     fn pause(&self) -> Option<Arc<Pause>> {

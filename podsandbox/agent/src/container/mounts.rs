@@ -37,6 +37,8 @@ pub enum MountError {
     Type { path: PathBuf, kind: String },
     #[error("mount source {source_path:?} of {path:?} is not below the pod's shared directory")]
     Source { path: PathBuf, source_path: PathBuf },
+    #[error("mount source {source_path:?} of {path:?} is no image volume, or another mount's")]
+    Image { path: PathBuf, source_path: PathBuf },
     #[error("cannot bind {source_path:?} for {path:?}")]
     Bind {
         path: PathBuf,
@@ -178,8 +180,14 @@ pub struct Mounts {
 
 /// Prepares the spec's mounts, in its order, and adds the pod's /dev/shm and,
 /// with `etc_files`, its /etc/hosts, /etc/resolv.conf and /etc/hostname where
-/// the spec names no mount of its own there.
-pub fn prepare(mounts: &[Mount], shared_dir: &Path, etc_files: bool) -> Result<Mounts, MountError> {
+/// the spec names no mount of its own there. A mount of type "image" takes the
+/// one of `images` whose number is its source.
+pub fn prepare(
+    mounts: &[Mount],
+    shared_dir: &Path,
+    etc_files: bool,
+    images: Vec<OwnedFd>,
+) -> Result<Mounts, MountError> {
     if mounts.len() > MAX_MOUNTS {
         return Err(MountError::TooMany {
             count: mounts.len(),
@@ -188,6 +196,7 @@ pub fn prepare(mounts: &[Mount], shared_dir: &Path, etc_files: bool) -> Result<M
     let mut steps = Vec::with_capacity(mounts.len() + 4);
     let mut make_devices = true;
     let mut named = Vec::with_capacity(mounts.len());
+    let mut images: Vec<Option<OwnedFd>> = images.into_iter().map(Some).collect();
     for mount in mounts {
         let path = destination(mount)?;
         let options = parse_options(&path, mount.options().as_deref().unwrap_or_default())?;
@@ -196,7 +205,9 @@ pub fn prepare(mounts: &[Mount], shared_dir: &Path, etc_files: bool) -> Result<M
             continue;
         }
         make_devices &= !(is_bind && path == Path::new("/dev"));
-        steps.push(if is_bind {
+        steps.push(if mount.typ().as_deref() == Some("image") {
+            image(mount, &path, &mut images)?
+        } else if is_bind {
             bind(mount, &path, options, shared_dir)?
         } else {
             new_mount(mount, &path, options)?
@@ -229,6 +240,26 @@ fn is_bind(mount: &Mount) -> bool {
             .iter()
             .flatten()
             .any(|option| option == "bind" || option == "rbind")
+}
+
+/// An image volume, which was mounted read-only with the container's root.
+fn image(
+    mount: &Mount,
+    path: &Path,
+    images: &mut [Option<OwnedFd>],
+) -> Result<MountStep, MountError> {
+    let source = mount.source().clone().unwrap_or_default();
+    let number = source.to_str().and_then(|text| text.parse::<usize>().ok());
+    let tree = number.and_then(|number| images.get_mut(number)?.take());
+    let tree = tree.ok_or_else(|| MountError::Image {
+        path: path.into(),
+        source_path: source.clone(),
+    })?;
+    Ok(MountStep {
+        target: c_path(path)?,
+        kind: MountKind::Tree(tree),
+        directory: true,
+    })
 }
 
 /// A bind of something of the agent's own.
@@ -426,6 +457,7 @@ mod tests {
                 &[mount("/x", "bind", source, &["rbind"])],
                 dir.path(),
                 false,
+                Vec::new(),
             )
             .unwrap_err();
             assert!(
@@ -442,8 +474,8 @@ mod tests {
         for source in ["link/passwd", "sub/../../etc"] {
             let source = dir.path().join(source);
             let source = source.to_str().unwrap();
-            let error =
-                prepare(&[mount("/x", "bind", source, &[])], dir.path(), false).unwrap_err();
+            let mounts = [mount("/x", "bind", source, &[])];
+            let error = prepare(&mounts, dir.path(), false, Vec::new()).unwrap_err();
             assert!(
                 matches!(error, MountError::Bind { .. }),
                 "{source}: {error}"
@@ -452,15 +484,37 @@ mod tests {
     }
 
     #[test]
+    fn an_image_volume_is_one_mounts_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let prepare = |sources: &[&str]| {
+            let tree = std::fs::File::open(dir.path()).unwrap().into();
+            let mounts: Vec<Mount> = sources
+                .iter()
+                .map(|source| mount("/x", "image", source, &["ro"]))
+                .collect();
+            prepare(&mounts, dir.path(), false, vec![tree])
+        };
+        let taken = prepare(&["0"]).unwrap();
+        assert!(matches!(taken.steps[0].kind, MountKind::Tree(_)));
+        for sources in [&["1"][..], &["-1"], &["/etc"], &["0", "0"]] {
+            let error = prepare(sources).unwrap_err();
+            assert!(
+                matches!(error, MountError::Image { .. }),
+                "{sources:?}: {error}"
+            );
+        }
+    }
+
+    #[test]
     fn unknown_types_and_options_are_named() {
         let dir = tempfile::tempdir().unwrap();
-        let error = prepare(&[mount("/x", "nfs", "a:/b", &[])], dir.path(), false).unwrap_err();
+        let refused = |mount| prepare(&[mount], dir.path(), false, Vec::new()).unwrap_err();
+        let error = refused(mount("/x", "nfs", "a:/b", &[]));
         assert_eq!(
             error.to_string(),
             "mount of type \"nfs\" at \"/x\" is not supported"
         );
-        let error =
-            prepare(&[mount("/x", "tmpfs", "t", &["idmap"])], dir.path(), false).unwrap_err();
+        let error = refused(mount("/x", "tmpfs", "t", &["idmap"]));
         assert_eq!(
             error.to_string(),
             "mount option \"idmap\" at \"/x\" is not supported"

@@ -8,9 +8,11 @@ use std::path::PathBuf;
 use nix::errno::Errno;
 
 use super::Error;
+use super::go_between;
 use super::launch::LaunchError;
 use crate::cgroup::{Cgroup, ROOT};
 use crate::sys::{self, Cloned};
+use crate::userns::UserNamespace;
 
 #[derive(Debug)]
 pub struct Pause {
@@ -18,13 +20,21 @@ pub struct Pause {
 }
 
 impl Pause {
-    pub fn start() -> Result<Self, Error> {
+    /// The PID namespace belongs to `user` where one is given.
+    pub fn start(user: Option<&UserNamespace>) -> Result<Self, Error> {
         // Not below the pod's: that one has controllers, so only its children
         // may have processes.
         let cgroup = Cgroup::create(PathBuf::from(ROOT).join("pause"))?;
+        let cgroup = cgroup.dir().as_fd();
+        let new = libc::CLONE_NEWPID as u64;
+        if let Some(user) = user {
+            let inside = go_between::Inside::default();
+            let made = go_between::clone_inside(user, &inside, new, cgroup, || reap_for_ever());
+            return Ok(made.map(|(_, pidfd)| Self { pidfd })?);
+        }
         // SAFETY: the child runs `reap_for_ever`, which neither allocates nor
         // locks and never returns.
-        let cloned = unsafe { sys::clone_process(libc::CLONE_NEWPID as u64, cgroup.dir().as_fd()) };
+        let cloned = unsafe { sys::clone_process(new, Some(cgroup)) };
         match cloned.map_err(LaunchError::Clone)? {
             Cloned::Child => reap_for_ever(),
             Cloned::Parent { pidfd, .. } => Ok(Self { pidfd }),

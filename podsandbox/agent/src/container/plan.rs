@@ -14,6 +14,7 @@ use nix::errno::Errno;
 use nix::mount::MsFlags;
 
 use crate::sys::MountAttr;
+use crate::userns::UserNamespace;
 
 /// Capability sets as bits (capabilities(7)).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -170,6 +171,8 @@ pub enum Stdio {
 
 #[derive(Debug)]
 pub struct Plan {
+    /// The user namespace it is in; none: the guest's.
+    pub user: Option<Arc<UserNamespace>>,
     pub entry: Entry,
     pub identity: Identity,
     pub program: Program,

@@ -1,19 +1,21 @@
 //! An OCI runtime spec (1.2) as the parts of a [`Plan`](super::plan::Plan).
 
 use std::ffi::CString;
-use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
 use oci_spec::runtime::{
-    LinuxDevice, LinuxDeviceCgroup, LinuxNamespaceType, PosixRlimitType, Process, Spec,
+    LinuxDevice, LinuxDeviceCgroup, LinuxNamespaceType, Mount, PosixRlimitType, Process, Spec,
 };
 
 use super::capabilities::capabilities;
+use super::dev_tree::{self, DevError};
 use super::device_files;
 use super::mounts::{self, MountError};
 use super::plan::{Identity, Program, Rlimit, RootSetup, SeccompFilter, StringArray};
 use super::user::Resolved;
+use crate::rootfs::Trees;
+use crate::userns::IdRange;
 
 /// What a PATH-less environment searches, as execvp(3) of every distribution.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -43,6 +45,8 @@ pub enum SpecError {
     Sysctl { name: String },
     #[error(transparent)]
     Mount(#[from] MountError),
+    #[error(transparent)]
+    Dev(#[from] DevError),
 }
 
 /// A parsed spec that has what every container needs.
@@ -107,6 +111,15 @@ impl ContainerSpec {
             .linux()
             .as_ref()
             .and_then(|linux| linux.resources().as_ref())
+    }
+
+    /// Whether the container may make cgroups below its own.
+    pub fn has_writable_cgroup(&self) -> bool {
+        let is_writable = |mount: &Mount| {
+            let has = |word: &str| mount.options().iter().flatten().any(|o| o == word);
+            matches!(mount.typ().as_deref(), Some("cgroup" | "cgroup2")) && !has("ro")
+        };
+        self.spec.mounts().iter().flatten().any(is_writable)
     }
 
     pub fn seccomp(&self) -> Option<&oci_spec::runtime::LinuxSeccomp> {
@@ -181,15 +194,16 @@ impl ContainerSpec {
         })
     }
 
-    /// How the container's root, `tree`, is set up.
+    /// How the container's root is set up, with `ids` in a user namespace.
     pub fn root_setup(
         &self,
-        tree: OwnedFd,
+        trees: Trees,
         shared_dir: &Path,
         etc_files: bool,
+        ids: Option<IdRange>,
     ) -> Result<RootSetup, SpecError> {
         let mounts = self.spec.mounts().as_deref().unwrap_or_default();
-        let mounts = mounts::prepare(mounts, shared_dir, etc_files)?;
+        let mut mounts = mounts::prepare(mounts, shared_dir, etc_files, trees.images)?;
         let linux = self.spec.linux().as_ref();
         let (_, asked) = self.devices();
         let masked = linux
@@ -209,10 +223,14 @@ impl ContainerSpec {
             ));
         }
         let root = self.spec.root().as_ref();
+        let mut devices = device_files::nodes(asked, mounts.make_devices)?;
+        if let Some(ids) = ids {
+            dev_tree::replace(&mut mounts.steps, &mut devices, ids)?;
+        }
         Ok(RootSetup {
-            tree,
+            tree: trees.root,
             cgroup_namespace: self.namespaces().cgroup,
-            devices: device_files::nodes(asked, mounts.make_devices)?,
+            devices,
             symlinks: if mounts.make_devices {
                 device_files::symlinks()
             } else {

@@ -12,6 +12,7 @@ mod network;
 mod pod;
 mod processes;
 mod streams;
+mod userns;
 
 /// A shell's, until it is told to end.
 const FOREVER: &str = "trap 'exit 0' TERM; while :; do sleep 1; done";

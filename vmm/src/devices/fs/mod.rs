@@ -32,9 +32,11 @@ use virtiofsd::passthrough::{
     CachePolicy, Config, InodeFileHandlesMode, NegotiationMode, PassthroughFs,
 };
 use virtiofsd::server::Server;
+use virtiofsd::soft_idmap::cmdline::IdMap;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
+use vmm_client::IdRange;
 
 use super::again::Again;
 use super::iov::{self, Iov};
@@ -67,6 +69,9 @@ const OUT_HEADER_LEN: usize = 16;
 
 const TOKEN_AGAIN: u32 = 0;
 
+/// The highest id there is; the daemon maps none of the pod's to it.
+const NOBODY: u32 = u32::MAX - 1;
+
 #[derive(Debug, thiserror::Error)]
 pub enum FsError {
     #[error("{0:?} is not a virtio-fs tag: 1 to {TAG_LEN} bytes without NUL")]
@@ -98,6 +103,11 @@ impl Fs {
     /// Serves `root`, an absolute path as it will be when the guest mounts it,
     /// under the name `tag`.
     pub fn new(root: &Path, tag: &str) -> Result<Self, FsError> {
+        Self::with_ids(root, tag, None)
+    }
+
+    /// With the owners of files shown to the guest as `ids` says.
+    pub fn with_ids(root: &Path, tag: &str, ids: Option<IdRange>) -> Result<Self, FsError> {
         if tag.is_empty() || tag.len() > TAG_LEN || tag.contains('\0') {
             return Err(FsError::Tag(tag.to_owned()));
         }
@@ -129,6 +139,8 @@ impl Fs {
                 inode_file_handles: InodeFileHandlesMode::Never,
                 posix_acl: NegotiationMode::Never,
                 security_label: NegotiationMode::Never,
+                uid_map: ids.map(id_map),
+                gid_map: ids.map(id_map),
                 guest_fd_limit: open_files.saturating_sub(RESERVED_FDS).max(open_files / 2),
                 ..Config::default()
             })
@@ -211,6 +223,23 @@ impl Fs {
             .handle_message(reader, writer, mapper)
             .map_err(io::Error::other)
     }
+}
+
+/// Ids of the host beyond the range are one that no user namespace of the guest
+/// has: who is none of the pod's owns nothing there, and gives no rights.
+fn id_map(ids: IdRange) -> Vec<IdMap> {
+    vec![
+        IdMap::Bidirectional {
+            guest: ids.guest,
+            host: 0,
+            count: ids.length,
+        },
+        IdMap::SquashHost {
+            from_host: ids.length,
+            to_guest: NOBODY,
+            count: u32::MAX - ids.length,
+        },
+    ]
 }
 
 /// Whether a request is one without a reply.

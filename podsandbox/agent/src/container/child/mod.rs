@@ -18,7 +18,7 @@ use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 use nix::unistd::{chdir, setsid, write};
 
-use super::plan::{Entry, Failure, Identity, MESSAGE_LEN, Message, Plan, Program, Stdio, Step};
+use super::plan::{Entry, Failure, Identity, Message, Plan, Program, Stdio, Step};
 use crate::sys;
 use privileges::{become_user, drop_privileges, set_limits};
 use terminal::open_terminal;
@@ -66,15 +66,17 @@ fn execute(plan: &Plan) -> Result<Infallible> {
     sys::prctl(libc::PR_SET_DUMPABLE, 0, 0).at(Step::Session, 1)?;
     setsid().at(Step::Session, 0)?;
     let identity = &plan.identity;
-    if let Some(score) = &identity.oom_score_adj {
-        // Lowering it needs CAP_SYS_RESOURCE, which PID 1 of a guest has.
-        write_file(c"/proc/self/oom_score_adj", score).at(Step::OomScore, 0)?;
+    // What takes rights in the guest was done by the go-between then.
+    let inside = plan.user.is_some();
+    if let Some(score) = identity.oom_score_adj.as_deref().filter(|_| !inside) {
+        set_oom_score_adj(score).at(Step::OomScore, 0)?;
     }
     match &plan.entry {
         Entry::Create(root) => root::enter(root, matches!(plan.stdio, Stdio::Terminal { .. }))?,
-        Entry::Join { pidfd, namespaces } => {
+        Entry::Join { pidfd, namespaces } if !inside => {
             sys::setns(pidfd.as_raw_fd(), *namespaces).at(Step::Join, 0)?;
         }
+        Entry::Join { .. } => {}
     }
     let terminal = match &plan.stdio {
         Stdio::Files(files) => {
@@ -161,8 +163,9 @@ fn enter_cwd(identity: &Identity) -> Result<()> {
 /// Tells the parent that all is set up, the terminal's master beside it, and
 /// waits for its byte. The parent's death ends the wait and the process.
 fn wait_for_start(plan: &Plan, terminal: Option<OwnedFd>) -> Result<()> {
-    send_ready(
+    send_packet(
         plan.channel.as_raw_fd(),
+        &Message::Ready.encode(),
         terminal.as_ref().map(AsRawFd::as_raw_fd),
     )
     .at(Step::Wait, 0)?;
@@ -178,8 +181,8 @@ fn wait_for_start(plan: &Plan, terminal: Option<OwnedFd>) -> Result<()> {
 #[repr(C, align(8))]
 struct ControlBuffer([u8; 32]);
 
-fn send_ready(channel: RawFd, terminal: Option<RawFd>) -> sys::Result<()> {
-    let bytes: [u8; MESSAGE_LEN] = Message::Ready.encode();
+/// One packet, with a descriptor beside it.
+pub(super) fn send_packet(channel: RawFd, bytes: &[u8], fd: Option<RawFd>) -> sys::Result<()> {
     let mut iov = libc::iovec {
         iov_base: bytes.as_ptr().cast_mut().cast(),
         iov_len: bytes.len(),
@@ -192,7 +195,7 @@ fn send_ready(channel: RawFd, terminal: Option<RawFd>) -> sys::Result<()> {
         let mut message: libc::msghdr = std::mem::zeroed();
         message.msg_iov = &raw mut iov;
         message.msg_iovlen = 1;
-        if let Some(fd) = terminal {
+        if let Some(fd) = fd {
             message.msg_control = control.0.as_mut_ptr().cast();
             message.msg_controllen = libc::CMSG_SPACE(size_of::<RawFd>() as u32) as _;
             let header = libc::CMSG_FIRSTHDR(&raw const message);
@@ -237,6 +240,11 @@ fn exec(program: &Program) -> Result<Infallible> {
         error = Errno::ELIBACC;
     }
     Err(error).at(Step::Exec, 0)
+}
+
+/// Lowering it needs CAP_SYS_RESOURCE, which PID 1 of a guest has.
+pub(super) fn set_oom_score_adj(score: &CStr) -> sys::Result<()> {
+    write_file(c"/proc/self/oom_score_adj", score)
 }
 
 fn write_file(path: &CStr, value: &CStr) -> sys::Result<()> {

@@ -32,14 +32,16 @@ pub(super) fn enter(root: &RootSetup, terminal: bool) -> Result<()> {
     fchdir(&root.tree).at(Step::Root, 1)?;
     // pivot_root(2), "pivot_root(".", ".")": no directory for the old root.
     pivot_root(c".", c".").at(Step::Root, 2)?;
-    umount2(c".", MntFlags::MNT_DETACH).at(Step::Root, 3)?;
-    chdir(c"/").at(Step::Root, 4)?;
 
     // SAFETY: sets this process's umask.
     unsafe { libc::umask(0) };
     for (index, step) in root.mounts.iter().enumerate() {
         mount_one(step).at(Step::Mount, index)?;
     }
+    // Not before: in a user namespace proc and sysfs can only be mounted where
+    // others of them are in sight, and those are the agent's.
+    umount2(c".", MntFlags::MNT_DETACH).at(Step::Root, 3)?;
+    chdir(c"/").at(Step::Root, 4)?;
     for (index, device) in root.devices.iter().enumerate() {
         make_device(device).at(Step::Device, index)?;
     }

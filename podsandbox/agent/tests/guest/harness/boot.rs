@@ -138,6 +138,7 @@ impl Guest {
                 disk_limit: RateLimit::default(),
                 jail_root: path("jail"),
                 shared_dir: path("shared"),
+                shared_ids: None,
                 uid: UID,
                 gid: UID,
                 console_limit_bytes: 1 << 20,

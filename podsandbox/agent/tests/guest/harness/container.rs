@@ -1,6 +1,6 @@
 //! A container of the tests: a spec as the daemon writes it, with changes.
 
-use agent_api::{CreateContainerRequest, RootDisk, User};
+use agent_api::{CreateContainerRequest, ImageVolume, RootDisk, User};
 use serde_json::{Value, json};
 
 pub struct Container {
@@ -12,6 +12,7 @@ pub struct Container {
     pub stdin: bool,
     pub stdin_once: bool,
     pub log: bool,
+    pub image_volumes: Vec<ImageVolume>,
 }
 
 impl Container {
@@ -82,6 +83,7 @@ impl Container {
             stdin: false,
             stdin_once: false,
             log: true,
+            image_volumes: Vec::new(),
         }
     }
 
@@ -116,6 +118,7 @@ impl Container {
             stdin: self.stdin,
             stdin_once: self.stdin_once,
             log: self.log,
+            image_volumes: self.image_volumes.clone(),
         }
     }
 }

@@ -2,13 +2,15 @@
 
 use std::fs;
 use std::io::ErrorKind;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 
 use caps::CapSet;
 use virtiofsd::fuse::{AttrOut, Opcode, SetattrIn};
 use virtiofsd::soft_idmap::{GuestGid, GuestUid};
 use vm_memory::ByteValued;
+use vmm_client::IdRange;
 
+use super::super::NOBODY;
 use super::guest::{Guest, REQUESTS, ROOT};
 use crate::jail::KEPT;
 
@@ -79,6 +81,64 @@ fn files_are_their_guest_users_though_the_vmm_is_nobody() {
     assert_eq!(owner("open/by-root"), (0, 0));
     assert_eq!(owner("open/by-user"), (1000, 1000));
     assert_eq!(owner("roots/by-root"), (33, 44));
+}
+
+#[test]
+fn ids_are_the_guests_on_one_side_and_the_hosts_on_the_other() {
+    const FIRST: u32 = 100_000;
+    let ids = IdRange {
+        guest: FIRST,
+        length: 1000,
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path();
+    fs::set_permissions(path, PermissionsExt::from_mode(0o777)).unwrap();
+    for (name, owner) in [
+        ("five", 5),
+        ("last", 999),
+        ("beyond", 1000),
+        ("mapped", FIRST),
+    ] {
+        fs::write(path.join(name), "").unwrap();
+        chown(path.join(name), Some(owner), Some(owner)).unwrap();
+    }
+    std::thread::scope(|scope| {
+        let served = scope.spawn(|| {
+            become_the_pod();
+            let mut guest = Guest::mounted_with_ids(path, Some(ids));
+            for (name, uid) in [
+                ("five", FIRST + 5),
+                ("last", FIRST + 999),
+                ("beyond", NOBODY),
+                ("mapped", NOBODY),
+            ] {
+                let attr = guest.lookup(ROOT, name).unwrap().attr;
+                let seen = (attr.uid, attr.gid);
+                assert_eq!(seen, (GuestUid::from(uid), GuestGid::from(uid)), "{name}");
+            }
+            guest.uid = FIRST;
+            let (file, _) = guest.create(ROOT, "by-root").unwrap();
+            guest.uid = FIRST + 7;
+            guest.create(ROOT, "by-user").unwrap();
+            let chown = SetattrIn {
+                valid: 0b110,
+                uid: GuestUid::from(FIRST + 33),
+                gid: GuestGid::from(FIRST + 44),
+                ..Default::default()
+            };
+            let out: AttrOut = guest
+                .call(Opcode::Setattr, file.nodeid, &[chown.as_slice()])
+                .unwrap();
+            assert_eq!(out.attr.uid, GuestUid::from(FIRST + 33));
+        });
+        served.join().unwrap();
+    });
+    let owner = |name: &str| {
+        let file = fs::metadata(path.join(name)).unwrap();
+        (file.uid(), file.gid())
+    };
+    assert_eq!(owner("by-root"), (33, 44));
+    assert_eq!(owner("by-user"), (7, 7));
 }
 
 #[test]

@@ -14,6 +14,7 @@ use virtiofsd::fuse::{
 };
 use virtiofsd::soft_idmap::{GuestGid, GuestUid};
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryMmap};
+use vmm_client::IdRange;
 
 use crate::devices::fs::{Fs, OUT_HEADER_LEN, QUEUE_SIZES};
 use crate::devices::hostile::descriptor;
@@ -59,7 +60,11 @@ fn ring(queue: usize) -> (u64, u64, u64) {
 
 impl Guest {
     pub(super) fn new(root: &Path) -> Self {
-        let mut fs = Fs::new(root, "shared").unwrap();
+        Self::with_ids(root, None)
+    }
+
+    fn with_ids(root: &Path, ids: Option<IdRange>) -> Self {
+        let mut fs = Fs::with_ids(root, "shared", ids).unwrap();
         let epoll = Arc::new(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).unwrap());
         fs.start(Poller::new(epoll.clone(), 0)).unwrap();
         let mem = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 8 << 20)]).unwrap();
@@ -87,7 +92,11 @@ impl Guest {
 
     /// With the file system mounted.
     pub(super) fn mounted(root: &Path) -> Self {
-        let mut guest = Self::new(root);
+        Self::mounted_with_ids(root, None)
+    }
+
+    pub(super) fn mounted_with_ids(root: &Path, ids: Option<IdRange>) -> Self {
+        let mut guest = Self::with_ids(root, ids);
         let init = InitInCompat {
             major: 7,
             minor: 38,

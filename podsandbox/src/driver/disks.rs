@@ -1,0 +1,178 @@
+//! The disks that a container's images are: its own and those of its image
+//! volumes, each leased from the image store and attached to a slot.
+
+use std::fs;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use imagesvc::Lease;
+use vmm_client::Control;
+
+use super::Driver;
+use crate::record::ContainerRecord;
+use crate::spec::{ContainerSpec, image_volumes};
+use crate::{Error, Result};
+
+/// Layers begin on this boundary of their disk.
+const LAYER_ALIGN: u64 = 4096;
+
+/// Free slots, for a container's own image and for its image volumes.
+pub(super) struct Slots {
+    root: u32,
+    volumes: Vec<u32>,
+}
+
+/// A container's own image, and its image volumes.
+pub(super) struct Disks {
+    pub(super) root: Disk,
+    pub(super) volumes: Vec<Disk>,
+}
+
+/// An image that stays on the node, and the slot its disk goes to.
+pub(super) struct Disk {
+    pub(super) slot: u32,
+    pub(super) lease: Lease,
+}
+
+impl Disk {
+    /// Hands the image's layers to the VMM; how the agent finds them.
+    pub(super) async fn attach(&self, control: &mut Control) -> Result<agent_api::RootDisk> {
+        let (files, layers) = layer_disk(&self.lease)?;
+        let files: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
+        control.attach_disk(self.slot, &files).await?;
+        Ok(agent_api::RootDisk {
+            slot: self.slot,
+            layers,
+        })
+    }
+}
+
+/// Who holds the lease of an image volume. The container itself holds that of
+/// its own image.
+fn volume_owner(container: &str, number: usize) -> String {
+    format!("{container}.{number}")
+}
+
+/// The container that a lease's owner stands for.
+pub(crate) fn lease_holder(owner: &str) -> &str {
+    owner.split_once('.').map_or(owner, |(id, _)| id)
+}
+
+impl Driver {
+    /// Slots for the image of `spec` and its image volumes. Those of containers
+    /// that have ended are about to be free.
+    pub(super) async fn await_slots(&mut self, spec: &ContainerSpec) -> Result<Slots> {
+        let volumes = image_volumes(&spec.mounts).count();
+        loop {
+            let slots = self.free_slots(volumes);
+            if slots.is_ok() {
+                return slots;
+            }
+            match self.freeing.join_next().await {
+                Some(freed) => self.learn_freed(freed).await,
+                None => return slots,
+            }
+        }
+    }
+
+    fn free_slots(&self, volumes: usize) -> Result<Slots> {
+        let (_, runtime) = self.context.config.runtime(&self.record.handler)?;
+        let slots = runtime.settings.disk_slots;
+        let taken: Vec<u32> = self.containers.values().flat_map(slots_of).collect();
+        let mut free = (0..slots).filter(|slot| !taken.contains(slot));
+        let (root, rest) = (free.next(), free.take(volumes).collect::<Vec<u32>>());
+        match root {
+            Some(root) if rest.len() == volumes => Ok(Slots {
+                root,
+                volumes: rest,
+            }),
+            _ => Err(Error::NoDiskSlot {
+                id: self.record.id.clone(),
+                slots,
+                taken: taken.len(),
+                needed: volumes + 1,
+            }),
+        }
+    }
+
+    /// Leases the image of `spec` and its image volumes for container `id`.
+    /// Leaves none when it fails.
+    pub(super) async fn lease_disks(
+        &self,
+        spec: &ContainerSpec,
+        id: &str,
+        slots: Slots,
+    ) -> Result<Disks> {
+        match self.try_lease(spec, id, slots).await {
+            Ok(disks) => Ok(disks),
+            Err(error) => {
+                if let Err(left) = self.release_disks(spec, id).await {
+                    tracing::warn!(container = id, error = %left.sentence(), "a lease is left until the daemon's next start");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn try_lease(&self, spec: &ContainerSpec, id: &str, slots: Slots) -> Result<Disks> {
+        let images = &self.context.images;
+        let root = Disk {
+            slot: slots.root,
+            lease: images.lease(&spec.image, id).await?,
+        };
+        let mut volumes = Vec::with_capacity(slots.volumes.len());
+        let asked = image_volumes(&spec.mounts).enumerate();
+        for ((number, (mount, volume)), slot) in asked.zip(slots.volumes) {
+            let leased = images.lease(&volume.image, &volume_owner(id, number)).await;
+            let lease = leased.map_err(|source| Error::ImageVolume {
+                container_path: mount.container_path.display().to_string(),
+                source: Box::new(source),
+            })?;
+            volumes.push(Disk { slot, lease });
+        }
+        Ok(Disks { root, volumes })
+    }
+
+    /// Fine with any of them being gone.
+    pub(super) async fn release_disks(&self, spec: &ContainerSpec, id: &str) -> Result<()> {
+        for (number, _) in image_volumes(&spec.mounts).enumerate() {
+            let owner = volume_owner(id, number);
+            self.context.images.release(&owner).await?;
+        }
+        Ok(self.context.images.release(id).await?)
+    }
+}
+
+pub(super) fn slots_of(container: &ContainerRecord) -> impl Iterator<Item = u32> {
+    let volumes = container.volume_slots.iter().copied();
+    container.slot.into_iter().chain(volumes)
+}
+
+/// The image's layer files, opened, and where each lies on the disk they form.
+fn layer_disk(lease: &Lease) -> Result<(Vec<OwnedFd>, Vec<agent_api::Layer>)> {
+    let mut offset = 0;
+    let mut files = Vec::with_capacity(lease.layers.len());
+    let mut layers = Vec::with_capacity(lease.layers.len());
+    for layer in &lease.layers {
+        let file = fs::File::open(&layer.path).map_err(|source| Error::File {
+            what: "image layer",
+            path: layer.path.clone(),
+            source,
+        })?;
+        let length = layer.len.next_multiple_of(LAYER_ALIGN);
+        layers.push(agent_api::Layer { offset, length });
+        files.push(file.into());
+        offset += length;
+    }
+    Ok((files, layers))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lease_is_its_containers() {
+        assert_eq!(lease_holder("0a1b"), "0a1b");
+        assert_eq!(lease_holder(&volume_owner("0a1b", 3)), "0a1b");
+    }
+}
