@@ -58,9 +58,10 @@ fn a_terminal_has_the_clients_size_and_no_standard_error() -> Result<()> {
     with_node(|node| {
         let container = node.run_pod("p")?.start_idle("c")?;
         for transport in TRANSPORTS {
-            // script(1) is the terminal that crictl asks for.
+            // script(1) is the terminal that crictl asks for; its size comes
+            // after the command has begun.
             let line = format!(
-                "stty rows 33 cols 111; exec {} exec -r {transport} -it {} sh -c 'sleep 1; stty size; tty; echo err >&2'",
+                "stty rows 33 cols 111; exec {} exec -r {transport} -it {} sh -c 'n=0; until stty size | grep -q 111 || [ $n = 200 ]; do n=$((n+1)); sleep 0.05; done; stty size; tty; echo err >&2'",
                 crictl_line(node)?,
                 container.id
             );
