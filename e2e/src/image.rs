@@ -1,6 +1,8 @@
 //! Images: layers with a configuration and a manifest, in either format that
 //! registries hold.
 
+use std::path::Path;
+
 use anyhow::Result;
 use serde_json::{Value, json};
 
@@ -299,6 +301,26 @@ pub fn accounts_layer(compression: Compression) -> Result<Layer> {
         .dir("home", 0o755)?
         .owned_file("home/alice/greeting", 0o600, 1000, b"hello from alice\n")?
         .build(compression)
+}
+
+/// The usual image with locks and watches on files, and the C library they take.
+pub fn with_tools() -> Result<Image> {
+    let programs = ["usr/bin/flock", "usr/bin/inotifywait"];
+    let is_wanted = |path: &Path| {
+        let is_program = programs.iter().any(|program| path.ends_with(program));
+        is_program || path.to_string_lossy().contains("libinotifytools.so")
+    };
+    let layer = LayerBuilder::default()
+        .package_files(&artifacts::deb("libc6")?, |path| {
+            path.starts_with("lib") || path.starts_with("lib64")
+        })?
+        .package_files(&artifacts::deb("util-linux")?, is_wanted)?
+        .package_files(&artifacts::deb("inotify-tools")?, is_wanted)?
+        .package_files(&artifacts::deb("libinotifytools0")?, is_wanted)?
+        .build(Compression::Zstd)?;
+    let mut image = busybox()?;
+    image.layers.push(layer);
+    Ok(image)
 }
 
 /// An image whose only process waits to be ended: containerd's pod sandbox.

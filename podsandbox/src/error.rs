@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use crate::seccomp::ProfileError;
+
 /// How a caller should take an [`Error`]; maps one to one onto gRPC codes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ErrorKind {
@@ -111,6 +113,14 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    #[error("seccomp profile {path:?}")]
+    SeccompProfile {
+        path: PathBuf,
+        #[source]
+        source: ProfileError,
+    },
+    #[error("seccomp profile {path:?} could not be read within {seconds} s")]
+    SeccompProfileTimeout { path: PathBuf, seconds: u64 },
     #[error("log file {path:?}")]
     LogFile {
         path: PathBuf,
@@ -162,8 +172,8 @@ pub enum Error {
     Forward { pod: String, port: u16, why: String },
     #[error(transparent)]
     Dial(#[from] vmm_client::DialError),
-    #[error("mounting the volumes of container {id} took longer than {seconds} s")]
-    MountTimeout { id: String, seconds: u64 },
+    #[error("mounting the volumes of container {container:?} took longer than {seconds} s")]
+    MountTimeout { container: String, seconds: u64 },
     #[error("the agent did not answer {call} within {seconds} s")]
     AgentTimeout { call: &'static str, seconds: u64 },
     #[error("container {id} did not end within {seconds} s of SIGKILL")]
@@ -212,6 +222,13 @@ impl Error {
             Self::LogFile { source, .. } if source.kind() == io::ErrorKind::NotFound => {
                 ErrorKind::InvalidArgument
             }
+            Self::SeccompProfile { source, .. } => match source {
+                ProfileError::Read(error) if error.kind() == io::ErrorKind::NotFound => {
+                    ErrorKind::NotFound
+                }
+                ProfileError::Read(_) => ErrorKind::Internal,
+                _ => ErrorKind::InvalidArgument,
+            },
             Self::MountSource { source, .. }
             | Self::LogFile { source, .. }
             | Self::File { source, .. }
@@ -224,6 +241,7 @@ impl Error {
             }
             Self::BootTimeout { .. }
             | Self::MountTimeout { .. }
+            | Self::SeccompProfileTimeout { .. }
             | Self::AgentTimeout { .. }
             | Self::Unkillable { .. } => ErrorKind::DeadlineExceeded,
             Self::Stopping => ErrorKind::FailedPrecondition,

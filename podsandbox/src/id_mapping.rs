@@ -61,6 +61,7 @@ mod tests {
             host_path: "/h".into(),
             container_path: "/v".into(),
             read_only: false,
+            recursive_read_only: false,
             propagation: Propagation::Private,
             id_mapping: *ids,
             image: None,

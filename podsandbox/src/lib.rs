@@ -32,6 +32,7 @@ mod sizing;
 mod snapshot;
 pub mod spec;
 mod store;
+mod sysctls;
 mod volumes;
 
 pub use agent::AgentClient;

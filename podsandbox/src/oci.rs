@@ -13,8 +13,10 @@ use oci_spec::runtime::{
     RootBuilder, Spec, SpecBuilder,
 };
 
+use crate::seccomp::{self, Profile};
 use crate::spec::{ContainerSpec, Propagation, Resources, Seccomp};
-use crate::{Error, Result, seccomp};
+use crate::volumes::Bind;
+use crate::{Error, Result};
 
 /// What containerd and CRI-O search when neither image nor pod sets PATH.
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -85,7 +87,8 @@ pub fn runtime_spec(
     spec: &ContainerSpec,
     image: &ImageConfiguration,
     hostname: &str,
-    guest_volumes: &Path,
+    binds: &[Bind],
+    profile: Option<&Profile>,
 ) -> Result<Spec> {
     let config = image.config().clone().unwrap_or_default();
     let args = command_line(
@@ -129,8 +132,18 @@ pub fn runtime_spec(
         .masked_paths(text(&spec.security.masked_paths))
         .readonly_paths(text(&spec.security.readonly_paths))
         .build()?;
-    if spec.security.seccomp == Seccomp::RuntimeDefault && !spec.security.privileged {
-        linux.set_seccomp(Some(seccomp::runtime_default(&held)?));
+    if !spec.security.privileged {
+        linux.set_seccomp(match (&spec.security.seccomp, profile) {
+            (Seccomp::Unconfined, _) => None,
+            (Seccomp::RuntimeDefault, _) => Some(seccomp::runtime_default(&held)?),
+            (Seccomp::Localhost(_), Some(profile)) => Some(profile.for_container(&held)?),
+            (Seccomp::Localhost(path), None) => {
+                return Err(Error::Invalid {
+                    field: "linux.security_context.seccomp".to_owned(),
+                    why: format!("profile {path:?} was not read"),
+                });
+            }
+        });
     }
     linux.set_rootfs_propagation(Some(root_propagation(spec).to_owned()));
 
@@ -144,7 +157,7 @@ pub fn runtime_spec(
                 .build()?,
         )
         .process(process)
-        .mounts(mounts(spec, guest_volumes)?)
+        .mounts(mounts(spec, binds)?)
         .linux(linux)
         .build()?)
 }
@@ -260,7 +273,7 @@ fn known_capability(name: &str, list: &str) -> Result<Capability> {
 
 /// The kernel's file systems a container finds, then its volumes, parents
 /// before children.
-fn mounts(spec: &ContainerSpec, guest_volumes: &Path) -> Result<Vec<Mount>> {
+fn mounts(spec: &ContainerSpec, binds: &[Bind]) -> Result<Vec<Mount>> {
     let sys_mode = if spec.security.privileged { "rw" } else { "ro" };
     let mut mounts = vec![
         kernel_mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"])?,
@@ -302,36 +315,45 @@ fn mounts(spec: &ContainerSpec, guest_volumes: &Path) -> Result<Vec<Mount>> {
             &["nosuid", "noexec", "nodev", "relatime", sys_mode],
         )?,
     ];
-    let mut volumes: Vec<(usize, &crate::spec::Mount)> = spec.mounts.iter().enumerate().collect();
-    volumes.sort_by_key(|(_, volume)| volume.container_path.components().count());
-    for (index, volume) in volumes {
+    // Binds and images are numbered as they came, before they are put in order.
+    let (mut binds, mut images) = (binds.iter(), 0);
+    let mut volumes = Vec::with_capacity(spec.mounts.len());
+    for volume in &spec.mounts {
         if volume.image.is_some() {
-            let number = crate::spec::image_volumes(&spec.mounts[..index]).count();
-            mounts.retain(|mount| mount.destination() != &volume.container_path);
-            mounts.push(image_mount(volume, number)?);
-            continue;
+            volumes.push(image_mount(volume, images)?);
+            images += 1;
+        } else {
+            let bind = binds.next().ok_or_else(|| Error::MountSource {
+                path: volume.host_path.clone(),
+                source: std::io::ErrorKind::NotFound.into(),
+            })?;
+            volumes.push(bind_mount(volume, bind)?);
         }
-        let propagation = match volume.propagation {
-            Propagation::Private => "rprivate",
-            Propagation::HostToContainer => "rslave",
-            Propagation::Bidirectional => "rshared",
-        };
-        let mode = if volume.read_only { "ro" } else { "rw" };
-        mounts.retain(|mount| mount.destination() != &volume.container_path);
-        mounts.push(
-            MountBuilder::default()
-                .destination(&volume.container_path)
-                .source(guest_volumes.join(index.to_string()))
-                .typ("bind")
-                .options(vec![
-                    "rbind".to_owned(),
-                    propagation.to_owned(),
-                    mode.to_owned(),
-                ])
-                .build()?,
-        );
+    }
+    volumes.sort_by_key(|volume| volume.destination().components().count());
+    for volume in volumes {
+        mounts.retain(|mount| mount.destination() != volume.destination());
+        mounts.push(volume);
     }
     Ok(mounts)
+}
+
+fn bind_mount(volume: &crate::spec::Mount, bind: &Bind) -> Result<Mount> {
+    let propagation = match volume.propagation {
+        Propagation::Private => "rprivate",
+        Propagation::HostToContainer => "rslave",
+        Propagation::Bidirectional => "rshared",
+    };
+    Ok(MountBuilder::default()
+        .destination(&volume.container_path)
+        .source(Path::new(agent_api::SHARED_DIR).join(&bind.name))
+        .typ("bind")
+        .options(vec![
+            "rbind".to_owned(),
+            propagation.to_owned(),
+            bind.guest_option(volume).to_owned(),
+        ])
+        .build()?)
 }
 
 /// The agent has the image's files by the volume's number.

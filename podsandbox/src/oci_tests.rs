@@ -1,5 +1,6 @@
 use super::*;
 use crate::spec::{ContainerName, Security, User};
+use crate::volumes::{Access, Source, View};
 
 pub(crate) fn container() -> ContainerSpec {
     ContainerSpec {
@@ -102,12 +103,26 @@ fn capabilities_are_added_and_dropped_by_name_or_all() {
     );
 }
 
+fn bind(name: &str) -> Bind {
+    Bind {
+        name: name.to_owned(),
+        source: Source {
+            device: 1,
+            inode: 1,
+            flags: 0,
+            view: View::Alone,
+        },
+        access: Access::Write,
+    }
+}
+
 #[test]
 fn a_volume_replaces_what_is_mounted_at_its_place_and_parents_come_first() {
     let volume = |at: &str| crate::spec::Mount {
         host_path: "/h".into(),
         container_path: at.into(),
         read_only: false,
+        recursive_read_only: false,
         propagation: Propagation::Private,
         id_mapping: None,
         image: None,
@@ -116,7 +131,7 @@ fn a_volume_replaces_what_is_mounted_at_its_place_and_parents_come_first() {
         mounts: vec![volume("/a/b"), volume("/a"), volume("/dev/mqueue")],
         ..container()
     };
-    let mounts = mounts(&spec, Path::new("/v")).unwrap();
+    let mounts = mounts(&spec, &[bind("b"), bind("a"), bind("m")]).unwrap();
     let at = |path: &str| {
         mounts
             .iter()
@@ -133,7 +148,7 @@ fn a_volume_replaces_what_is_mounted_at_its_place_and_parents_come_first() {
     );
     assert_eq!(
         mounts[at("/a/b")].source().as_deref(),
-        Some(Path::new("/v/0"))
+        Some(Path::new("/run/drupe/shared/b"))
     );
 }
 
@@ -143,6 +158,7 @@ fn image_volumes_are_numbered_apart_from_the_nodes() {
         host_path: "/h".into(),
         container_path: at.into(),
         read_only: image.is_some(),
+        recursive_read_only: false,
         propagation: Propagation::Private,
         id_mapping: None,
         image: image.map(|image| crate::spec::ImageVolume {
@@ -158,7 +174,7 @@ fn image_volumes_are_numbered_apart_from_the_nodes() {
         ],
         ..container()
     };
-    let mounts = mounts(&spec, Path::new("/v")).unwrap();
+    let mounts = mounts(&spec, &[bind("b")]).unwrap();
     let at = |path: &str| {
         let mount = mounts.iter().find(|m| m.destination() == Path::new(path));
         let mount = mount.unwrap();
@@ -169,5 +185,40 @@ fn image_volumes_are_numbered_apart_from_the_nodes() {
     };
     assert_eq!(at("/a/b"), ("image".to_owned(), "0".into()));
     assert_eq!(at("/a"), ("image".to_owned(), "1".into()));
-    assert_eq!(at("/c"), ("bind".to_owned(), "/v/1".into()));
+    assert_eq!(
+        at("/c"),
+        (
+            "bind".to_owned(),
+            Path::new(agent_api::SHARED_DIR).join("b")
+        )
+    );
+}
+
+#[test]
+fn a_profile_of_the_node_holds_unless_the_container_is_privileged() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("profile.json");
+    let text = r#"{"defaultAction":"SCMP_ACT_ALLOW",
+        "syscalls":[{"names":["chmod"],"action":"SCMP_ACT_ERRNO"}]}"#;
+    std::fs::write(&path, text).unwrap();
+    let profile = Profile::read(&path).unwrap();
+    let seccomp = |privileged| {
+        let security = Security {
+            privileged,
+            seccomp: Seccomp::Localhost(path.clone()),
+            ..Security::default()
+        };
+        let spec = ContainerSpec {
+            security,
+            command: words(&["true"]),
+            ..container()
+        };
+        let profile = (!privileged).then_some(&profile);
+        let image = ImageConfiguration::default();
+        let oci = runtime_spec(&spec, &image, "h", &[], profile).unwrap();
+        oci.linux().clone().unwrap().seccomp().clone()
+    };
+    let rules = seccomp(false).unwrap().syscalls().clone().unwrap();
+    assert_eq!(rules[0].names(), &words(&["chmod"]));
+    assert_eq!(seccomp(true), None);
 }

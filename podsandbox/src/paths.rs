@@ -47,17 +47,4 @@ impl PodPaths {
             dir,
         }
     }
-
-    /// The directory that holds one container's volumes.
-    #[must_use]
-    pub fn volumes(&self, container: &str) -> PathBuf {
-        self.shared
-            .join(&container[..container.len().min(DIR_ID_DIGITS)])
-    }
-
-    /// The same directory as the guest sees it.
-    #[must_use]
-    pub fn guest_volumes(&self, container: &str) -> PathBuf {
-        PathBuf::from(agent_api::SHARED_DIR).join(&container[..container.len().min(DIR_ID_DIGITS)])
-    }
 }

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::Step;
 pub use crate::phase::PodPhase;
 use crate::spec::{ContainerSpec, PodSpec};
+use crate::volumes::Bind;
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PodRecord {
@@ -103,6 +104,10 @@ pub struct ContainerRecord {
     /// The process in the guest's PID namespace.
     pub pid: u32,
     pub user: Option<ResolvedUser>,
+    /// What each of its mounts is bound from; others of the pod's containers
+    /// may have the same. Freed with the last record that has it.
+    #[serde(default)]
+    pub binds: Vec<Bind>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

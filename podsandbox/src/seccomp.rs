@@ -1,15 +1,19 @@
-//! The `RuntimeDefault` seccomp profile.
+//! Seccomp profiles: `RuntimeDefault` here, the node's own in [`localhost`].
 //!
-//! A container's kernel is its pod's own, so the profile guards the pod's
-//! other containers and the guest's kernel, not the host. It refuses what the
-//! field's default profiles refuse, each group unless the container holds the
-//! capability that the calls are for.
+//! A container's kernel is its pod's own, so a profile guards the pod's
+//! other containers and the guest's kernel, not the host. `RuntimeDefault`
+//! refuses what the field's default profiles refuse, each group unless the
+//! container holds the capability that the calls are for.
+
+mod localhost;
 
 use std::collections::HashSet;
 
 use oci_spec::runtime::{
     Arch, Capability, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompBuilder, LinuxSyscallBuilder,
 };
+
+pub use localhost::{Profile, ProfileError};
 
 use crate::Result;
 

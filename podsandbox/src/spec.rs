@@ -150,6 +150,10 @@ pub struct Mount {
     pub host_path: PathBuf,
     pub container_path: PathBuf,
     pub read_only: bool,
+    /// With everything mounted below it; only with `read_only`, and with
+    /// nothing propagated.
+    #[serde(default)]
+    pub recursive_read_only: bool,
     pub propagation: Propagation,
     /// Whose ids the container sees as files' owners; must be the pod's.
     #[serde(default)]
@@ -165,6 +169,11 @@ pub struct ImageVolume {
     pub image: String,
     /// A directory inside; empty: the root.
     pub sub_path: String,
+}
+
+/// Those of `mounts` that are of the node, in order.
+pub(crate) fn node_volumes(mounts: &[Mount]) -> impl Iterator<Item = &Mount> {
+    mounts.iter().filter(|mount| mount.image.is_none())
 }
 
 /// Those of `mounts` that are images, in order.
@@ -213,4 +222,6 @@ pub enum Seccomp {
     #[default]
     Unconfined,
     RuntimeDefault,
+    /// A profile in this file of the node.
+    Localhost(PathBuf),
 }

@@ -1,6 +1,7 @@
-//! A container's volumes: bind mounts below the pod's shared directory, which
-//! the guest sees through virtio-fs. The mounts belong to the daemon's mount
-//! namespace; the VMM's is a slave of it.
+//! The volumes of a pod's containers: bind mounts below the pod's shared
+//! directory, which the guest sees through virtio-fs. The mounts belong to the
+//! daemon's mount namespace; the VMM's is a slave of it. A bind is freed with
+//! the last container that has it in its record; the driver counts.
 //!
 //! A volume is put together in a private staging directory and then moved
 //! into place. The move hands the VMM a copy with its flags, so that what is
@@ -8,11 +9,14 @@
 //! group of its source by then, unmounting it never unmounts anything of the
 //! node's.
 
+mod choice;
+mod table;
+
 use std::ffi::OsStr;
 use std::fs;
 use std::io;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -20,6 +24,9 @@ use nix::sys::statvfs::{FsFlags, statvfs};
 
 use crate::spec::{Mount, Propagation};
 use crate::{Error, Result};
+use choice::choose;
+pub use choice::{Access, Bind, Source, View};
+use table::Table;
 
 const NONE: Option<&str> = None;
 
@@ -36,31 +43,66 @@ pub fn prepare(shared: &Path, stage: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Binds each of `mounts` that is of the node at `dir/<index>`; on failure nothing stays mounted.
-pub fn bind_all(stage: &Path, dir: &Path, mounts: &[Mount]) -> Result<()> {
-    make_dir(dir)?;
-    for (index, volume) in mounts.iter().enumerate() {
-        if volume.image.is_some() {
+/// The binds that show `volumes`, for each one; `there` are the pod's. Looks at
+/// the node's files and makes nothing.
+pub fn plan(there: &[Bind], volumes: &[Mount], uid: &str) -> Result<Vec<Bind>> {
+    let mut binds: Vec<Bind> = Vec::with_capacity(volumes.len());
+    let mut table = None;
+    for volume in volumes {
+        let source = source(volume, &mut table)?;
+        // Two of a container's own may be the same as well.
+        let bind = choose(there.iter().chain(&binds), source, volume, uid);
+        binds.push(bind);
+    }
+    Ok(binds)
+}
+
+fn source(volume: &Mount, table: &mut Option<Table>) -> Result<Source> {
+    let failed = |error: io::Error| Error::MountSource {
+        path: volume.host_path.clone(),
+        source: error,
+    };
+    // Symlinks in a volume's host path are the kubelet's and are followed, as
+    // every runtime does.
+    let path = fs::canonicalize(&volume.host_path).map_err(failed)?;
+    let metadata = fs::metadata(&path).map_err(failed)?;
+    let flags = statvfs(&path).map_err(|e| failed(e.into()))?.flags();
+    let has_mounts = metadata.is_dir()
+        && match table {
+            Some(table) => table.has_below(&path),
+            None => table.insert(Table::read()?).has_below(&path),
+        };
+    Ok(Source {
+        device: metadata.dev(),
+        inode: metadata.ino(),
+        flags: flags.bits(),
+        view: View::of(volume, has_mounts),
+    })
+}
+
+/// Makes those of `binds`, one for each of `volumes`, that are not there yet,
+/// each below `shared` by its name. On failure none of them stays.
+pub fn bind_all(stage: &Path, shared: &Path, volumes: &[Mount], binds: &[Bind]) -> Result<()> {
+    let mut made: Vec<&Bind> = Vec::new();
+    for (volume, wanted) in volumes.iter().zip(binds) {
+        let target = shared.join(&wanted.name);
+        // Nothing else is called so.
+        if target.symlink_metadata().is_ok() {
             continue;
         }
-        if let Err(error) = bind(stage, &dir.join(index.to_string()), volume) {
-            unmount_below(stage)?;
-            unbind_all(dir)?;
+        made.push(wanted);
+        if let Err(error) = bind(stage, &target, volume, wanted.access) {
+            unbind(stage, wanted)?;
+            for bind in made {
+                unbind(shared, bind)?;
+            }
             return Err(error);
         }
     }
     Ok(())
 }
 
-fn make_dir(dir: &Path) -> Result<()> {
-    let made = fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(dir);
-    made.map_err(|source| failed(dir, source))
-}
-
-fn bind(stage: &Path, target: &Path, volume: &Mount) -> Result<()> {
+fn bind(stage: &Path, target: &Path, volume: &Mount, access: Access) -> Result<()> {
     let source = &volume.host_path;
     let failed = |error: io::Error| Error::MountSource {
         path: source.clone(),
@@ -78,8 +120,6 @@ fn bind(stage: &Path, target: &Path, volume: &Mount) -> Result<()> {
         made.map_err(failed)?;
     }
     let change = |flags| mount(NONE, &staged, NONE, flags, NONE).map_err(|e| failed(e.into()));
-    // Symlinks in a volume's host path are the kubelet's and are followed, as
-    // every runtime does.
     mount(
         Some(source),
         &staged,
@@ -97,17 +137,60 @@ fn bind(stage: &Path, target: &Path, volume: &Mount) -> Result<()> {
                 Propagation::HostToContainer | Propagation::Bidirectional => MsFlags::MS_SLAVE,
             },
     )?;
-    if volume.read_only {
+    // Private by now, where it is to be so with all that is below: nothing
+    // can be mounted there any more.
+    let below = match access {
+        Access::Write => Vec::new(),
+        Access::Read => vec![staged.clone()],
+        Access::ReadRecursively => Table::read()?.at_and_below(&staged).cloned().collect(),
+    };
+    for path in below {
         let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-        change(flags | kept_flags(&staged).map_err(failed)?)?;
+        kept_flags(&path)
+            .and_then(|kept| Ok(mount(NONE, &path, NONE, flags | kept, NONE)?))
+            .map_err(failed)?;
     }
-    mount(Some(&staged), target, NONE, MsFlags::MS_MOVE, NONE).map_err(|e| failed(e.into()))?;
+    // The guest can write where the target is: what it may have put there in
+    // its place is not followed.
+    let flags = nix::libc::O_PATH | nix::libc::O_NOFOLLOW;
+    let place = fs::File::options()
+        .read(true)
+        .custom_flags(flags)
+        .open(target);
+    let place = place.map_err(failed)?;
+    let kind = place.metadata().map_err(failed)?.file_type();
+    if kind.is_dir() != is_dir || kind.is_symlink() {
+        return Err(failed(io::ErrorKind::InvalidInput.into()));
+    }
+    let path = format!("/proc/self/fd/{}", place.as_raw_fd());
+    mount(Some(&staged), path.as_str(), NONE, MsFlags::MS_MOVE, NONE)
+        .map_err(|e| failed(e.into()))?;
+    if volume.propagation == Propagation::Private && is_dir {
+        let_go_below(target)?;
+    }
     let cleared = if is_dir {
         fs::remove_dir(&staged)
     } else {
         fs::remove_file(&staged)
     };
     cleared.map_err(failed)
+}
+
+/// The VMM has a copy of all that is mounted below a volume; here it would only
+/// be in the node's way, which could not remove a directory on which something
+/// is mounted in any copy of this namespace.
+fn let_go_below(target: &Path) -> Result<()> {
+    let paths = Table::read()?;
+    let below: Vec<&PathBuf> = paths
+        .at_and_below(target)
+        .filter(|path| *path != target)
+        .collect();
+    if below.is_empty() {
+        return Ok(());
+    }
+    let alone = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    mount(NONE, target, NONE, alone, NONE).map_err(|error| failed(target, error.into()))?;
+    below.into_iter().rev().try_for_each(|path| unmount(path))
 }
 
 /// A remount states all flags; those the mount has must not get lost.
@@ -125,27 +208,21 @@ fn kept_flags(path: &Path) -> io::Result<MsFlags> {
     Ok(kept.fold(MsFlags::empty(), |all, (_, flag)| all | flag))
 }
 
-/// Unmounts and removes whatever is below `dir`, however far [`bind_all`] came.
-/// A name that is still a mount is not removed.
-pub fn unbind_all(dir: &Path) -> Result<()> {
-    let entries = match fs::read_dir(dir) {
+/// Unmounts and removes a bind, however far [`bind_all`] came.
+pub fn unbind(shared: &Path, bind: &Bind) -> Result<()> {
+    let path = shared.join(&bind.name);
+    unmount(&path)?;
+    let is_dir = match fs::symlink_metadata(&path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        other => other.map_err(|source| failed(dir, source))?,
+        other => other.map_err(|source| failed(&path, source))?.is_dir(),
     };
-    for entry in entries {
-        let path = entry.map_err(|source| failed(dir, source))?.path();
-        unmount(&path)?;
-        let is_dir = fs::symlink_metadata(&path)
-            .map_err(|source| failed(&path, source))?
-            .is_dir();
-        let removed = if is_dir {
-            fs::remove_dir(&path)
-        } else {
-            fs::remove_file(&path)
-        };
-        removed.map_err(|source| failed(&path, source))?;
-    }
-    fs::remove_dir(dir).map_err(|source| failed(dir, source))
+    // A name that is still a mount is not removed.
+    let removed = if is_dir {
+        fs::remove_dir(&path)
+    } else {
+        fs::remove_file(&path)
+    };
+    removed.map_err(|source| failed(&path, source))
 }
 
 /// Detaches every mount stacked on `path`; none is no error.
@@ -162,39 +239,14 @@ fn unmount(path: &Path) -> Result<()> {
 /// Unmounts everything at and below `dir`, so that removing it can reach
 /// nothing of the node's.
 pub fn unmount_below(dir: &Path) -> Result<()> {
-    for path in mounts_below(dir)?.into_iter().rev() {
-        unmount(&path)?;
+    let paths: Vec<PathBuf> = Table::read()?.at_and_below(dir).cloned().collect();
+    for path in paths.iter().rev() {
+        unmount(path)?;
     }
-    match mounts_below(dir)?.first() {
+    match Table::read()?.at_and_below(dir).next() {
         None => Ok(()),
         Some(left) => Err(failed(left, io::ErrorKind::ResourceBusy.into())),
     }
-}
-
-fn mounts_below(dir: &Path) -> Result<Vec<PathBuf>> {
-    let table = Path::new("/proc/self/mountinfo");
-    let text = fs::read(table).map_err(|source| failed(table, source))?;
-    // proc_pid_mountinfo(5): the mount point is the fifth field.
-    let points = text
-        .split(|&b| b == b'\n')
-        .filter_map(|line| line.split(|&b| b == b' ').nth(4));
-    Ok(points
-        .map(unescape)
-        .filter(|path| path.starts_with(dir))
-        .collect())
-}
-
-/// Blanks and backslashes stand there as `\` and three octal digits.
-fn unescape(field: &[u8]) -> PathBuf {
-    let mut bytes = Vec::with_capacity(field.len());
-    let mut rest = field;
-    while let Some((&byte, tail)) = rest.split_first() {
-        let octal = tail.get(..3).filter(|_| byte == b'\\');
-        let code = octal.and_then(|o| u8::from_str_radix(std::str::from_utf8(o).ok()?, 8).ok());
-        bytes.push(code.unwrap_or(byte));
-        rest = if code.is_some() { &tail[3..] } else { tail };
-    }
-    PathBuf::from(OsStr::from_bytes(&bytes))
 }
 
 fn failed(path: &Path, source: io::Error) -> Error {
@@ -207,17 +259,52 @@ fn failed(path: &Path, source: io::Error) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc;
+
+    use nix::sched::{CloneFlags, unshare};
+
     use super::*;
 
-    struct Pod(tempfile::TempDir);
+    struct Pod {
+        dir: tempfile::TempDir,
+        /// Has a mount namespace as the VMM's, for as long as this is held.
+        _vmm: mpsc::Sender<()>,
+        vmm_root: PathBuf,
+    }
+
+    /// A thread with a copy of the mounts that follows them; where its root is.
+    fn follow_mounts() -> (mpsc::Sender<()>, PathBuf) {
+        let (hold, held) = mpsc::channel::<()>();
+        let (tell, told) = mpsc::channel();
+        std::thread::spawn(move || {
+            unshare(CloneFlags::CLONE_NEWNS).unwrap();
+            let flags = MsFlags::MS_REC | MsFlags::MS_SLAVE;
+            mount(NONE, "/", NONE, flags, NONE).unwrap();
+            tell.send(nix::unistd::gettid()).unwrap();
+            // Ends when the other end is dropped.
+            assert!(held.recv().is_err());
+        });
+        let thread = told.recv().unwrap();
+        (
+            hold,
+            PathBuf::from(format!("/proc/self/task/{thread}/root")),
+        )
+    }
 
     impl Pod {
         fn new() -> Self {
-            let pod = Self(tempfile::tempdir().unwrap());
-            for dir in ["shared", "stage", "source/sub"] {
-                fs::create_dir_all(pod.at(dir)).unwrap();
+            let dir = tempfile::tempdir().unwrap();
+            for name in ["shared", "stage", "source/sub"] {
+                fs::create_dir_all(dir.path().join(name)).unwrap();
             }
-            prepare(&pod.at("shared"), &pod.at("stage")).unwrap();
+            let at = |name: &str| dir.path().join(name);
+            prepare(&at("shared"), &at("stage")).unwrap();
+            let (vmm, vmm_root) = follow_mounts();
+            let pod = Self {
+                dir,
+                _vmm: vmm,
+                vmm_root,
+            };
             // As on a node where systemd made everything shared.
             let source = pod.at("source");
             mount(
@@ -243,25 +330,42 @@ mod tests {
         }
 
         fn at(&self, name: &str) -> PathBuf {
-            self.0.path().join(name)
+            self.dir.path().join(name)
         }
 
-        fn bind(&self, read_only: bool, propagation: Propagation) {
-            let volume = Mount {
+        fn volume(&self, read_only: bool, propagation: Propagation) -> Mount {
+            Mount {
                 host_path: self.at("source"),
                 container_path: "/v".into(),
                 read_only,
+                recursive_read_only: false,
                 propagation,
                 id_mapping: None,
                 image: None,
-            };
-            bind_all(&self.at("stage"), &self.at("shared/c"), &[volume]).unwrap();
+            }
+        }
+
+        /// The bind, and where the VMM sees it.
+        fn bind(&self, volume: &Mount) -> (Bind, PathBuf) {
+            let volumes = [volume.clone()];
+            let bind = plan(&[], &volumes, "u1").unwrap().remove(0);
+            let binds = [bind.clone()];
+            bind_all(&self.at("stage"), &self.at("shared"), &volumes, &binds).unwrap();
+            let shared = self.at("shared");
+            let seen = self.vmm_root.join(shared.strip_prefix("/").unwrap());
+            let seen = seen.join(&bind.name);
+            (bind, seen)
+        }
+
+        fn shared(&self) -> Vec<PathBuf> {
+            let entries = fs::read_dir(self.at("shared")).unwrap();
+            entries.map(|entry| entry.unwrap().path()).collect()
         }
     }
 
     impl Drop for Pod {
         fn drop(&mut self) {
-            unmount_below(self.0.path()).unwrap();
+            unmount_below(self.dir.path()).unwrap();
         }
     }
 
@@ -273,49 +377,90 @@ mod tests {
             Propagation::Bidirectional,
         ] {
             let pod = Pod::new();
-            pod.bind(false, propagation);
-            assert!(pod.at("shared/c/0/sub/file").exists());
-            unbind_all(&pod.at("shared/c")).unwrap();
+            let (bind, seen) = pod.bind(&pod.volume(false, propagation));
+            assert!(seen.join("sub/file").exists());
+            unbind(&pod.at("shared"), &bind).unwrap();
             assert!(pod.at("source/sub/file").exists(), "{propagation:?}");
-            assert!(!pod.at("shared/c").exists());
+            assert!(pod.shared().is_empty() && !seen.exists());
+            unbind(&pod.at("shared"), &bind).unwrap();
         }
+    }
+
+    #[test]
+    fn the_node_may_remove_what_was_mounted_below_a_volume_that_does_not_follow() {
+        let pod = Pod::new();
+        let (_, seen) = pod.bind(&pod.volume(false, Propagation::Private));
+        umount2(&pod.at("source/sub"), MntFlags::MNT_DETACH).unwrap();
+        fs::remove_dir(pod.at("source/sub")).unwrap();
+        assert!(seen.exists());
+
+        let pod = Pod::new();
+        let (_, seen) = pod.bind(&pod.volume(false, Propagation::Private));
+        umount2(&pod.at("source/sub"), MntFlags::MNT_DETACH).unwrap();
+        assert!(seen.join("sub/file").exists(), "it has followed");
     }
 
     #[test]
     fn a_read_only_volume_cannot_be_written_while_its_source_can() {
         let pod = Pod::new();
-        pod.bind(true, Propagation::HostToContainer);
-        let error = fs::write(pod.at("shared/c/0/new"), "x").unwrap_err();
+        let (_, bound) = pod.bind(&pod.volume(true, Propagation::HostToContainer));
+        let error = fs::write(bound.join("new"), "x").unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ReadOnlyFilesystem);
         fs::write(pod.at("source/new"), "x").unwrap();
-        assert!(pod.at("shared/c/0/new").exists());
+        assert!(bound.join("new").exists());
+        // What is mounted below it is not the volume.
+        fs::write(bound.join("sub/new"), "x").unwrap();
+    }
+
+    #[test]
+    fn a_recursively_read_only_volume_cannot_be_written_below_either() {
+        let pod = Pod::new();
+        let (_, bound) = pod.bind(&Mount {
+            recursive_read_only: true,
+            ..pod.volume(true, Propagation::Private)
+        });
+        for path in ["new", "sub/new"] {
+            let error = fs::write(bound.join(path), "x").unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::ReadOnlyFilesystem, "{path}");
+        }
+        fs::write(pod.at("source/sub/new"), "x").unwrap();
+    }
+
+    #[test]
+    fn containers_that_name_a_directory_by_two_paths_share_one_bind() {
+        let pod = Pod::new();
+        let (whole, sub) = (pod.at("whole"), pod.at("sub"));
+        fs::create_dir_all(whole.join("sub")).unwrap();
+        std::os::unix::fs::symlink(whole.join("sub"), &sub).unwrap();
+        let volume = |path: &Path| Mount {
+            host_path: path.to_owned(),
+            ..pod.volume(false, Propagation::Private)
+        };
+        let first = plan(&[], &[volume(&whole.join("sub"))], "u1").unwrap();
+        let second = plan(&first, &[volume(&sub), volume(&whole)], "u1").unwrap();
+        assert_eq!(first[0], second[0]);
+        assert_ne!(first[0], second[1]);
     }
 
     #[test]
     fn a_missing_source_is_named_and_leaves_nothing() {
         let pod = Pod::new();
-        let good = Mount {
-            host_path: pod.at("source"),
-            container_path: "/a".into(),
-            read_only: false,
-            propagation: Propagation::Private,
-            id_mapping: None,
-            image: None,
-        };
-        let bad = Mount {
-            host_path: pod.at("nowhere"),
+        let good = pod.volume(false, Propagation::Private);
+        let (late, missing) = (pod.at("late"), pod.at("nowhere"));
+        fs::create_dir(&late).unwrap();
+        let bad = |path: &Path| Mount {
+            host_path: path.to_owned(),
             ..good.clone()
         };
-        let error = bind_all(&pod.at("stage"), &pod.at("shared/c"), &[good, bad]).unwrap_err();
-        assert!(
-            matches!(&error, Error::MountSource { path, .. } if path.ends_with("nowhere")),
-            "{error}"
-        );
-        assert!(!pod.at("shared/c").exists());
-    }
+        let is_named = |error: &Error, name: &str| matches!(error, Error::MountSource { path, .. } if path.ends_with(name));
+        let error = plan(&[], &[good.clone(), bad(&missing)], "u1").unwrap_err();
+        assert!(is_named(&error, "nowhere"), "{error}");
 
-    #[test]
-    fn mount_points_are_read_as_the_kernel_writes_them() {
-        assert_eq!(unescape(br"/a\040b\134c"), Path::new(r"/a b\c"));
+        let volumes = [good.clone(), bad(&late)];
+        let binds = plan(&[], &volumes, "u1").unwrap();
+        fs::remove_dir(&late).unwrap();
+        let error = bind_all(&pod.at("stage"), &pod.at("shared"), &volumes, &binds).unwrap_err();
+        assert!(is_named(&error, "late"), "{error}");
+        assert!(pod.shared().is_empty());
     }
 }

@@ -123,10 +123,16 @@ fn mount(mount: v1::Mount) -> Result<Mount, Status> {
     let image = image_volume(&field, &mount)?;
     let id_mapping = userns::of_mount(&field, &mount.uid_mappings, &mount.gid_mappings)?;
     if mount.recursive_read_only {
-        return Err(unsupported(
-            &format!("{field}.recursive_read_only"),
-            "a recursively read-only mount",
-        ));
+        let field = format!("{field}.recursive_read_only");
+        if !mount.readonly {
+            return Err(invalid(&field, "is set without readonly"));
+        }
+        if propagation != v1::MountPropagation::PropagationPrivate {
+            return Err(invalid(
+                &field,
+                "is set with a propagation other than PROPAGATION_PRIVATE",
+            ));
+        }
     }
     let container_path = PathBuf::from(&mount.container_path);
     if !container_path.is_absolute()
@@ -156,6 +162,7 @@ fn mount(mount: v1::Mount) -> Result<Mount, Status> {
         host_path,
         container_path,
         read_only: mount.readonly,
+        recursive_read_only: mount.recursive_read_only,
         propagation: match propagation {
             v1::MountPropagation::PropagationPrivate => Propagation::Private,
             v1::MountPropagation::PropagationHostToContainer => Propagation::HostToContainer,
@@ -236,34 +243,17 @@ fn user(context: &v1::LinuxContainerSecurityContext) -> Result<User, Status> {
 
 fn security(context: &v1::LinuxContainerSecurityContext) -> Result<Security, Status> {
     let field = "config.linux.security_context";
-    let own_pid_namespace = match &context.namespace_options {
-        None => true,
-        Some(options) => {
-            super::pod::refuse_host(options, &format!("{field}.namespace_options"))?;
-            match options.pid() {
-                v1::NamespaceMode::Target => {
-                    return Err(unsupported(
-                        &format!("{field}.namespace_options.pid"),
-                        "another container's PID namespace",
-                    ));
-                }
-                mode => mode == v1::NamespaceMode::Container,
-            }
-        }
-    };
-    let seccomp = match context
-        .seccomp
-        .as_ref()
-        .map(v1::SecurityProfile::profile_type)
-    {
-        None | Some(v1::security_profile::ProfileType::Unconfined) => Seccomp::Unconfined,
-        Some(v1::security_profile::ProfileType::RuntimeDefault) => Seccomp::RuntimeDefault,
-        Some(v1::security_profile::ProfileType::Localhost) => {
+    // Options that are absent are those of an empty message: all POD.
+    let namespaces = context.namespace_options.clone().unwrap_or_default();
+    super::pod::refuse_host(&namespaces, &format!("{field}.namespace_options"))?;
+    let own_pid_namespace = match namespaces.pid() {
+        v1::NamespaceMode::Target => {
             return Err(unsupported(
-                &format!("{field}.seccomp"),
-                "a Localhost profile",
+                &format!("{field}.namespace_options.pid"),
+                "another container's PID namespace",
             ));
         }
+        mode => mode == v1::NamespaceMode::Container,
     };
     let localhost = v1::security_profile::ProfileType::Localhost;
     if context
@@ -292,8 +282,47 @@ fn security(context: &v1::LinuxContainerSecurityContext) -> Result<Security, Sta
         masked_paths: context.masked_paths.iter().map(PathBuf::from).collect(),
         readonly_paths: context.readonly_paths.iter().map(PathBuf::from).collect(),
         own_pid_namespace,
-        seccomp,
+        seccomp: seccomp(context, field)?,
     })
+}
+
+#[allow(deprecated)]
+fn seccomp(context: &v1::LinuxContainerSecurityContext, field: &str) -> Result<Seccomp, Status> {
+    use v1::security_profile::ProfileType;
+    match &context.seccomp {
+        Some(profile) => match profile.profile_type() {
+            ProfileType::Unconfined => Ok(Seccomp::Unconfined),
+            ProfileType::RuntimeDefault => Ok(Seccomp::RuntimeDefault),
+            ProfileType::Localhost => {
+                let field = format!("{field}.seccomp.localhost_ref");
+                localhost_profile(&field, &profile.localhost_ref)
+            }
+        },
+        // What clients of before CRI v1's `seccomp` say in words.
+        None => match context.seccomp_profile_path.as_str() {
+            "" | "unconfined" => Ok(Seccomp::Unconfined),
+            "runtime/default" | "docker/default" => Ok(Seccomp::RuntimeDefault),
+            other => {
+                let field = format!("{field}.seccomp_profile_path");
+                match other.strip_prefix("localhost/") {
+                    Some(path) => localhost_profile(&field, path),
+                    None => Err(invalid(
+                        &field,
+                        format_args!(
+                            "{other:?} is none of runtime/default, unconfined and localhost/PATH"
+                        ),
+                    )),
+                }
+            }
+        },
+    }
+}
+
+fn localhost_profile(field: &str, path: &str) -> Result<Seccomp, Status> {
+    match super::pod::absolute(field, path)? {
+        Some(path) => Ok(Seccomp::Localhost(path)),
+        None => Err(invalid(field, "is empty")),
+    }
 }
 
 pub fn state(container: &ContainerRecord) -> v1::ContainerState {
@@ -399,6 +428,7 @@ fn show_mount(mount: &Mount) -> v1::Mount {
         container_path: mount.container_path.to_string_lossy().into_owned(),
         host_path: mount.host_path.to_string_lossy().into_owned(),
         readonly: mount.read_only,
+        recursive_read_only: mount.recursive_read_only,
         propagation: match mount.propagation {
             Propagation::Private => v1::MountPropagation::PropagationPrivate.into(),
             Propagation::HostToContainer => v1::MountPropagation::PropagationHostToContainer.into(),
@@ -487,6 +517,115 @@ mod tests {
             parse(device).unwrap_err().code(),
             tonic::Code::Unimplemented
         );
+    }
+
+    fn with_security(context: v1::LinuxContainerSecurityContext) -> v1::ContainerConfig {
+        v1::ContainerConfig {
+            linux: Some(v1::LinuxContainerConfig {
+                security_context: Some(context),
+                resources: None,
+            }),
+            ..config()
+        }
+    }
+
+    #[test]
+    fn absent_namespace_options_mean_the_pods_processes() {
+        let own = |options| {
+            let context = v1::LinuxContainerSecurityContext {
+                namespace_options: options,
+                ..Default::default()
+            };
+            let spec = parse(with_security(context)).unwrap();
+            spec.security.own_pid_namespace
+        };
+        assert!(!own(None) && !own(Some(v1::NamespaceOption::default())));
+        assert!(own(Some(v1::NamespaceOption {
+            pid: v1::NamespaceMode::Container.into(),
+            ..Default::default()
+        })));
+        assert!(!parse(config()).unwrap().security.own_pid_namespace);
+    }
+
+    #[test]
+    #[allow(deprecated)]
+    fn a_seccomp_profile_is_named_in_two_ways() {
+        use v1::security_profile::ProfileType;
+        let parse = |seccomp: Option<(ProfileType, &str)>, words: &str| {
+            let context = v1::LinuxContainerSecurityContext {
+                seccomp: seccomp.map(|(kind, path)| v1::SecurityProfile {
+                    profile_type: kind.into(),
+                    localhost_ref: path.to_owned(),
+                }),
+                seccomp_profile_path: words.to_owned(),
+                ..Default::default()
+            };
+            parse(with_security(context)).map(|spec| spec.security.seccomp)
+        };
+        let file = Seccomp::Localhost("/p/a.json".into());
+        for (seccomp, words, meant) in [
+            (None, "", Seccomp::Unconfined),
+            (None, "unconfined", Seccomp::Unconfined),
+            (None, "runtime/default", Seccomp::RuntimeDefault),
+            (None, "docker/default", Seccomp::RuntimeDefault),
+            (None, "localhost//p/a.json", file.clone()),
+            (Some((ProfileType::Localhost, "/p/a.json")), "", file),
+            (
+                Some((ProfileType::RuntimeDefault, "")),
+                "unconfined",
+                Seccomp::RuntimeDefault,
+            ),
+            (
+                Some((ProfileType::Unconfined, "")),
+                "runtime/default",
+                Seccomp::Unconfined,
+            ),
+        ] {
+            assert_eq!(parse(seccomp, words).unwrap(), meant, "{words}");
+        }
+        for (seccomp, words, field) in [
+            (None, "localhost/a.json", "seccomp_profile_path"),
+            (None, "strict", "seccomp_profile_path"),
+            (Some((ProfileType::Localhost, "")), "", "localhost_ref"),
+            (
+                Some((ProfileType::Localhost, "a.json")),
+                "",
+                "localhost_ref",
+            ),
+        ] {
+            let refused = parse(seccomp, words).unwrap_err();
+            assert_eq!(refused.code(), tonic::Code::InvalidArgument);
+            assert!(refused.message().contains(field), "{refused:?}");
+        }
+    }
+
+    #[test]
+    fn a_recursively_read_only_mount_is_read_only_and_private() {
+        let parse = |readonly, propagation: v1::MountPropagation| {
+            parse(v1::ContainerConfig {
+                mounts: vec![v1::Mount {
+                    host_path: "/h".into(),
+                    container_path: "/c".into(),
+                    readonly,
+                    recursive_read_only: true,
+                    propagation: propagation.into(),
+                    ..Default::default()
+                }],
+                ..config()
+            })
+        };
+        let spec = parse(true, v1::MountPropagation::PropagationPrivate).unwrap();
+        assert!(show_mount(&spec.mounts[0]).recursive_read_only);
+        for (readonly, propagation) in [
+            (false, v1::MountPropagation::PropagationPrivate),
+            (true, v1::MountPropagation::PropagationHostToContainer),
+            (true, v1::MountPropagation::PropagationBidirectional),
+        ] {
+            let refused = parse(readonly, propagation).unwrap_err();
+            assert_eq!(refused.code(), tonic::Code::InvalidArgument);
+            let field = "config.mounts[/c].recursive_read_only";
+            assert!(refused.message().starts_with(field), "{refused:?}");
+        }
     }
 
     #[test]

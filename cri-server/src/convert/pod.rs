@@ -12,6 +12,8 @@ use super::{invalid, required, resources, unsupported, userns};
 
 /// Linux takes no longer host name (`__NEW_UTS_LEN`).
 const MAX_HOSTNAME: usize = 64;
+/// What the kubelet cuts a pod's name to: the longest label of a domain name.
+const MAX_DERIVED_HOSTNAME: usize = 63;
 /// More than any pod declares; bounds what CNI plugins are handed.
 const MAX_PORT_MAPPINGS: usize = 4096;
 
@@ -35,7 +37,7 @@ pub fn parse(config: v1::PodSandboxConfig, handler: String) -> Result<PodSpec, S
         namespaces.as_ref().and_then(|o| o.userns_options.as_ref()),
     )?;
     let hostname = if config.hostname.is_empty() {
-        metadata.name.clone()
+        derived_hostname(&metadata.name)
     } else {
         config.hostname
     };
@@ -43,6 +45,12 @@ pub fn parse(config: v1::PodSandboxConfig, handler: String) -> Result<PodSpec, S
         return Err(invalid(
             "config.hostname",
             format_args!("{hostname:?} is longer than {MAX_HOSTNAME} bytes"),
+        ));
+    }
+    if !hostname.bytes().all(is_of_hostname) {
+        return Err(invalid(
+            "config.hostname",
+            format_args!("{hostname:?} has other than letters, digits, '-', '.' and '_'"),
         ));
     }
     if config.port_mappings.len() > MAX_PORT_MAPPINGS {
@@ -87,8 +95,8 @@ pub fn parse(config: v1::PodSandboxConfig, handler: String) -> Result<PodSpec, S
         labels: config.labels.into_iter().collect(),
         annotations: config.annotations.into_iter().collect(),
         sysctls: linux.sysctls.into_iter().collect(),
-        share_process_namespace: namespaces
-            .is_some_and(|options| options.pid() == v1::NamespaceMode::Pod),
+        // Options that are absent are those of an empty message: all POD.
+        share_process_namespace: namespaces.unwrap_or_default().pid() == v1::NamespaceMode::Pod,
         user_namespace,
         cgroup_parent,
         resources: resources::parse(
@@ -97,6 +105,27 @@ pub fn parse(config: v1::PodSandboxConfig, handler: String) -> Result<PodSpec, S
         )?,
         overhead: resources::parse("config.linux.overhead", &linux.overhead.unwrap_or_default())?,
     })
+}
+
+/// The pod's name as a host name. The kubelet always gives one; other clients
+/// may have names of pods that are none.
+fn derived_hostname(name: &str) -> String {
+    let name: String = name
+        .chars()
+        .map(|c| {
+            let fine = u8::try_from(c).is_ok_and(is_of_hostname);
+            if fine { c } else { '-' }
+        })
+        .take(MAX_DERIVED_HOSTNAME)
+        .collect();
+    match name.trim_matches(['-', '.']) {
+        "" => "pod".to_owned(),
+        name => name.to_owned(),
+    }
+}
+
+fn is_of_hostname(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_')
 }
 
 /// A microVM has its own kernel: it cannot be in the host's namespaces.
@@ -293,6 +322,7 @@ mod tests {
         assert!(refused(|c| c.metadata = None).starts_with("config.metadata"));
         assert!(refused(|c| c.log_directory = "logs".into()).starts_with("config.log_directory"));
         assert!(refused(|c| c.hostname = "h".repeat(65)).starts_with("config.hostname"));
+        assert!(refused(|c| c.hostname = "a b".into()).starts_with("config.hostname"));
         let port = |c: &mut v1::PodSandboxConfig| {
             c.port_mappings = vec![v1::PortMapping {
                 host_port: 70_000,
@@ -309,7 +339,46 @@ mod tests {
 
     #[test]
     fn the_pods_name_is_its_hostname_unless_one_is_given() {
-        assert_eq!(parse(config(), String::new()).unwrap().hostname, "web");
+        let hostname = |name: &str| {
+            let mut config = config();
+            config.metadata.get_or_insert_default().name = name.to_owned();
+            parse(config, String::new()).unwrap().hostname
+        };
+        assert_eq!(hostname("web"), "web");
+        assert_eq!(hostname(&"n".repeat(100)), "n".repeat(63));
+        // Where the cut leaves what no host name ends with.
+        assert_eq!(
+            hostname(&format!("{}-.web", "n".repeat(61))),
+            "n".repeat(61)
+        );
+        assert_eq!(hostname("a pod/ü"), "a-pod");
+        assert_eq!(hostname("ü"), "pod");
+        let mut given = config();
+        given.hostname = "h".repeat(64);
+        let given = parse(given, String::new()).unwrap();
+        assert_eq!(given.hostname, "h".repeat(64));
+    }
+
+    #[test]
+    fn absent_namespace_options_mean_that_processes_are_shared() {
+        let shares = |pid: Option<v1::NamespaceMode>| {
+            let mut config = config();
+            let linux = config.linux.get_or_insert_default();
+            let security = linux.security_context.get_or_insert_default();
+            security.namespace_options = pid.map(|pid| v1::NamespaceOption {
+                pid: pid.into(),
+                ..Default::default()
+            });
+            let pod = parse(config, String::new()).unwrap();
+            pod.share_process_namespace
+        };
+        assert!(shares(None) && shares(Some(v1::NamespaceMode::Pod)));
+        assert!(!shares(Some(v1::NamespaceMode::Container)));
+        assert!(
+            parse(config(), String::new())
+                .unwrap()
+                .share_process_namespace
+        );
     }
 
     #[test]

@@ -122,7 +122,7 @@ impl Runtime {
 
 fn features() -> v1::RuntimeHandlerFeatures {
     v1::RuntimeHandlerFeatures {
-        recursive_read_only_mounts: false,
+        recursive_read_only_mounts: true,
         user_namespaces: true,
     }
 }

@@ -9,7 +9,7 @@ use cri_api::v1::*;
 use e2e::eventually;
 use tonic::Code;
 
-use crate::{drupe, refused, shares_the_hosts_kernel, took_less, with_node};
+use crate::{drupe, refused, shares_the_hosts_kernel, took_less, with_drupe, with_node};
 
 #[test]
 fn a_container_runs_its_images_command_unless_it_is_given_another() -> Result<()> {
@@ -326,6 +326,60 @@ fn the_signal_to_stop_with_is_the_one_asked_for() -> Result<()> {
         &["config.stop_signal", "66"],
     )?;
     node.finish()
+}
+
+#[test]
+fn the_images_signal_to_stop_with_counts_unless_another_is_asked_for() -> Result<()> {
+    with_node(|node| {
+        let mut image = e2e::image::busybox()?;
+        image.config["StopSignal"] = serde_json::json!("SIGUSR1");
+        node.registry()?.push("signals", "latest", &image)?;
+        let name = "127.0.0.1:5000/signals:latest";
+        node.cri()?.pull(name)?;
+        let pod = node.run_pod("image-signal")?;
+        let script = "trap 'exit 7' TERM; trap 'exit 9' USR1; echo listening; \
+                      while :; do sleep 1000 & wait $!; done";
+        let mut config = pod.container_config("c", &["sh", "-c", script]);
+        config.image.get_or_insert_default().image = name.to_owned();
+        let container = pod.start_with(config)?;
+        eventually("the shell to listen", Duration::from_secs(10), || {
+            let output = container.stdout()?;
+            ensure!(output.contains("listening"), "output: {output:?}");
+            Ok::<_, anyhow::Error>(())
+        })?;
+        container.stop(20)?;
+        assert_eq!(container.status()?.exit_code, 9);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_user_may_serve_low_ports_and_have_as_many_processes_as_root() -> Result<()> {
+    with_drupe(|node| {
+        let pod = node.run_pod("user")?;
+        let command = ["httpd", "-f", "-p", "80", "-h", "/etc"];
+        let mut config = pod.container_config("c", &command);
+        e2e::pod::security(&mut config).run_as_user = Some(Int64Value { value: 1000 });
+        let container = pod.start_with(config)?;
+        eventually("the server to answer", Duration::from_secs(10), || {
+            container.exec(&[
+                "wget",
+                "-q",
+                "-O",
+                "/dev/null",
+                "http://127.0.0.1:80/passwd",
+            ])
+        })?;
+        let ping = "/proc/sys/net/ipv4/ping_group_range";
+        assert_eq!(container.exec(&["cat", ping])?, "0\t2147483647");
+        let limits = container.exec(&["cat", "/proc/self/limits"])?;
+        let processes = limits
+            .lines()
+            .find(|line| line.starts_with("Max processes"));
+        let words: Vec<_> = processes.unwrap_or_default().split_whitespace().collect();
+        assert_eq!(words[2..4], ["unlimited", "unlimited"], "{limits}");
+        Ok(())
+    })
 }
 
 #[test]

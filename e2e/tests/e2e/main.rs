@@ -25,9 +25,11 @@ mod restart;
 mod restart_plugins;
 mod restart_sweep;
 mod runtime;
+mod seccomp;
 mod stats;
 mod streaming;
 mod userns;
+mod volumes;
 
 use std::time::{Duration, Instant};
 

@@ -8,8 +8,9 @@ use anyhow::{Context, Result, ensure};
 use cri_api::v1::*;
 use e2e::node::{BRIDGE, SUBNET_V4};
 use e2e::{Node, eventually, http};
+use tonic::Code;
 
-use crate::{shares_the_hosts_kernel, with_drupe, with_node};
+use crate::{refused, shares_the_hosts_kernel, with_drupe, with_node};
 
 const WEB_SERVER: &[&str] = &[
     "sh",
@@ -266,32 +267,63 @@ fn a_running_pod_can_be_removed_at_once() -> Result<()> {
 #[test]
 fn containers_see_each_others_processes_only_where_the_pod_asks_for_it() -> Result<()> {
     with_node(|node| {
-        for (mode, shared) in [
-            (NamespaceMode::Container, false),
-            (NamespaceMode::Pod, true),
-        ] {
-            let options = NamespaceOption {
+        let of = |mode: NamespaceMode| {
+            Some(NamespaceOption {
                 pid: mode.into(),
                 ..Default::default()
-            };
-            let mut config = node.pod_config(if shared { "shared" } else { "apart" });
+            })
+        };
+        let (apart, together) = (of(NamespaceMode::Container), of(NamespaceMode::Pod));
+        for (name, of_pod, of_containers, shared) in [
+            ("apart", &apart, &apart, false),
+            ("shared", &together, &together, true),
+            ("absent", &None, &None, true),
+            ("only-these", &apart, &together, true),
+        ] {
+            let mut config = node.pod_config(name);
             config.linux.get_or_insert_default().security_context =
                 Some(LinuxSandboxSecurityContext {
-                    namespace_options: Some(options.clone()),
+                    namespace_options: of_pod.clone(),
                     ..Default::default()
                 });
             let pod = node.run_pod_with(config)?;
             let start = |name: &str, command: &[&str]| {
                 let mut config = pod.container_config(name, command);
-                e2e::pod::security(&mut config).namespace_options = Some(options.clone());
+                e2e::pod::security(&mut config).namespace_options = of_containers.clone();
                 pod.start_with(config)
             };
             start("a", &["sleep", "98765"])?;
             let b = start("b", e2e::pod::IDLE)?;
             let processes = b.exec(&["ps", "-o", "pid,args"])?;
-            assert_eq!(processes.contains("sleep 98765"), shared, "{processes}");
+            assert_eq!(
+                processes.contains("sleep 98765"),
+                shared,
+                "{name}: {processes}"
+            );
+            // Nothing else of the guest is in sight.
+            let count = processes.lines().count();
+            ensure!(count <= 7, "{name}: {processes}");
             pod.remove()?;
         }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_pod_without_a_host_name_has_as_much_of_its_own_as_one_may_have() -> Result<()> {
+    with_drupe(|node| {
+        let name = format!("{}.tail", "n".repeat(62));
+        let mut config = node.pod_config(&name);
+        config.hostname.clear();
+        let container = node.run_pod_with(config)?.start_idle("c")?;
+        assert_eq!(container.exec(&["hostname"])?, "n".repeat(62));
+        let mut config = node.pod_config("given");
+        config.hostname = "h".repeat(65);
+        refused(
+            node.try_run_pod(config).map(|pod| pod.id),
+            Code::InvalidArgument,
+            &["config.hostname", "64 bytes"],
+        )?;
         Ok(())
     })
 }

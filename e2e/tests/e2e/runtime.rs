@@ -37,6 +37,10 @@ fn the_runtime_names_itself_its_handlers_and_its_cgroup_driver() -> Result<()> {
     }
     let handlers: Vec<_> = status.runtime_handlers.iter().map(|h| &h.name).collect();
     assert_eq!(handlers, ["microvm", ""]);
+    for handler in &status.runtime_handlers {
+        let features = handler.features.unwrap_or_default();
+        ensure!(features.recursive_read_only_mounts, "{handler:?}");
+    }
     let info = parsed(&status.info)?;
     assert_eq!(info["root"], json!(node.root()));
     assert_eq!(info["defaultRuntime"], "microvm");

@@ -10,7 +10,7 @@ use std::path::Path;
 use agent_api::{SCRATCH_SERIAL, SHARED_DIR, SHARED_TAG};
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
-use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use nix::unistd::{chdir, chroot};
 
 use crate::cgroup::{POD, ROOT};
@@ -46,8 +46,8 @@ pub enum BootError {
     },
     #[error("cannot expedite RCU")]
     Rcu(#[source] io::Error),
-    #[error("cannot raise the limit of open files")]
-    Files(#[source] Errno),
+    #[error("cannot raise the limits of open files and processes")]
+    Limits(#[source] Errno),
     #[error("cannot find the scratch disk")]
     Scratch(#[from] DiskError),
 }
@@ -60,9 +60,16 @@ pub fn mount_all() -> Result<()> {
     mount_kernel()?;
     expedite_rcu()?;
     enable_controllers()?;
-    setrlimit(Resource::RLIMIT_NOFILE, MAX_FILES, MAX_FILES_HARD).map_err(BootError::Files)?;
+    raise_limits()?;
     mount_shared()?;
     mount_scratch()
+}
+
+/// Those that containers get: one in a user namespace cannot raise its own.
+fn raise_limits() -> Result<()> {
+    setrlimit(Resource::RLIMIT_NOFILE, MAX_FILES, MAX_FILES_HARD)
+        .and_then(|()| setrlimit(Resource::RLIMIT_NPROC, RLIM_INFINITY, RLIM_INFINITY))
+        .map_err(BootError::Limits)
 }
 
 /// pivot_root(2) refuses to leave the initial ramfs, and each container has to

@@ -13,7 +13,9 @@ use super::Driver;
 use super::disks::{Disk, Disks, slots_of};
 use crate::context::now_nanos;
 use crate::record::{ContainerPhase, ContainerRecord, ExitReason, ExitRecord, PodPhase};
-use crate::spec::{self, ContainerSpec};
+use crate::seccomp::Profile;
+use crate::spec::{self, ContainerSpec, Mount, Seccomp};
+use crate::volumes::Bind;
 use crate::{Error, Result, id_mapping, ids, oci, volumes};
 
 /// Mounting waits for nothing unless a file system of the node hangs.
@@ -50,6 +52,7 @@ impl Driver {
         }
         id_mapping::check(self.record.spec.user_namespace, &spec)?;
         let slots = self.await_slots(&spec).await?;
+        let binds = self.plan_volumes(&spec).await?;
         let id = ids::new_id();
         let Disks { root, volumes } = self.lease_disks(&spec, &id, slots).await?;
         let lease = &root.lease;
@@ -86,6 +89,7 @@ impl Driver {
             exit: None,
             pid: 0,
             user: None,
+            binds,
             spec,
         };
         let log_file = record.log_file.clone();
@@ -133,13 +137,15 @@ impl Driver {
     ) -> Result<Option<agent_api::ContainerState>> {
         let lease = &root.lease;
         let (id, spec) = (record.id.as_str(), &record.spec);
+        let profile = seccomp_profile(spec).await?;
         let oci = oci::runtime_spec(
             spec,
             &lease.config,
             &self.record.spec.hostname,
-            &self.paths.guest_volumes(id),
+            &record.binds,
+            profile.as_ref(),
         )?;
-        self.bind_volumes(id, spec).await?;
+        self.bind_volumes(record).await?;
         let machine = self.machine_mut()?;
         if let Some(path) = &record.log_file {
             open_log(&mut machine.control, id, path).await?;
@@ -173,22 +179,38 @@ impl Driver {
         machine.agent.create(request).await
     }
 
-    /// A host path may be on a file system that hangs: not on a worker of the
-    /// runtime, and not for ever.
-    async fn bind_volumes(&self, id: &str, spec: &ContainerSpec) -> Result<()> {
-        let (stage, dir, mounts) = (
-            self.paths.stage.clone(),
-            self.paths.volumes(id),
-            spec.mounts.clone(),
-        );
-        let work = tokio::task::spawn_blocking(move || volumes::bind_all(&stage, &dir, &mounts));
-        match tokio::time::timeout(MOUNT_TIMEOUT, work).await {
-            Ok(joined) => joined.map_err(|_| Error::Stopping)?,
-            Err(_) => Err(Error::MountTimeout {
-                id: id.to_owned(),
-                seconds: MOUNT_TIMEOUT.as_secs(),
-            }),
+    async fn bind_volumes(&self, record: &ContainerRecord) -> Result<()> {
+        let (stage, shared) = (self.paths.stage.clone(), self.paths.shared.clone());
+        let (mounts, binds) = (node_volumes(&record.spec), record.binds.clone());
+        mounting(&record.spec, move || {
+            volumes::bind_all(&stage, &shared, &mounts, &binds)
+        })
+        .await
+    }
+
+    /// Which of the pod's binds a new container's volumes are, or what new
+    /// ones are to be.
+    async fn plan_volumes(&self, spec: &ContainerSpec) -> Result<Vec<Bind>> {
+        if spec.mounts.is_empty() {
+            return Ok(Vec::new());
         }
+        let there = self.containers.values().flat_map(|c| c.binds.clone());
+        let there: Vec<Bind> = there.collect();
+        let (mounts, uid) = (node_volumes(spec), self.record.spec.name.uid.clone());
+        mounting(spec, move || volumes::plan(&there, &mounts, &uid)).await
+    }
+
+    /// Frees the binds that no other container has.
+    fn unbind_volumes(&self, id: &str) -> Result<()> {
+        let Some(record) = self.containers.get(id) else {
+            return Ok(());
+        };
+        let others = || self.containers.values().filter(|c| c.id != id);
+        let is_others = |bind: &Bind| others().any(|c| c.binds.iter().any(|b| b.name == bind.name));
+        for bind in record.binds.iter().filter(|bind| !is_others(bind)) {
+            volumes::unbind(&self.paths.shared, bind)?;
+        }
+        Ok(())
     }
 
     /// Lets the guest free what a container that has ended holds there. Other
@@ -341,7 +363,7 @@ impl Driver {
             tracing::error!(container = id, error = %error.sentence(), "cannot record a removal");
         }
         self.free_guest_side(id).await?;
-        volumes::unbind_all(&self.paths.volumes(id))?;
+        self.unbind_volumes(id)?;
         if let Some(record) = self.containers.get(id) {
             self.release_disks(&record.spec, id).await?;
         }
@@ -374,6 +396,48 @@ impl Driver {
 
 fn holds_slots(record: &ContainerRecord) -> bool {
     slots_of(record).next().is_some()
+}
+
+/// Those that are bound into the pod's directory.
+fn node_volumes(spec: &ContainerSpec) -> Vec<Mount> {
+    spec::node_volumes(&spec.mounts).cloned().collect()
+}
+
+/// A host path may be on a file system that hangs: not on a worker of the
+/// runtime, and not for ever.
+async fn mounting<T: Send + 'static>(
+    spec: &ContainerSpec,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let work = tokio::task::spawn_blocking(work);
+    match tokio::time::timeout(MOUNT_TIMEOUT, work).await {
+        Ok(joined) => joined.map_err(|_| Error::Stopping)?,
+        Err(_) => Err(Error::MountTimeout {
+            container: spec.name.name.clone(),
+            seconds: MOUNT_TIMEOUT.as_secs(),
+        }),
+    }
+}
+
+/// The profile of the node that a container names, unless it is privileged:
+/// then no filter applies.
+async fn seccomp_profile(spec: &ContainerSpec) -> Result<Option<Profile>> {
+    let path = match &spec.security.seccomp {
+        Seccomp::Localhost(path) if !spec.security.privileged => path.clone(),
+        _ => return Ok(None),
+    };
+    let file = path.clone();
+    let work = tokio::task::spawn_blocking(move || Profile::read(&file));
+    match tokio::time::timeout(MOUNT_TIMEOUT, work).await {
+        Ok(joined) => joined
+            .map_err(|_| Error::Stopping)?
+            .map(Some)
+            .map_err(|source| Error::SeccompProfile { path, source }),
+        Err(_) => Err(Error::SeccompProfileTimeout {
+            path,
+            seconds: MOUNT_TIMEOUT.as_secs(),
+        }),
+    }
 }
 
 pub(crate) fn state_error(record: &ContainerRecord, needed: &'static str) -> Error {

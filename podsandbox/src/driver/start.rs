@@ -26,7 +26,7 @@ use crate::error::Step;
 use crate::machine::check_kernel;
 use crate::phase::PodEvent;
 use crate::record::{PhaseTime, PodNetworkRecord};
-use crate::{Error, Result, cgroup, network, scratch, volumes};
+use crate::{Error, Result, cgroup, network, scratch, sysctls, volumes};
 
 /// The console keeps its newest half of this.
 const CONSOLE_LIMIT_BYTES: u64 = 256 * 1024;
@@ -187,22 +187,24 @@ impl Driver {
             })
             .await?;
         let dns = network::guest_dns(self.record.spec.dns.as_ref(), &added.dns)?;
-        let request =
-            agent_api::ConfigureSandboxRequest {
-                time_unix_nanos: now_nanos(),
-                hostname: self.record.spec.hostname.clone(),
-                dns: Some(dns),
-                interface: Some(network::guest_interface(&interface)),
-                sysctls: self.record.spec.sysctls.clone().into_iter().collect(),
-                share_process_namespace: self.record.spec.share_process_namespace,
-                shm_bytes: 0,
-                user_namespace: self.record.spec.user_namespace.map(|ids| {
-                    agent_api::UserNamespace {
-                        host_id: ids.host_id,
-                        length: ids.length,
-                    }
-                }),
-            };
+        let user_namespace = self
+            .record
+            .spec
+            .user_namespace
+            .map(|ids| agent_api::UserNamespace {
+                host_id: ids.host_id,
+                length: ids.length,
+            });
+        let request = agent_api::ConfigureSandboxRequest {
+            time_unix_nanos: now_nanos(),
+            hostname: self.record.spec.hostname.clone(),
+            dns: Some(dns),
+            interface: Some(network::guest_interface(&interface)),
+            sysctls: sysctls::of_guest(&self.record.spec.sysctls),
+            share_process_namespace: self.record.spec.share_process_namespace,
+            shm_bytes: 0,
+            user_namespace,
+        };
         timeline
             .time(Step::Configure, booted.agent.configure(request))
             .await?;

@@ -11,6 +11,7 @@ use tokio::time::timeout;
 use super::create::SETUP_TIMEOUT;
 use super::launch::{self, LaunchError, Launched, PidNamespace};
 use super::plan::{Entry, Plan, Stdio, StringArray};
+use super::spec::Pids;
 use super::stdio::{self, Source, StdioError};
 use super::{Container, Containers, Error, Phase, next_exec, spec};
 use crate::cgroup::Cgroup;
@@ -138,11 +139,14 @@ impl Containers {
             // For the terminal's master to come.
             wait: wish.terminal,
         };
-        let pause = self.pause();
-        let pid = match (&pause, container.namespaces.pid) {
-            (_, true) => PidNamespace::Join(container.process.pidfd.as_fd()),
-            (Some(pause), false) => PidNamespace::Join(pause.pidfd()),
-            (None, false) => PidNamespace::Guest,
+        let pause;
+        let pid = match container.namespaces.pid {
+            Pids::Own => PidNamespace::Join(container.process.pidfd.as_fd()),
+            Pids::Shared => {
+                pause = self.share_pid_namespace()?;
+                PidNamespace::Join(pause.pidfd())
+            }
+            Pids::Guest => PidNamespace::Guest,
         };
         let process = launch::launch(plan, ours, pid, false, cgroup.dir().as_fd())?;
         let exit = self.inner.reaper.watch(process.pid);

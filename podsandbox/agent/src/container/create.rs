@@ -8,17 +8,20 @@ use std::time::Duration;
 
 use agent_api::{ContainerState, CreateContainerRequest, SHARED_DIR, User};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::stat::fstat;
 use tokio::sync::watch;
 use tokio::time::timeout;
 use tokio_vsock::VsockStream;
 
 use super::devices::{self, Guard};
 use super::launch::{self, PidNamespace};
+use super::mounts::MountError;
 use super::plan::{Entry, Plan, SeccompFilter, Stdio};
-use super::spec::{self, ContainerSpec};
+use super::spec::{self, ContainerSpec, Pids};
 use super::stdin::Stdin;
 use super::stdio::{self, Source};
 use super::user::Resolved;
+use super::volumes::Held;
 use super::{
     Container, Containers, Error, MAX_CONTAINERS, Outputs, Phase, Slot, State, StdioError, Vigil,
     check_id, seccomp, supervise, user,
@@ -159,11 +162,18 @@ impl Containers {
             }
         };
         let (ours, theirs) = launch::channel()?;
+        let shared = Path::new(SHARED_DIR);
+        let (sources, propagates) = spec.volumes();
+        let root = match propagates {
+            true => Some(fstat(&trees.root).map_err(MountError::Root)?.st_dev),
+            false => None,
+        };
+        let volumes = self.inner.volumes.hold(shared, sources, root);
         let plan = Plan {
             user: self.user().cloned(),
             entry: Entry::Create(Box::new(spec.root_setup(
                 trees,
-                Path::new(SHARED_DIR),
+                shared,
                 request.provide_etc_files,
                 self.user().map(|user| user.ids()),
             )?)),
@@ -174,16 +184,16 @@ impl Containers {
             wait: true,
         };
         let namespaces = spec.namespaces();
-        if self.user().is_some() && !namespaces.pid {
-            // The guest's own is not the user namespace's, which then could
-            // not mount a proc of it.
-            self.share_pid_namespace()?;
-        }
-        let pause = self.pause();
-        let pid = match (&pause, namespaces.pid) {
-            (_, true) => PidNamespace::New,
-            (Some(pause), false) => PidNamespace::Join(pause.pidfd()),
-            (None, false) => PidNamespace::Guest,
+        let pause;
+        let pid = match namespaces.pid {
+            Pids::Own => PidNamespace::New,
+            Pids::Guest if self.user().is_none() => PidNamespace::Guest,
+            // In a user namespace the guest's own will not do: it could not
+            // mount a proc of it.
+            Pids::Shared | Pids::Guest => {
+                pause = self.share_pid_namespace()?;
+                PidNamespace::Join(pause.pidfd())
+            }
         };
         let process = launch::launch(plan, ours, pid, true, cgroup.dir().as_fd())?;
         let exit = self.inner.reaper.watch(process.pid);
@@ -249,6 +259,7 @@ impl Containers {
                 outputs: tees,
                 ended,
                 upper: rootfs.upper(),
+                volumes,
             },
             vigil: Vigil { exit, pumps },
         })
@@ -267,6 +278,7 @@ impl Containers {
             outputs,
             ended,
             upper,
+            volumes,
         } = parts.container;
         let container = Arc::new(Container {
             id,
@@ -292,6 +304,7 @@ impl Containers {
             supervisor: Mutex::default(),
             execs: AtomicU64::new(0),
             fs_usage: FsUsage::new(upper),
+            volumes: Mutex::new(Some(volumes)),
         });
         let task = tokio::spawn(supervise(self.clone(), container.clone(), parts.vigil));
         *container
@@ -366,6 +379,7 @@ struct Draft {
     outputs: Outputs,
     ended: watch::Sender<bool>,
     upper: PathBuf,
+    volumes: Held,
 }
 
 struct Parts {

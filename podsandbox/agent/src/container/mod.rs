@@ -34,6 +34,7 @@ mod stdin;
 mod stdio;
 mod tee;
 mod user;
+mod volumes;
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
@@ -76,6 +77,7 @@ use stdin::Stdin;
 use stdio::StdioError;
 use tee::Tee;
 use user::UserError;
+use volumes::{Held, Volumes};
 
 /// A pod has tens of containers.
 const MAX_CONTAINERS: usize = 256;
@@ -136,6 +138,8 @@ pub enum Error {
     Resources(#[source] serde_json::Error),
     #[error(transparent)]
     Spec(#[from] SpecError),
+    #[error(transparent)]
+    Mount(#[from] MountError),
     #[error(transparent)]
     User(#[from] UserError),
     #[error(transparent)]
@@ -219,6 +223,8 @@ pub struct Container {
     supervisor: Mutex<Option<JoinHandle<()>>>,
     execs: AtomicU64,
     pub fs_usage: FsUsage,
+    /// None once it is being removed.
+    volumes: Mutex<Option<Held>>,
 }
 
 /// Where clients get a container's output from. A terminal has only the first.
@@ -310,6 +316,7 @@ struct Inner {
     seccomp: Mutex<Option<(oci_spec::runtime::LinuxSeccomp, Arc<SeccompFilter>)>>,
     /// The last guard of devices loaded, likewise.
     guard: Mutex<Option<Arc<Guard>>>,
+    volumes: Arc<Volumes>,
     execs: Arc<tokio::sync::Semaphore>,
     attached: Arc<tokio::sync::Semaphore>,
     sessions: Arc<Sessions>,
@@ -342,6 +349,7 @@ impl Containers {
                 pause: Mutex::default(),
                 seccomp: Mutex::default(),
                 guard: Mutex::default(),
+                volumes: Arc::default(),
                 execs: Arc::new(tokio::sync::Semaphore::new(MAX_EXECS)),
                 attached: Arc::new(tokio::sync::Semaphore::new(MAX_ATTACHED)),
                 sessions: Arc::default(),
@@ -398,17 +406,21 @@ impl Containers {
         self.inner.sessions.resize(token, width, height)
     }
 
-    /// Makes the PID namespace that the pod's containers share.
-    pub fn share_pid_namespace(&self) -> Result<(), Error> {
+    /// The PID namespace that the pod's containers share, made for the first
+    /// that asks.
+    pub fn share_pid_namespace(&self) -> Result<Arc<Pause>, Error> {
         let mut pause = self
             .inner
             .pause
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        if pause.is_none() {
-            *pause = Some(Arc::new(Pause::start(self.user().map(Arc::as_ref))?));
+        match &*pause {
+            Some(pause) => Ok(pause.clone()),
+            None => {
+                let started = Pause::start(self.user().map(Arc::as_ref))?;
+                Ok(pause.insert(Arc::new(started)).clone())
+            }
         }
-        Ok(())
     }
 
     /// All containers from now on are in `user`; the first call holds.
@@ -422,14 +434,6 @@ impl Containers {
 
     fn user(&self) -> Option<&Arc<UserNamespace>> {
         self.inner.user.get()
-    }
-
-    fn pause(&self) -> Option<Arc<Pause>> {
-        self.inner
-            .pause
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
     }
 
     /// A process that has ended is past signals: that is no error.
@@ -508,6 +512,9 @@ impl Containers {
             // Who waits for its end waits for nothing more.
             container.published.send_replace(true);
         }
+        // What it mounted of its own files for others to see holds its root.
+        let volumes = container.volumes.lock();
+        drop(volumes.unwrap_or_else(PoisonError::into_inner).take());
         rootfs.remove().await?;
         container.cgroup.remove()?;
         self.slots().remove(id);

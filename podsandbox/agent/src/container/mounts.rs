@@ -45,6 +45,8 @@ pub enum MountError {
         source_path: PathBuf,
         source: io::Error,
     },
+    #[error("cannot look at the container's root")]
+    Root(#[source] Errno),
 }
 
 /// Mount options taken apart.
@@ -233,7 +235,13 @@ pub fn prepare(
     })
 }
 
-fn is_bind(mount: &Mount) -> bool {
+/// Whether what the container mounts below it is for others to see.
+pub fn propagates(mount: &Mount) -> bool {
+    let mut options = mount.options().iter().flatten();
+    is_bind(mount) && options.any(|option| option == "shared" || option == "rshared")
+}
+
+pub fn is_bind(mount: &Mount) -> bool {
     mount.typ().as_deref() == Some("bind")
         || mount
             .options()
@@ -325,14 +333,20 @@ fn bind(
             .map_err(failed)?
         }
     };
+    // The copy of a volume is a peer of the volume, and so is all below it.
+    let propagation = MountAttr {
+        propagation: options.propagation,
+        ..MountAttr::default()
+    };
     let attr = MountAttr {
         set: options.flags,
         clear: options.clear,
-        propagation: options.propagation,
+        propagation: 0,
     };
-    let recursive = options.recursive_readonly;
-    if !attr.is_empty() {
-        sys::mount_setattr(tree.as_raw_fd(), c"", recursive, attr).map_err(failed)?;
+    for (attr, recursive) in [(propagation, true), (attr, options.recursive_readonly)] {
+        if !attr.is_empty() {
+            sys::mount_setattr(tree.as_raw_fd(), c"", recursive, attr).map_err(failed)?;
+        }
     }
     let directory = fstat(&tree).map_err(failed)?.st_mode & libc::S_IFMT == libc::S_IFDIR;
     Ok(MountStep {

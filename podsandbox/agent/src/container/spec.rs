@@ -1,7 +1,7 @@
 //! An OCI runtime spec (1.2) as the parts of a [`Plan`](super::plan::Plan).
 
 use std::ffi::CString;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use oci_spec::runtime::{
@@ -59,9 +59,22 @@ pub struct ContainerSpec {
 /// Which namespaces a container has of its own, beside its mount namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OwnNamespaces {
-    pub pid: bool,
+    pub pid: Pids,
     pub cgroup: bool,
 }
+
+/// Whose processes a container sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pids {
+    Own,
+    /// Those of all of the pod's containers that share theirs.
+    Shared,
+    /// All of the guest's, the agent among them.
+    Guest,
+}
+
+/// The guest's PID namespace, as a spec names one to be joined.
+const GUEST_PIDS: &str = "/proc/1/ns/pid";
 
 impl ContainerSpec {
     pub fn parse(json: &[u8]) -> Result<Self, SpecError> {
@@ -99,10 +112,14 @@ impl ContainerSpec {
             .linux()
             .as_ref()
             .and_then(|linux| linux.namespaces().as_ref());
-        let has = |kind| listed.is_some_and(|all| all.iter().any(|ns| ns.typ() == kind));
+        let find = |kind| listed.and_then(|all| all.iter().find(|ns| ns.typ() == kind));
         OwnNamespaces {
-            pid: has(LinuxNamespaceType::Pid),
-            cgroup: has(LinuxNamespaceType::Cgroup),
+            pid: match find(LinuxNamespaceType::Pid) {
+                None => Pids::Shared,
+                Some(pid) if pid.path().as_deref() == Some(Path::new(GUEST_PIDS)) => Pids::Guest,
+                Some(_) => Pids::Own,
+            },
+            cgroup: find(LinuxNamespaceType::Cgroup).is_some(),
         }
     }
 
@@ -140,6 +157,15 @@ impl ContainerSpec {
             .as_ref()
             .and_then(|linux| linux.devices().as_deref());
         (rules.unwrap_or_default(), files.unwrap_or_default())
+    }
+
+    /// Sources of its bind mounts, and whether what it mounts in one of them is
+    /// for others to see.
+    pub fn volumes(&self) -> (impl Iterator<Item = PathBuf>, bool) {
+        let mounts = self.spec.mounts().as_deref().unwrap_or_default();
+        let binds = mounts.iter().filter(|mount| mounts::is_bind(mount));
+        let sources = binds.filter_map(|mount| mount.source().clone());
+        (sources, mounts.iter().any(mounts::propagates))
     }
 
     /// The user of the spec, for requests that name none.
@@ -300,22 +326,36 @@ pub fn sysctl_path(name: &str) -> Option<String> {
     fine.then(|| format!("/proc/sys/{path}"))
 }
 
-/// The spec's limits. The agent's own of open files is not for containers:
-/// programs close every descriptor up to it one by one.
+/// The spec's limits, and ours where it has none. The agent's own of open files
+/// is not for containers: programs close every descriptor up to it one by one.
+/// The kernel's own of a user's processes is half of what fits into the guest's
+/// memory; what bounds a container is its cgroup.
 fn rlimits(process: &Process) -> Vec<Rlimit> {
-    const FILES: Rlimit = Rlimit {
-        resource: libc::RLIMIT_NOFILE,
-        soft: 1024,
-        hard: 1_048_576,
-    };
+    const DEFAULTS: [Rlimit; 2] = [
+        Rlimit {
+            resource: libc::RLIMIT_NOFILE,
+            soft: 1024,
+            hard: 1_048_576,
+        },
+        Rlimit {
+            resource: libc::RLIMIT_NPROC,
+            soft: libc::RLIM_INFINITY,
+            hard: libc::RLIM_INFINITY,
+        },
+    ];
     let asked = process.rlimits().iter().flatten().map(|limit| Rlimit {
         resource: resource(limit.typ()),
         soft: limit.soft(),
         hard: limit.hard(),
     });
     let mut limits: Vec<Rlimit> = asked.collect();
-    if !limits.iter().any(|limit| limit.resource == FILES.resource) {
-        limits.push(FILES);
+    for default in DEFAULTS {
+        if !limits
+            .iter()
+            .any(|limit| limit.resource == default.resource)
+        {
+            limits.push(default);
+        }
     }
     limits
 }
@@ -385,6 +425,38 @@ mod tests {
         for bad in ["", "..", "net/../../../etc/passwd", "/abs", "a..b"] {
             assert_eq!(sysctl_path(bad), None, "{bad}");
         }
+    }
+
+    #[test]
+    fn limits_of_the_spec_replace_ours() {
+        let process: Process = serde_json::from_str(
+            r#"{"cwd":"/","user":{"uid":0,"gid":0},
+                "rlimits":[{"type":"RLIMIT_NPROC","soft":5,"hard":6}]}"#,
+        )
+        .unwrap();
+        let limits = rlimits(&process);
+        let of = |resource| limits.iter().find(|limit| limit.resource == resource);
+        assert_eq!(of(libc::RLIMIT_NPROC).unwrap().hard, 6);
+        assert_eq!(of(libc::RLIMIT_NOFILE).unwrap().soft, 1024);
+        assert_eq!(limits.len(), 2);
+    }
+
+    #[test]
+    fn the_guests_processes_are_seen_only_by_name() {
+        let pids = |namespaces: &str| {
+            let spec = format!(
+                r#"{{"ociVersion":"1.2.0","process":{{"cwd":"/","args":["a"],
+                    "user":{{"uid":0,"gid":0}}}},"linux":{{"namespaces":{namespaces}}}}}"#
+            );
+            let spec = ContainerSpec::parse(spec.as_bytes()).unwrap();
+            spec.namespaces().pid
+        };
+        assert_eq!(pids(r#"[{"type":"mount"}]"#), Pids::Shared);
+        assert_eq!(pids(r#"[{"type":"pid"}]"#), Pids::Own);
+        let named = r#"[{"type":"pid","path":"/proc/1/ns/pid"}]"#;
+        assert_eq!(pids(named), Pids::Guest);
+        let other = r#"[{"type":"pid","path":"/proc/2/ns/pid"}]"#;
+        assert_eq!(pids(other), Pids::Own);
     }
 
     #[test]

@@ -111,7 +111,10 @@ fn noise(length: usize) -> Vec<u8> {
 fn watcher(root: &agent_api::RootDisk) -> Container {
     let capabilities = ["CAP_SYS_PTRACE", "CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH"];
     Container::sh("watcher", root, FOREVER)
-        .set("/linux/namespaces", json!([{ "type": "mount" }]))
+        .set(
+            "/linux/namespaces",
+            json!([{ "type": "mount" }, { "type": "pid", "path": "/proc/1/ns/pid" }]),
+        )
         .set(
             "/process/capabilities",
             json!({ "bounding": capabilities, "effective": capabilities, "permitted": capabilities }),
