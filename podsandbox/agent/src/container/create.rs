@@ -46,6 +46,8 @@ impl Drop for Reservation {
         if let Some(Slot::Creating) = slots.get(&self.id) {
             slots.remove(&self.id);
         }
+        drop(slots);
+        self.containers.inner.settled.notify_waiters();
     }
 }
 

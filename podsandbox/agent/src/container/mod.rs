@@ -47,7 +47,7 @@ use agent_api::container_state::Phase as ApiPhase;
 use agent_api::stream::{Stream, Token};
 use agent_api::{ContainerState, Event, Exit, OomKill, UpdateContainerRequest, event};
 use oci_spec::runtime::LinuxResources;
-use tokio::sync::{broadcast, oneshot, watch};
+use tokio::sync::{Notify, broadcast, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_vsock::VsockStream;
@@ -320,6 +320,8 @@ struct Inner {
     execs: Arc<tokio::sync::Semaphore>,
     attached: Arc<tokio::sync::Semaphore>,
     sessions: Arc<Sessions>,
+    /// Told when a container is created, or is not to be.
+    settled: Notify,
 }
 
 /// All containers of the pod. Cheap to clone.
@@ -353,6 +355,7 @@ impl Containers {
                 execs: Arc::new(tokio::sync::Semaphore::new(MAX_EXECS)),
                 attached: Arc::new(tokio::sync::Semaphore::new(MAX_ATTACHED)),
                 sessions: Arc::default(),
+                settled: Notify::new(),
             }),
         })
     }
@@ -370,6 +373,31 @@ impl Containers {
             Some(Slot::Ready(container)) => Ok(container.clone()),
             Some(Slot::Creating) | None => Err(Error::Unknown { id: id.to_owned() }),
         }
+    }
+
+    /// The container, once its creation is over. Who asked for that may have
+    /// gone: a daemon that was killed, and its successor removes what came of
+    /// it.
+    async fn settled(&self, id: &str) -> Result<Option<Arc<Container>>, Error> {
+        let settled = async {
+            loop {
+                let mut change = std::pin::pin!(self.inner.settled.notified());
+                // From here on none is missed.
+                change.as_mut().enable();
+                match self.slots().get(id) {
+                    Some(Slot::Ready(container)) => return Some(container.clone()),
+                    Some(Slot::Creating) => {}
+                    None => return None,
+                }
+                change.await;
+            }
+        };
+        let settled = timeout(create::SETUP_TIMEOUT, settled).await;
+        settled.map_err(|_| Error::Phase {
+            id: id.to_owned(),
+            phase: "being created",
+            wanted: "created",
+        })
     }
 
     pub fn all(&self) -> Vec<Arc<Container>> {
@@ -486,17 +514,8 @@ impl Containers {
 
     /// Kills what is left of a container and gives back all it had.
     pub async fn remove(&self, id: &str) -> Result<(), Error> {
-        let container = match self.get(id) {
-            Ok(container) => container,
-            Err(_) if self.slots().contains_key(id) => {
-                let phase = "being created";
-                return Err(Error::Phase {
-                    id: id.to_owned(),
-                    phase,
-                    wanted: "created",
-                });
-            }
-            Err(_) => return Ok(()),
+        let Some(container) = self.settled(id).await? else {
+            return Ok(());
         };
         let mut rootfs = container.rootfs.lock().await;
         container.cgroup.kill().await?;
