@@ -30,8 +30,8 @@ setup: ## Install the Debian packages, build the guest kernel and the test tools
 	@e2e/fetch-packages.sh out/debs
 
 build: ## Build the daemon, the VMM, the agent and the guest's initramfs into out/
-	@$(TIMED) "drupe and drupe-vmm" $(CARGO) build --release --workspace
-	@install -D -t out/bin $(TARGET_DIR)/release/drupe $(TARGET_DIR)/release/drupe-vmm
+	@$(TIMED) "drupe, drupe-vmm and drupe-shim" $(CARGO) build --release --workspace
+	@install -D -t out/bin $(addprefix $(TARGET_DIR)/release/,drupe drupe-vmm drupe-shim)
 	@$(TIMED) "agent and initramfs" deploy/initramfs/build.sh out/guest/initramfs
 
 demo: setup build ## Run one pod on its own kernel and show it; IMAGE=... takes any image this machine reaches

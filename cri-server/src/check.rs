@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
+use podsandbox::host::find_program;
 use podsandbox::machine::NodeFacts;
 
 use crate::config::Config;
@@ -42,6 +43,13 @@ pub fn report(config: &Config) -> bool {
         ),
     ];
     for (name, runtime) in &config.runtimes {
+        if let Some(program) = &runtime.oci {
+            rows.push((
+                format!("handler {name}"),
+                oci_runtime(name, program, config),
+            ));
+            continue;
+        }
         let decision = runtime.decide(&node);
         let found = format!("{}: {}", decision.machine, decision.why);
         let machine = match (decision.usable, decision.remedy) {
@@ -129,6 +137,44 @@ fn program(path: &Path, remedy: &str) -> Verdict {
             found: format!("{}: {error}", path.display()),
             remedy: remedy.to_owned(),
         },
+    }
+}
+
+/// Pods with a kernel of their own run without it.
+fn oci_runtime(handler: &str, program: &Path, config: &Config) -> Verdict {
+    let note = |found, remedy: String| Note { found, remedy };
+    let Some(path) = find_program(program) else {
+        let found = format!(
+            "{} is not there: no pod can share the host's kernel",
+            program.display()
+        );
+        let remedy = format!("install the package runc or crun, or set runtimes.{handler}.oci");
+        return note(found, remedy);
+    };
+    if find_program(&config.shim).is_none() {
+        let found = format!("{} is not there or not executable", config.shim.display());
+        return note(found, "install drupe's own files or set `shim`".to_owned());
+    }
+    let kinds = fs::read_to_string("/proc/filesystems").unwrap_or_default();
+    let missing: Vec<&str> = ["erofs", "overlay"]
+        .into_iter()
+        .filter(|kind| {
+            !kinds
+                .lines()
+                .any(|line| line.trim_start_matches("nodev").trim() == *kind)
+        })
+        .collect();
+    if missing.is_empty() {
+        Good(format!("host's kernel by {}", path.display()))
+    } else {
+        let missing = missing.join(", ");
+        let found = format!("{}; the kernel does not show {missing} yet", path.display());
+        note(
+            found,
+            format!(
+                "if it is a module it is loaded when needed; else pods on the host's kernel need a kernel with {missing}"
+            ),
+        )
     }
 }
 

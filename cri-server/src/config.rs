@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use podsandbox::config::RuntimeConfig;
+use podsandbox::config::{HostPods, RuntimeConfig};
 use serde::{Deserialize, Serialize};
 
 use crate::streaming::StreamingConfig;
@@ -20,6 +20,7 @@ pub struct Config {
     pub run_dir: PathBuf,
     pub log_level: LogLevel,
     pub vmm: PathBuf,
+    pub shim: PathBuf,
     pub uid_base: u32,
     pub default_runtime: String,
     pub runtimes: BTreeMap<String, RuntimeConfig>,
@@ -78,9 +79,13 @@ impl Default for Config {
             run_dir: "/run/drupe".into(),
             log_level: LogLevel::Info,
             vmm: "/usr/lib/drupe/drupe-vmm".into(),
+            shim: "/usr/lib/drupe/drupe-shim".into(),
             uid_base: 1_879_048_192,
             default_runtime: "microvm".to_owned(),
-            runtimes: BTreeMap::from([("microvm".to_owned(), RuntimeConfig::default())]),
+            runtimes: BTreeMap::from([
+                ("microvm".to_owned(), RuntimeConfig::default()),
+                (HostPods::HANDLER.to_owned(), RuntimeConfig::on_host("runc")),
+            ]),
             network: NetworkConfig::default(),
             streaming: StreamingConfig::default(),
             images: imagesvc::ImageServiceConfig::default(),
@@ -154,6 +159,37 @@ impl Config {
         }
         for (name, runtime) in &self.runtimes {
             let field = |key: &str| format!("runtimes.{name}.{key}");
+            if name == HostPods::REFUSE {
+                let why = "is what `host_namespaces` says instead of a handler's name";
+                return fail(&format!("runtimes.{name}"), why.to_owned());
+            }
+            if let Some(program) = &runtime.oci {
+                let alone = RuntimeConfig {
+                    oci: runtime.oci.clone(),
+                    ..RuntimeConfig::default()
+                };
+                if *runtime != alone {
+                    let why =
+                        "runs pods on the host's kernel: no other key has a meaning beside it";
+                    return fail(&field("oci"), why.to_owned());
+                }
+                if program.as_os_str().is_empty() {
+                    return fail(&field("oci"), "is empty".to_owned());
+                }
+                continue;
+            }
+            if let HostPods::Handler(fallback) = &runtime.host_namespaces
+                && fallback != HostPods::HANDLER
+                && self
+                    .runtimes
+                    .get(fallback)
+                    .is_none_or(|to| to.oci.is_none())
+            {
+                return fail(
+                    &field("host_namespaces"),
+                    format!("{fallback:?} is no handler with `oci` among runtimes"),
+                );
+            }
             if runtime.default_memory_mib < 64 {
                 return fail(
                     &field("default_memory_mib"),
@@ -253,6 +289,33 @@ mod tests {
                 error.contains(&format!("runtimes.microvm.{key}")),
                 "{error}"
             );
+        }
+        for (runtimes, field) in [
+            (
+                "h: {oci: runc, scratch_gib: 5}, microvm: {}",
+                "runtimes.h.oci",
+            ),
+            ("h: {oci: ''}, microvm: {}", "runtimes.h.oci"),
+            ("refuse: {oci: runc}, microvm: {}", "runtimes.refuse"),
+            (
+                "microvm: {host_namespaces: hsot}",
+                "runtimes.microvm.host_namespaces",
+            ),
+            (
+                "microvm: {host_namespaces: other}, other: {}",
+                "runtimes.microvm.host_namespaces",
+            ),
+        ] {
+            let error = load(&format!("runtimes: {{{runtimes}}}\n"));
+            let error = error.unwrap_err().to_string();
+            assert!(error.contains(field), "{error}");
+        }
+        for fine in [
+            "microvm: {}",
+            "microvm: {host_namespaces: refuse}",
+            "microvm: {host_namespaces: h}, h: {oci: /usr/bin/crun}",
+        ] {
+            load(&format!("runtimes: {{{fine}}}\n")).unwrap();
         }
         let error = load("streaming: {idle_timeout_seconds: 0}\n");
         let error = error.unwrap_err().to_string();

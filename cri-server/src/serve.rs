@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail};
 use cri_api::v1::image_service_server::ImageServiceServer;
 use cri_api::v1::runtime_service_server::RuntimeServiceServer;
 use imagesvc::ImageService;
+use podsandbox::config::Engine;
 use podsandbox::machine::NodeFacts;
 use podsandbox::{Network, NetworkOptions, PodManager};
 use tokio::net::{UnixListener, UnixStream};
@@ -122,6 +123,15 @@ async fn serve(config: Config) -> Result<()> {
 fn decide(config: &Config) -> BTreeMap<String, podsandbox::config::Runtime> {
     let node = NodeFacts::read();
     let runtimes = config.runtimes.iter().map(|(name, settings)| {
+        if let Some(program) = &settings.oci {
+            let found = podsandbox::host::find_program(program);
+            tracing::info!(handler = name, ?program, ?found, "handler on the host's kernel");
+            let runtime = podsandbox::config::Runtime {
+                settings: settings.clone(),
+                engine: Engine::Oci(program.clone()),
+            };
+            return (name.clone(), runtime);
+        }
         let decision = settings.decide(&node);
         let (machine, why) = (decision.machine, &decision.why);
         if decision.usable {
@@ -132,7 +142,7 @@ fn decide(config: &Config) -> BTreeMap<String, podsandbox::config::Runtime> {
         }
         let runtime = podsandbox::config::Runtime {
             settings: settings.clone(),
-            decision,
+            engine: Engine::Machine(decision),
         };
         (name.clone(), runtime)
     });
@@ -148,6 +158,7 @@ fn pod_config(
         run_dir: config.run_dir.clone(),
         netns_dir: config.network.netns_dir.clone(),
         vmm: config.vmm.clone(),
+        shim: config.shim.clone(),
         uid_base: config.uid_base,
         default_runtime: config.default_runtime.clone(),
         runtimes,

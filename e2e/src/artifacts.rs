@@ -35,6 +35,10 @@ pub fn vmm() -> Result<PathBuf> {
     artifact("bin/drupe-vmm", "build")
 }
 
+pub fn shim() -> Result<PathBuf> {
+    artifact("bin/drupe-shim", "build")
+}
+
 pub fn guest_kernel(machine: Machine) -> Result<PathBuf> {
     artifact(&format!("guest/kernel-{}", machine.name()), "setup")
 }

@@ -1,6 +1,10 @@
 //! The host's control group of a pod's VMM, below the one the kubelet made for
 //! the pod, so that limits, eviction and statistics see what the pod costs.
 //! Both hierarchies are served: v2, and v1 with one mount a controller.
+//!
+//! A pod on the host's kernel has its supervisor in a group below its own, and
+//! beside it one for each container, which the OCI runtime makes, in every
+//! hierarchy that there is.
 
 use std::fs;
 use std::io;
@@ -16,6 +20,8 @@ use crate::{Error, Result};
 const EMPTY_WITHIN: Duration = Duration::from_secs(5);
 const EMPTY_POLL: Duration = Duration::from_millis(5);
 const ROOT: &str = "/sys/fs/cgroup";
+/// Below a pod's group; no container has this name.
+const SUPERVISOR: &str = "supervisor";
 /// Where the VMMs of pods without a `cgroup_parent` are charged.
 pub const OWN_PARENT: &str = "/drupe";
 /// Another daemon may be removing a parent that is ours together.
@@ -27,13 +33,22 @@ const V1_CONTROLLERS: [&str; 5] = ["memory", "cpu", "cpuacct", "pids", "blkio"];
 /// Makes the group below `parent` in every hierarchy, and returns the files
 /// that take its process.
 pub fn make(parent: &Path, id: &str) -> Result<Vec<PathBuf>> {
+    make_all(&dirs_of(&group(parent, id)?))
+}
+
+/// Makes the group of a pod's supervisor, which has others beside it.
+pub fn make_for_supervisor(parent: &Path, id: &str) -> Result<Vec<PathBuf>> {
+    make_all(&dirs_of(&group(parent, id)?.join(SUPERVISOR)))
+}
+
+fn make_all(dirs: &[PathBuf]) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
-    for dir in dirs(parent, id)? {
+    for dir in dirs {
         let mut tries = 0;
-        while let Err(source) = fs::create_dir_all(&dir) {
+        while let Err(source) = fs::create_dir_all(dir) {
             tries += 1;
             if source.kind() != io::ErrorKind::NotFound || tries == MAKE_TRIES {
-                return Err(failed(&dir, source));
+                return Err(failed(dir, source));
             }
         }
         files.push(dir.join("cgroup.procs"));
@@ -43,7 +58,7 @@ pub fn make(parent: &Path, id: &str) -> Result<Vec<PathBuf>> {
 
 /// Removes the parent that is nobody else's, unless some pod is in it.
 pub fn remove_own_parent() {
-    for dir in dirs_of(Path::new(OWN_PARENT)) {
+    for dir in everywhere(Path::new(OWN_PARENT)) {
         match fs::remove_dir(&dir) {
             Ok(()) => {}
             Err(error)
@@ -60,24 +75,57 @@ pub fn remove_own_parent() {
     }
 }
 
-/// Kills what is left in the group and removes it; one that is gone, or could
-/// never have been made, is no error. A parent that was asked for is its
-/// maker's.
+/// Kills what is left in the group and below, and removes it all; one that is
+/// gone, or could never have been made, is no error. A parent that was asked
+/// for is its maker's.
 pub async fn remove(parent: &Path, id: &str) -> Result<()> {
     let deadline = Instant::now() + EMPTY_WITHIN;
-    for dir in dirs(parent, id).unwrap_or_default() {
+    let Ok(group) = group(parent, id) else {
+        return Ok(());
+    };
+    for dir in everywhere(&group) {
         loop {
-            match fs::remove_dir(&dir) {
+            match remove_tree(&dir) {
                 Ok(()) => break,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => break,
                 Err(source) if Instant::now() > deadline => return Err(failed(&dir, source)),
-                Err(_) => kill_all(&dir)?,
+                Err(_) => {
+                    for dir in tree(&dir) {
+                        kill_all(&dir)?;
+                    }
+                }
             }
             // v1 has no event for a group that became empty.
             tokio::time::sleep(EMPTY_POLL).await;
         }
     }
     Ok(())
+}
+
+/// The directory and those below it, parents first; what vanishes meanwhile is
+/// not there.
+fn tree(dir: &Path) -> Vec<PathBuf> {
+    let mut dirs = vec![dir.to_owned()];
+    let mut next = 0;
+    while let Some(dir) = dirs.get(next) {
+        let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+        let below = entries.filter(|entry| entry.file_type().is_ok_and(|t| t.is_dir()));
+        let below: Vec<PathBuf> = below.map(|entry| entry.path()).collect();
+        dirs.extend(below);
+        next += 1;
+    }
+    dirs
+}
+
+fn remove_tree(dir: &Path) -> io::Result<()> {
+    let mut outcome = Ok(());
+    for dir in tree(dir).iter().rev() {
+        match fs::remove_dir(dir) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => outcome = Err(error),
+            _ => {}
+        }
+    }
+    outcome
 }
 
 fn kill_all(dir: &Path) -> Result<()> {
@@ -98,7 +146,8 @@ fn kill_all(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-fn dirs(parent: &Path, id: &str) -> Result<Vec<PathBuf>> {
+/// The pod's group, from its hierarchy's root.
+pub fn group(parent: &Path, id: &str) -> Result<PathBuf> {
     if parent
         .components()
         .any(|part| !matches!(part, Component::RootDir | Component::Normal(_)))
@@ -108,14 +157,53 @@ fn dirs(parent: &Path, id: &str) -> Result<Vec<PathBuf>> {
             why: format!("{parent:?} is not an absolute path without '..'"),
         });
     }
-    Ok(dirs_of(&parent.join(format!("drupe-{id}"))))
+    Ok(parent.join(format!("drupe-{id}")))
+}
+
+/// Whether there is one hierarchy for all controllers.
+pub fn is_unified() -> bool {
+    Path::new(ROOT).join("cgroup.controllers").exists()
+}
+
+pub fn has_controller(name: &str) -> bool {
+    let root = Path::new(ROOT);
+    match fs::read_to_string(root.join("cgroup.controllers")) {
+        Ok(controllers) => controllers.split_whitespace().any(|c| c == name),
+        Err(_) => root.join(name).join("cgroup.procs").exists(),
+    }
+}
+
+/// Whether swap can be limited: kernels may be built or booted without.
+pub fn limits_swap() -> bool {
+    let root = Path::new(ROOT);
+    if !is_unified() {
+        return root.join("memory/memory.memsw.limit_in_bytes").exists();
+    }
+    // The root has no such file; of the groups below it one that has the
+    // memory controller tells.
+    let groups = fs::read_dir(root).into_iter().flatten().flatten();
+    let mut files = groups.map(|group| group.path().join("memory.swap.max"));
+    files.any(|file| file.exists())
+}
+
+/// The group in every hierarchy that is mounted, whoever made it there.
+fn everywhere(group: &Path) -> Vec<PathBuf> {
+    let root = Path::new(ROOT);
+    let below = group.strip_prefix("/").unwrap_or(group);
+    if is_unified() {
+        return vec![root.join(below)];
+    }
+    let mounted = fs::read_dir(root).into_iter().flatten().flatten();
+    let mounted = mounted.map(|entry| entry.path());
+    let hierarchies = mounted.filter(|dir| dir.join("cgroup.procs").exists());
+    hierarchies.map(|dir| dir.join(below)).collect()
 }
 
 /// The group in every hierarchy.
 fn dirs_of(group: &Path) -> Vec<PathBuf> {
     let below = group.strip_prefix("/").unwrap_or(group);
     let root = Path::new(ROOT);
-    let hierarchies = if root.join("cgroup.controllers").exists() {
+    let hierarchies = if is_unified() {
         vec![root.to_owned()]
     } else {
         let mounted = V1_CONTROLLERS.iter().map(|name| root.join(name));
@@ -158,6 +246,29 @@ mod tests {
         remove(parent, "p1").await.unwrap();
         for file in files {
             fs::remove_dir(file.parent().unwrap().parent().unwrap()).unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_below_a_group_goes_with_it() {
+        let parent = Path::new("/drupe-unit-test-below");
+        let files = make_for_supervisor(parent, "p2").unwrap();
+        // As an OCI runtime does, also where nothing is charged.
+        for dir in everywhere(&group(parent, "p2").unwrap()) {
+            fs::create_dir_all(dir.join("container/exec-1")).unwrap();
+        }
+        let mut child = std::process::Command::new("sleep")
+            .arg("1000")
+            .spawn()
+            .unwrap();
+        for file in &files {
+            let container = file.parent().unwrap().with_file_name("container");
+            fs::write(container.join("cgroup.procs"), child.id().to_string()).unwrap();
+        }
+        remove(parent, "p2").await.unwrap();
+        child.wait().unwrap();
+        for dir in everywhere(parent) {
+            fs::remove_dir(dir).unwrap();
         }
     }
 

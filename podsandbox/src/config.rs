@@ -7,10 +7,16 @@ use serde::{Deserialize, Serialize};
 use vmm_client::{HugePages, RateLimit, UmlMode};
 
 use crate::machine::Decision;
+use crate::spec::HostNamespaces;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RuntimeConfig {
+    /// The OCI runtime, by name or path, that runs this handler's pods on the
+    /// host's kernel. Nothing else is stated beside it.
+    pub oci: Option<PathBuf>,
+    /// What becomes of pods that share namespaces of the host.
+    pub host_namespaces: HostPods,
     pub machine: MachineChoice,
     /// How `uml` confines the guest's processes.
     pub uml_mode: UmlMode,
@@ -46,6 +52,8 @@ pub struct RuntimeConfig {
 impl Default for RuntimeConfig {
     fn default() -> Self {
         Self {
+            oci: None,
+            host_namespaces: HostPods::default(),
             machine: MachineChoice::Auto,
             uml_mode: UmlMode::Seccomp,
             kernel: "/usr/lib/drupe/kernel-{machine}".into(),
@@ -65,6 +73,59 @@ impl Default for RuntimeConfig {
     }
 }
 
+impl RuntimeConfig {
+    /// A handler of pods on the host's kernel.
+    #[must_use]
+    pub fn on_host(program: &str) -> Self {
+        Self {
+            oci: Some(program.into()),
+            ..Self::default()
+        }
+    }
+}
+
+/// What becomes of pods that a handler of machines cannot run, because they
+/// share namespaces of the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "String", into = "String")]
+pub enum HostPods {
+    Refuse,
+    /// They go to this handler.
+    Handler(String),
+}
+
+impl HostPods {
+    /// No handler can have this name.
+    pub const REFUSE: &str = "refuse";
+    /// The handler that the default names.
+    pub const HANDLER: &str = "host";
+}
+
+impl Default for HostPods {
+    fn default() -> Self {
+        Self::Handler(Self::HANDLER.to_owned())
+    }
+}
+
+impl From<String> for HostPods {
+    fn from(text: String) -> Self {
+        if text == Self::REFUSE {
+            Self::Refuse
+        } else {
+            Self::Handler(text)
+        }
+    }
+}
+
+impl From<HostPods> for String {
+    fn from(pods: HostPods) -> Self {
+        match pods {
+            HostPods::Refuse => HostPods::REFUSE.to_owned(),
+            HostPods::Handler(name) => name,
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum MachineChoice {
@@ -77,8 +138,17 @@ pub enum MachineChoice {
 #[derive(Clone, Debug, Serialize)]
 pub struct Runtime {
     pub settings: RuntimeConfig,
-    /// Its machine and its kernel.
-    pub decision: Decision,
+    pub engine: Engine,
+}
+
+/// What runs a handler's pods.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Engine {
+    /// A machine and its kernel.
+    Machine(Decision),
+    /// An OCI runtime's program, on the host's kernel.
+    Oci(PathBuf),
 }
 
 /// Where pods live on this node.
@@ -90,6 +160,8 @@ pub struct Config {
     pub run_dir: PathBuf,
     pub netns_dir: PathBuf,
     pub vmm: PathBuf,
+    /// The supervisor of pods on the host's kernel.
+    pub shim: PathBuf,
     /// First of the 65,536 uids and gids that VMMs run under.
     pub uid_base: u32,
     pub default_runtime: String,
@@ -111,5 +183,110 @@ impl Config {
                 name: name.to_owned(),
                 known: self.runtimes.keys().cloned().collect::<Vec<_>>().join(", "),
             })
+    }
+
+    /// The handler for a pod that asks for `handler` and shares these
+    /// namespaces of the host.
+    pub fn runtime_for(
+        &self,
+        handler: &str,
+        wanted: HostNamespaces,
+    ) -> crate::Result<(&str, &Runtime)> {
+        let (name, runtime) = self.runtime(handler)?;
+        if !wanted.any() || matches!(runtime.engine, Engine::Oci(_)) {
+            return Ok((name, runtime));
+        }
+        let handler = || name.to_owned();
+        match &runtime.settings.host_namespaces {
+            HostPods::Refuse => Err(crate::Error::HostNamespacesRefused {
+                handler: handler(),
+                wanted,
+            }),
+            HostPods::Handler(fallback) => match self.runtimes.get_key_value(fallback) {
+                Some((name, runtime)) if matches!(runtime.engine, Engine::Oci(_)) => {
+                    Ok((name, runtime))
+                }
+                _ => Err(crate::Error::NoHostHandler {
+                    handler: handler(),
+                    fallback: fallback.clone(),
+                    wanted,
+                }),
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use vmm_client::Machine;
+
+    use super::*;
+    use crate::Error;
+
+    fn config(host_namespaces: HostPods, with_host: bool) -> Config {
+        let machine = Engine::Machine(Decision {
+            machine: Machine::Kvm,
+            kernel: "/kernel".into(),
+            why: String::new(),
+            remedy: None,
+            usable: true,
+        });
+        let microvm = Runtime {
+            settings: RuntimeConfig {
+                host_namespaces,
+                ..RuntimeConfig::default()
+            },
+            engine: machine,
+        };
+        let host = Runtime {
+            settings: RuntimeConfig::on_host("runc"),
+            engine: Engine::Oci("runc".into()),
+        };
+        let mut runtimes = BTreeMap::from([("microvm".to_owned(), microvm)]);
+        if with_host {
+            runtimes.insert(HostPods::HANDLER.to_owned(), host);
+        }
+        let path = |name: &str| Path::new("/").join(name);
+        Config {
+            root: path("root"),
+            run_dir: path("run"),
+            netns_dir: path("netns"),
+            vmm: path("vmm"),
+            shim: path("shim"),
+            uid_base: 1,
+            default_runtime: "microvm".to_owned(),
+            runtimes,
+        }
+    }
+
+    #[test]
+    fn only_a_pod_of_the_hosts_namespaces_falls_to_the_hosts_handler() {
+        let wanted = HostNamespaces {
+            network: true,
+            ..HostNamespaces::default()
+        };
+        let chosen = |config: &Config, handler: &str, wanted| {
+            let chosen = config.runtime_for(handler, wanted);
+            chosen.map(|(name, _)| name.to_owned())
+        };
+        let usual = config(HostPods::default(), true);
+        assert_eq!(
+            chosen(&usual, "", HostNamespaces::default()).unwrap(),
+            "microvm"
+        );
+        assert_eq!(chosen(&usual, "", wanted).unwrap(), "host");
+        assert_eq!(chosen(&usual, "microvm", wanted).unwrap(), "host");
+        let own = HostNamespaces::default();
+        assert_eq!(chosen(&usual, "host", own).unwrap(), "host");
+        let refused = chosen(&config(HostPods::Refuse, true), "", wanted).unwrap_err();
+        assert!(matches!(refused, Error::HostNamespacesRefused { .. }));
+        let missing = chosen(&config(HostPods::default(), false), "", wanted).unwrap_err();
+        let text = missing.sentence();
+        assert!(
+            text.contains("network") && text.contains("\"host\""),
+            "{text}"
+        );
     }
 }

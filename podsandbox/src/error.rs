@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::seccomp::ProfileError;
+use crate::spec::HostNamespaces;
 
 /// How a caller should take an [`Error`]; maps one to one onto gRPC codes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,6 +16,7 @@ pub enum ErrorKind {
     ResourceExhausted,
     DeadlineExceeded,
     Unavailable,
+    Unimplemented,
     Internal,
 }
 
@@ -31,6 +33,7 @@ pub enum Step {
     Boot,
     Redirect,
     Configure,
+    Supervisor,
 }
 
 impl std::fmt::Display for Step {
@@ -43,6 +46,7 @@ impl std::fmt::Display for Step {
             Self::Boot => "boot",
             Self::Redirect => "redirect",
             Self::Configure => "configure",
+            Self::Supervisor => "supervisor",
         })
     }
 }
@@ -65,6 +69,42 @@ pub enum Error {
     },
     #[error("runtime handler {name:?} is not configured; configured: {known}")]
     UnknownHandler { name: String, known: String },
+    #[error(
+        "handler {handler:?} refuses pods that share the host's namespaces ({wanted}): \
+         name a handler with `oci` in a RuntimeClass, or set runtimes.{handler}.host_namespaces"
+    )]
+    HostNamespacesRefused {
+        handler: String,
+        wanted: HostNamespaces,
+    },
+    #[error(
+        "pods of handler {handler:?} that share the host's namespaces ({wanted}) fall to handler \
+         {fallback:?}, which is not configured: add it to runtimes with `oci: runc`"
+    )]
+    NoHostHandler {
+        handler: String,
+        fallback: String,
+        wanted: HostNamespaces,
+    },
+    #[error(
+        "handler {handler:?} needs the OCI runtime {program:?}, which is not there: \
+         install the package runc or crun, or set runtimes.{handler}.oci"
+    )]
+    NoOciRuntime { handler: String, program: PathBuf },
+    #[error("{field}: {what} is not supported in a pod with its own kernel")]
+    NotInMicroVm { field: String, what: &'static str },
+    #[error("{field}: {what} is not there for a pod on the host's kernel")]
+    NotOnHost { field: String, what: &'static str },
+    #[error(
+        "config.mounts[{container_path}].recursive_read_only: the OCI runtime {program:?} cannot do it, \
+         or the host's kernel is older than Linux 5.12"
+    )]
+    NoRecursiveReadOnly {
+        container_path: String,
+        program: PathBuf,
+    },
+    #[error("the host's kernel has no EROFS, which image layers are: load the module erofs")]
+    NoErofs,
     #[error("pod sandbox {id} is not ready: {state}")]
     PodNotReady { id: String, state: String },
     #[error("container {id} is {state}, {needed}")]
@@ -101,11 +141,29 @@ pub enum Error {
         taken: usize,
         needed: usize,
     },
+    #[error(
+        "pod sandbox {id} has {max} images of containers and image volumes at most, \
+         {taken} of them taken, and the container needs {needed}"
+    )]
+    TooManyImages {
+        id: String,
+        max: u32,
+        taken: usize,
+        needed: usize,
+    },
     /// In the words that the kubelet looks for.
     #[error("ImageVolumeMountFailed: config.mounts[{container_path}].image")]
     ImageVolume {
         container_path: String,
         source: Box<imagesvc::Error>,
+    },
+    /// Likewise.
+    #[error("ImageVolumeMountFailed: {container_path}: image_sub_path {sub_path:?}")]
+    ImageSubPath {
+        container_path: String,
+        sub_path: String,
+        #[source]
+        source: io::Error,
     },
     #[error("mount source {path:?}")]
     MountSource {
@@ -148,6 +206,8 @@ pub enum Error {
     BootTimeout { seconds: u64, console: String },
     #[error("the virtual machine ended: {}", on_one_line(.0))]
     VmEnded(String),
+    #[error("the pod's supervisor ended: {0}")]
+    SupervisorEnded(String),
     #[error("the pod is being stopped")]
     Stopping,
     #[error("the agent refused {call}: {message}")]
@@ -212,16 +272,32 @@ impl Error {
             Self::PodNotReady { .. }
             | Self::ContainerState { .. }
             | Self::MachineTooSmall { .. }
-            | Self::Kvm(_) => ErrorKind::FailedPrecondition,
+            | Self::Kvm(_)
+            | Self::HostNamespacesRefused { .. }
+            | Self::NoHostHandler { .. }
+            | Self::NoOciRuntime { .. }
+            | Self::NotOnHost { .. }
+            | Self::NoRecursiveReadOnly { .. }
+            | Self::NoErofs => ErrorKind::FailedPrecondition,
+            Self::NotInMicroVm { .. } => ErrorKind::Unimplemented,
             Self::Start { source, .. } => source.kind(),
-            Self::NoDiskSlot { .. } => ErrorKind::ResourceExhausted,
+            Self::NoDiskSlot { .. } | Self::TooManyImages { .. } => ErrorKind::ResourceExhausted,
             Self::NoNetwork(_) => ErrorKind::Unavailable,
-            Self::MountSource { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+            Self::MountSource { source, .. }
+                if matches!(
+                    source.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::InvalidInput
+                ) =>
+            {
                 ErrorKind::InvalidArgument
             }
             Self::LogFile { source, .. } if source.kind() == io::ErrorKind::NotFound => {
                 ErrorKind::InvalidArgument
             }
+            Self::ImageSubPath { source, .. } => match source.kind() {
+                io::ErrorKind::NotFound => ErrorKind::NotFound,
+                _ => ErrorKind::InvalidArgument,
+            },
             Self::SeccompProfile { source, .. } => match source {
                 ProfileError::Read(error) if error.kind() == io::ErrorKind::NotFound => {
                     ErrorKind::NotFound

@@ -1,4 +1,4 @@
-//! Pods as microVMs.
+//! Pods as microVMs, and those that share the host's kernel ([`host`]).
 //!
 //! [`PodManager`] is the door: it names pods and containers, finds them, and
 //! hands requests to the pod's [`driver`] task, the only owner of its mutable
@@ -13,6 +13,7 @@ mod context;
 mod driver;
 mod error;
 pub mod events;
+pub mod host;
 mod id_mapping;
 mod ids;
 pub mod machine;

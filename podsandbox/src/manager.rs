@@ -16,18 +16,18 @@ use netns::cni::Collection;
 use tokio::net::UnixStream;
 use tokio::sync::Semaphore;
 
-use crate::config::Config;
+use crate::config::{Config, Engine};
 use crate::context::{Context, now_nanos};
 use crate::driver::{Command, Driver, Handle, max_vcpus};
 use crate::events::Events;
 use crate::network::Network;
-use crate::record::{ContainerPhase, ContainerRecord, PodPhase, PodRecord};
+use crate::record::{ContainerPhase, ContainerRecord, PodKind, PodPhase, PodRecord};
 use crate::session::{AttachOptions, ExecOptions, Session};
 use crate::sizing::Bounds;
 use crate::snapshot::PodSnapshot;
 use crate::spec::{ContainerSpec, PodName, PodSpec};
 use crate::store::Store;
-use crate::{AgentClient, Error, Result, cgroup, ids, signals, sizing};
+use crate::{AgentClient, Error, Result, cgroup, host, ids, signals, sizing};
 
 /// What ExecSync returns of each stream at most; the field's runtimes agree.
 const EXEC_OUTPUT_LIMIT: usize = 16 << 20;
@@ -206,9 +206,33 @@ impl PodManager {
     /// One look at the names and, if the name is free, its reservation, under
     /// one lock: of two requests for a name one begins and the other joins.
     fn join_or_begin(&self, spec: &PodSpec, since: Instant) -> Result<Claim> {
-        let (handler, runtime) = self.context.config.runtime(&spec.handler)?;
-        let bounds = Bounds::of_this_node(max_vcpus(runtime));
-        let size = sizing::size(&runtime.settings, &spec.resources, &spec.overhead, bounds);
+        let config = &self.context.config;
+        let (handler, runtime) = config.runtime_for(&spec.handler, spec.host_namespaces)?;
+        let (kind, size) = match &runtime.engine {
+            Engine::Machine(decision) => {
+                let bounds = Bounds::of_this_node(max_vcpus(decision));
+                let (asked, overhead) = (&spec.resources, &spec.overhead);
+                let size = sizing::size(&runtime.settings, asked, overhead, bounds);
+                (PodKind::MicroVm, size)
+            }
+            Engine::Oci(_) if spec.user_namespace.is_some() => {
+                return Err(Error::NotOnHost {
+                    field: "config.linux.security_context.namespace_options.userns_options"
+                        .to_owned(),
+                    what: "a user namespace of the pod's own",
+                });
+            }
+            // Looked for each time: it may be installed any time.
+            Engine::Oci(program) => match host::find_program(program) {
+                Some(_) => (PodKind::Host, sizing::VmSize::default()),
+                None => {
+                    return Err(Error::NoOciRuntime {
+                        handler: handler.to_owned(),
+                        program: program.clone(),
+                    });
+                }
+            },
+        };
         let mut pods = self.pods();
         pods.retain(|_, handle| !handle.snapshot.borrow().gone);
         let taken = pods.iter().find(|(_, handle)| {
@@ -233,6 +257,7 @@ impl PodManager {
         let record = PodRecord {
             id: id.clone(),
             handler: handler.to_owned(),
+            kind,
             phase: PodPhase::Reserved,
             created_at_nanos: now_nanos(),
             uid: free_uid(self.context.config.uid_base, &pods)?,

@@ -87,7 +87,7 @@ pub fn runtime_spec(
     spec: &ContainerSpec,
     image: &ImageConfiguration,
     hostname: &str,
-    binds: &[Bind],
+    volumes: Vec<Mount>,
     profile: Option<&Profile>,
 ) -> Result<Spec> {
     let config = image.config().clone().unwrap_or_default();
@@ -157,7 +157,7 @@ pub fn runtime_spec(
                 .build()?,
         )
         .process(process)
-        .mounts(mounts(spec, binds)?)
+        .mounts(mounts(spec, volumes)?)
         .linux(linux)
         .build()?)
 }
@@ -273,7 +273,7 @@ fn known_capability(name: &str, list: &str) -> Result<Capability> {
 
 /// The kernel's file systems a container finds, then its volumes, parents
 /// before children.
-fn mounts(spec: &ContainerSpec, binds: &[Bind]) -> Result<Vec<Mount>> {
+fn mounts(spec: &ContainerSpec, mut volumes: Vec<Mount>) -> Result<Vec<Mount>> {
     let sys_mode = if spec.security.privileged { "rw" } else { "ro" };
     let mut mounts = vec![
         kernel_mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"])?,
@@ -315,7 +315,16 @@ fn mounts(spec: &ContainerSpec, binds: &[Bind]) -> Result<Vec<Mount>> {
             &["nosuid", "noexec", "nodev", "relatime", sys_mode],
         )?,
     ];
-    // Binds and images are numbered as they came, before they are put in order.
+    volumes.sort_by_key(|volume| volume.destination().components().count());
+    for volume in volumes {
+        mounts.retain(|mount| mount.destination() != volume.destination());
+        mounts.push(volume);
+    }
+    Ok(mounts)
+}
+
+/// What the agent is to mount for `spec`, whose volumes of the node are `binds`.
+pub fn guest_volumes(spec: &ContainerSpec, binds: &[Bind]) -> Result<Vec<Mount>> {
     let (mut binds, mut images) = (binds.iter(), 0);
     let mut volumes = Vec::with_capacity(spec.mounts.len());
     for volume in &spec.mounts {
@@ -327,18 +336,15 @@ fn mounts(spec: &ContainerSpec, binds: &[Bind]) -> Result<Vec<Mount>> {
                 path: volume.host_path.clone(),
                 source: std::io::ErrorKind::NotFound.into(),
             })?;
-            volumes.push(bind_mount(volume, bind)?);
+            let source = Path::new(agent_api::SHARED_DIR).join(&bind.name);
+            volumes.push(bind_mount(volume, &source, bind.guest_option(volume))?);
         }
     }
-    volumes.sort_by_key(|volume| volume.destination().components().count());
-    for volume in volumes {
-        mounts.retain(|mount| mount.destination() != volume.destination());
-        mounts.push(volume);
-    }
-    Ok(mounts)
+    Ok(volumes)
 }
 
-fn bind_mount(volume: &crate::spec::Mount, bind: &Bind) -> Result<Mount> {
+/// `access`: the option that says what of it may be written.
+pub fn bind_mount(volume: &crate::spec::Mount, source: &Path, access: &str) -> Result<Mount> {
     let propagation = match volume.propagation {
         Propagation::Private => "rprivate",
         Propagation::HostToContainer => "rslave",
@@ -346,12 +352,12 @@ fn bind_mount(volume: &crate::spec::Mount, bind: &Bind) -> Result<Mount> {
     };
     Ok(MountBuilder::default()
         .destination(&volume.container_path)
-        .source(Path::new(agent_api::SHARED_DIR).join(&bind.name))
+        .source(source)
         .typ("bind")
         .options(vec![
             "rbind".to_owned(),
             propagation.to_owned(),
-            bind.guest_option(volume).to_owned(),
+            access.to_owned(),
         ])
         .build()?)
 }

@@ -131,7 +131,11 @@ fn a_volume_replaces_what_is_mounted_at_its_place_and_parents_come_first() {
         mounts: vec![volume("/a/b"), volume("/a"), volume("/dev/mqueue")],
         ..container()
     };
-    let mounts = mounts(&spec, &[bind("b"), bind("a"), bind("m")]).unwrap();
+    let mounts = mounts(
+        &spec,
+        guest_volumes(&spec, &[bind("b"), bind("a"), bind("m")]).unwrap(),
+    )
+    .unwrap();
     let at = |path: &str| {
         mounts
             .iter()
@@ -174,7 +178,7 @@ fn image_volumes_are_numbered_apart_from_the_nodes() {
         ],
         ..container()
     };
-    let mounts = mounts(&spec, &[bind("b")]).unwrap();
+    let mounts = mounts(&spec, guest_volumes(&spec, &[bind("b")]).unwrap()).unwrap();
     let at = |path: &str| {
         let mount = mounts.iter().find(|m| m.destination() == Path::new(path));
         let mount = mount.unwrap();
@@ -215,7 +219,7 @@ fn a_profile_of_the_node_holds_unless_the_container_is_privileged() {
         };
         let profile = (!privileged).then_some(&profile);
         let image = ImageConfiguration::default();
-        let oci = runtime_spec(&spec, &image, "h", &[], profile).unwrap();
+        let oci = runtime_spec(&spec, &image, "h", Vec::new(), profile).unwrap();
         oci.linux().clone().unwrap().seccomp().clone()
     };
     let rules = seccomp(false).unwrap().syscalls().clone().unwrap();

@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use crate::config::Config;
+use crate::host::rootfs::Place;
 
 /// Unix socket paths hold 107 bytes; a 64-digit id would use most of them.
 const DIR_ID_DIGITS: usize = 16;
@@ -25,6 +26,10 @@ pub struct PodPaths {
     pub scratch: PathBuf,
     pub netns_name: String,
     pub netns: PathBuf,
+    /// Of a pod on the host's kernel: what its containers' /dev/shm is.
+    pub shm: PathBuf,
+    /// There, what its containers write.
+    pub writable: PathBuf,
 }
 
 impl PodPaths {
@@ -42,9 +47,21 @@ impl PodPaths {
             shared: dir.join("shared"),
             stage: dir.join("stage"),
             scratch: config.root.join("scratch").join(format!("{short}.ext4")),
+            writable: config.root.join("scratch").join(short),
+            shm: dir.join("shm"),
             netns: config.netns_dir.join(&netns_name),
             netns_name,
             dir,
+        }
+    }
+
+    /// Where a container's root is made on the host's kernel.
+    #[must_use]
+    pub fn place(&self, container: &str) -> Place {
+        let short = &container[..container.len().min(DIR_ID_DIGITS)];
+        Place {
+            bundle: self.dir.join("c").join(short),
+            writable: self.writable.join(short),
         }
     }
 }

@@ -19,12 +19,14 @@ pub struct PodRecord {
     pub spec: PodSpec,
     /// The configured handler that serves it.
     pub handler: String,
+    #[serde(default)]
+    pub kind: PodKind,
     pub phase: PodPhase,
     pub created_at_nanos: i64,
-    /// Uid and gid of the pod's VMM.
+    /// Uid and gid of the pod's VMM, where it has one.
     pub uid: u32,
     pub vcpus: u32,
-    /// What the guest is to have now.
+    /// What the guest is to have now; 0 where there is none.
     pub memory_mib: u32,
     /// What its machine was started with: it cannot have more. 0 in a record
     /// of a version that knew no difference.
@@ -33,7 +35,7 @@ pub struct PodRecord {
     /// The control group the VMM is put below; none: the daemon's own.
     pub cgroup: Option<PathBuf>,
     pub network: Option<PodNetworkRecord>,
-    /// Process id of the VMM on the host, for people and statistics.
+    /// Process id of the VMM, or of the supervisor, on the host.
     pub vmm_pid: Option<u32>,
     /// Why the pod is not ready any more, when nobody asked for that.
     pub failure: Option<String>,
@@ -51,6 +53,17 @@ impl PodRecord {
     pub fn balloon_mib(&self) -> u32 {
         self.machine_mib() - self.memory_mib
     }
+}
+
+/// What a pod's containers run on. It does not change with the configuration.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PodKind {
+    /// A kernel of the pod's own.
+    #[default]
+    MicroVm,
+    /// The host's kernel, by an OCI runtime.
+    Host,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -90,9 +103,10 @@ pub struct ContainerRecord {
     /// The image as people name it.
     pub image_name: String,
     pub phase: ContainerPhase,
-    /// The disk slot its image is attached to, until it has ended.
+    /// The disk slot its image is attached to, until it has ended; on the
+    /// host's kernel only a number for as long as its root is mounted.
     pub slot: Option<u32>,
-    /// Those of its image volumes.
+    /// Those of its image volumes, likewise.
     #[serde(default)]
     pub volume_slots: Vec<u32>,
     /// What StopContainer sends first: asked for, or the image's.
@@ -105,7 +119,8 @@ pub struct ContainerRecord {
     pub pid: u32,
     pub user: Option<ResolvedUser>,
     /// What each of its mounts is bound from; others of the pod's containers
-    /// may have the same. Freed with the last record that has it.
+    /// may have the same. Freed with the last record that has it. None on the
+    /// host's kernel, where mounts are the node's own paths.
     #[serde(default)]
     pub binds: Vec<Bind>,
 }

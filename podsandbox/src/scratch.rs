@@ -127,16 +127,27 @@ pub fn usage(dir: &Path) -> Result<(u64, u64)> {
     /// `st_blocks` counts in these, whatever the file system's own are.
     const BLOCK: u64 = 512;
     let (mut bytes, mut files) = (0, 0);
-    for entry in fs::read_dir(dir).map_err(|e| failed(dir, e))? {
-        let entry = entry.map_err(|e| failed(dir, e))?;
-        match entry.metadata() {
-            Ok(metadata) => {
-                bytes += metadata.blocks() * BLOCK;
-                files += 1;
+    // What pods on the host's kernel write is a tree of files.
+    let mut dirs = vec![dir.to_owned()];
+    while let Some(dir) = dirs.pop() {
+        let entries = match fs::read_dir(&dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            entries => entries.map_err(|e| failed(&dir, e))?,
+        };
+        for entry in entries {
+            let entry = entry.map_err(|e| failed(&dir, e))?;
+            match entry.metadata() {
+                Ok(metadata) => {
+                    if metadata.is_dir() {
+                        dirs.push(entry.path());
+                    }
+                    bytes += metadata.blocks() * BLOCK;
+                    files += 1;
+                }
+                // A pod was stopped in between.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(failed(&entry.path(), error)),
             }
-            // A pod was stopped in between.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(failed(&entry.path(), error)),
         }
     }
     Ok((bytes, files))

@@ -12,7 +12,7 @@ const MIN_MEMORY_MIB: u32 = 64;
 /// What the guest kernels are built for.
 const MAX_VCPUS: u32 = 32;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct VmSize {
     pub vcpus: u32,
     pub memory_mib: u32,

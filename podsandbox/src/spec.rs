@@ -39,6 +39,8 @@ pub struct PodSpec {
     /// A user namespace for all of the containers; None: the guest's own.
     #[serde(default)]
     pub user_namespace: Option<IdMapping>,
+    #[serde(default)]
+    pub host_namespaces: HostNamespaces,
     /// The control group that the kubelet made for the pod.
     pub cgroup_parent: Option<PathBuf>,
     /// Sum over the containers, as the kubelet states it; bytes and CPUs.
@@ -53,6 +55,37 @@ pub struct PodSpec {
 pub struct IdMapping {
     pub host_id: u32,
     pub length: u32,
+}
+
+/// Which of the node's namespaces are shared instead of the pod's own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostNamespaces {
+    pub network: bool,
+    pub ipc: bool,
+    pub pid: bool,
+}
+
+impl HostNamespaces {
+    #[must_use]
+    pub fn any(self) -> bool {
+        self.network || self.ipc || self.pid
+    }
+}
+
+impl std::fmt::Display for HostNamespaces {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let names = [
+            (self.network, "network"),
+            (self.ipc, "ipc"),
+            (self.pid, "pid"),
+        ];
+        let names: Vec<&str> = names
+            .iter()
+            .filter(|(on, _)| *on)
+            .map(|(_, n)| *n)
+            .collect();
+        f.write_str(&names.join(", "))
+    }
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -203,7 +236,8 @@ pub struct User {
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Security {
-    /// All capabilities and devices of the guest; never of the host.
+    /// All capabilities and devices of the guest; of the host only in a pod
+    /// that shares its kernel.
     pub privileged: bool,
     pub add_capabilities: Vec<String>,
     pub drop_capabilities: Vec<String>,
@@ -213,7 +247,34 @@ pub struct Security {
     pub readonly_paths: Vec<PathBuf>,
     /// The container's own PID namespace; else the pod's.
     pub own_pid_namespace: bool,
+    /// The container whose PID namespace is joined.
+    #[serde(default)]
+    pub pid_target: Option<String>,
+    /// What the request says of the node's namespaces, which are the pod's to
+    /// share.
+    #[serde(default)]
+    pub host_namespaces: HostNamespaces,
     pub seccomp: Seccomp,
+}
+
+/// Where a container's processes are seen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PidNamespace<'a> {
+    Own,
+    /// The one that the pod's containers share, or the host's.
+    Pods,
+    Of(&'a str),
+}
+
+impl Security {
+    #[must_use]
+    pub fn pid_namespace(&self) -> PidNamespace<'_> {
+        match &self.pid_target {
+            Some(target) => PidNamespace::Of(target),
+            None if self.own_pid_namespace => PidNamespace::Own,
+            None => PidNamespace::Pods,
+        }
+    }
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -224,4 +285,36 @@ pub enum Seccomp {
     RuntimeDefault,
     /// A profile in this file of the node.
     Localhost(PathBuf),
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A pod that asks for nothing.
+    pub(crate) fn pod() -> PodSpec {
+        PodSpec {
+            name: PodName {
+                name: "web".into(),
+                namespace: "default".into(),
+                uid: "u1".into(),
+                attempt: 0,
+            },
+            handler: String::new(),
+            hostname: "web".into(),
+            log_directory: None,
+            dns: None,
+            port_mappings: Vec::new(),
+            bandwidth: Bandwidth::default(),
+            labels: BTreeMap::new(),
+            annotations: BTreeMap::new(),
+            sysctls: BTreeMap::new(),
+            share_process_namespace: false,
+            user_namespace: None,
+            host_namespaces: HostNamespaces::default(),
+            cgroup_parent: None,
+            resources: Resources::default(),
+            overhead: Resources::default(),
+        }
+    }
 }

@@ -27,6 +27,7 @@ use crate::{Error, Result};
 use choice::choose;
 pub use choice::{Access, Bind, Source, View};
 use table::Table;
+pub(crate) use table::unescape;
 
 const NONE: Option<&str> = None;
 

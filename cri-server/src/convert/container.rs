@@ -244,16 +244,17 @@ fn user(context: &v1::LinuxContainerSecurityContext) -> Result<User, Status> {
 fn security(context: &v1::LinuxContainerSecurityContext) -> Result<Security, Status> {
     let field = "config.linux.security_context";
     // Options that are absent are those of an empty message: all POD.
-    let namespaces = context.namespace_options.clone().unwrap_or_default();
-    super::pod::refuse_host(&namespaces, &format!("{field}.namespace_options"))?;
-    let own_pid_namespace = match namespaces.pid() {
-        v1::NamespaceMode::Target => {
-            return Err(unsupported(
-                &format!("{field}.namespace_options.pid"),
-                "another container's PID namespace",
+    let options = context.namespace_options.clone().unwrap_or_default();
+    let own_pid_namespace = options.pid() == v1::NamespaceMode::Container;
+    let pid_target = match options.pid() {
+        v1::NamespaceMode::Target if options.target_id.is_empty() => {
+            return Err(invalid(
+                &format!("{field}.namespace_options.target_id"),
+                "is empty",
             ));
         }
-        mode => mode == v1::NamespaceMode::Container,
+        v1::NamespaceMode::Target => Some(options.target_id.clone()),
+        _ => None,
     };
     let localhost = v1::security_profile::ProfileType::Localhost;
     if context
@@ -282,6 +283,8 @@ fn security(context: &v1::LinuxContainerSecurityContext) -> Result<Security, Sta
         masked_paths: context.masked_paths.iter().map(PathBuf::from).collect(),
         readonly_paths: context.readonly_paths.iter().map(PathBuf::from).collect(),
         own_pid_namespace,
+        pid_target,
+        host_namespaces: super::pod::host_namespaces(&options),
         seccomp: seccomp(context, field)?,
     })
 }

@@ -210,7 +210,9 @@ impl Metrics {
     fn disks(&mut self, of: &ContainerStats, figures: &StatsResponse) {
         const SCRATCH: &str = "scratch";
         self.add_with("container_fs_usage_bytes", &[SCRATCH], of.fs_used_bytes);
-        if let Some(guest) = &figures.guest {
+        // A pod on the host's kernel has no disk of its own.
+        let guest = figures.guest.as_ref();
+        if let Some(guest) = guest.filter(|guest| guest.scratch_bytes > 0) {
             for (name, value) in [
                 ("container_fs_limit_bytes", guest.scratch_bytes),
                 ("container_fs_inodes_total", guest.scratch_inodes),
@@ -310,7 +312,10 @@ mod tests {
             ..ContainerStats::default()
         });
         let figures = StatsResponse {
-            guest: Some(podsandbox::GuestStats::default()),
+            guest: Some(podsandbox::GuestStats {
+                scratch_bytes: 1,
+                ..podsandbox::GuestStats::default()
+            }),
             ..StatsResponse::default()
         };
         let disk = podsandbox::DiskStats::default();

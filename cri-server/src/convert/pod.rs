@@ -5,10 +5,10 @@ use std::path::{Component, PathBuf};
 
 use cri_api::v1;
 use podsandbox::PodSnapshot;
-use podsandbox::spec::{Bandwidth, Dns, PodName, PodSpec, PortMapping, Protocol};
+use podsandbox::spec::{Bandwidth, Dns, HostNamespaces, PodName, PodSpec, PortMapping, Protocol};
 use tonic::Status;
 
-use super::{invalid, required, resources, unsupported, userns};
+use super::{invalid, required, resources, userns};
 
 /// Linux takes no longer host name (`__NEW_UTS_LEN`).
 const MAX_HOSTNAME: usize = 64;
@@ -27,14 +27,10 @@ pub fn parse(config: v1::PodSandboxConfig, handler: String) -> Result<PodSpec, S
     }
     let linux = config.linux.unwrap_or_default();
     let security = linux.security_context.unwrap_or_default();
-    let namespaces = security.namespace_options;
-    let field = "config.linux.security_context.namespace_options";
-    if let Some(options) = &namespaces {
-        refuse_host(options, field)?;
-    }
+    let options = security.namespace_options.unwrap_or_default();
     let user_namespace = userns::parse(
-        &format!("{field}.userns_options"),
-        namespaces.as_ref().and_then(|o| o.userns_options.as_ref()),
+        "config.linux.security_context.namespace_options.userns_options",
+        options.userns_options.as_ref(),
     )?;
     let hostname = if config.hostname.is_empty() {
         derived_hostname(&metadata.name)
@@ -96,8 +92,9 @@ pub fn parse(config: v1::PodSandboxConfig, handler: String) -> Result<PodSpec, S
         annotations: config.annotations.into_iter().collect(),
         sysctls: linux.sysctls.into_iter().collect(),
         // Options that are absent are those of an empty message: all POD.
-        share_process_namespace: namespaces.unwrap_or_default().pid() == v1::NamespaceMode::Pod,
+        share_process_namespace: options.pid() == v1::NamespaceMode::Pod,
         user_namespace,
+        host_namespaces: host_namespaces(&options),
         cgroup_parent,
         resources: resources::parse(
             "config.linux.resources",
@@ -128,22 +125,14 @@ fn is_of_hostname(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_')
 }
 
-/// A microVM has its own kernel: it cannot be in the host's namespaces.
-pub fn refuse_host(options: &v1::NamespaceOption, field: &str) -> Result<(), Status> {
-    let modes = [
-        ("network", options.network()),
-        ("pid", options.pid()),
-        ("ipc", options.ipc()),
-    ];
-    for (name, mode) in modes {
-        if mode == v1::NamespaceMode::Node {
-            return Err(unsupported(
-                &format!("{field}.{name}"),
-                format_args!("the host's {name} namespace in a pod with its own kernel"),
-            ));
-        }
+/// Which of the node's namespaces are asked for.
+pub fn host_namespaces(options: &v1::NamespaceOption) -> HostNamespaces {
+    let is_node = |mode| mode == v1::NamespaceMode::Node;
+    HostNamespaces {
+        network: is_node(options.network()),
+        ipc: is_node(options.ipc()),
+        pid: is_node(options.pid()),
     }
-    Ok(())
 }
 
 pub fn absolute(field: &str, path: &str) -> Result<Option<PathBuf>, Status> {
@@ -254,6 +243,14 @@ pub fn listed(pod: &PodSnapshot) -> v1::PodSandbox {
     }
 }
 
+fn of_pod(on_host: bool) -> v1::NamespaceMode {
+    if on_host {
+        v1::NamespaceMode::Node
+    } else {
+        v1::NamespaceMode::Pod
+    }
+}
+
 pub fn status(pod: &PodSnapshot) -> v1::PodSandboxStatus {
     let spec = &pod.pod.spec;
     let ips = pod
@@ -275,13 +272,13 @@ pub fn status(pod: &PodSnapshot) -> v1::PodSandboxStatus {
         linux: Some(v1::LinuxPodSandboxStatus {
             namespaces: Some(v1::Namespace {
                 options: Some(v1::NamespaceOption {
-                    network: v1::NamespaceMode::Pod.into(),
-                    pid: if spec.share_process_namespace {
-                        v1::NamespaceMode::Pod.into()
-                    } else {
-                        v1::NamespaceMode::Container.into()
+                    network: of_pod(spec.host_namespaces.network).into(),
+                    pid: match (spec.host_namespaces.pid, spec.share_process_namespace) {
+                        (true, _) => v1::NamespaceMode::Node.into(),
+                        (false, true) => v1::NamespaceMode::Pod.into(),
+                        (false, false) => v1::NamespaceMode::Container.into(),
                     },
-                    ipc: v1::NamespaceMode::Pod.into(),
+                    ipc: of_pod(spec.host_namespaces.ipc).into(),
                     userns_options: spec.user_namespace.map(userns::show_namespace),
                     ..v1::NamespaceOption::default()
                 }),

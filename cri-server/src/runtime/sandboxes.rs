@@ -36,6 +36,7 @@ impl Runtime {
             info(serde_json::json!({
                 "pid": record.vmm_pid,
                 "handler": record.handler,
+                "kind": record.kind,
                 "vcpus": record.vcpus,
                 "memoryMiB": record.memory_mib,
                 "machineMiB": record.machine_mib(),

@@ -1,8 +1,12 @@
 //! Version, Status and the runtime's configuration.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use cri_api::v1;
+use podsandbox::config::{Config, Engine};
+use podsandbox::host::features::mounts_read_only_recursively;
+use podsandbox::host::find_program;
 use tonic::Status;
 
 use super::Runtime;
@@ -63,7 +67,16 @@ pub fn update_runtime_config(request: &v1::UpdateRuntimeConfigRequest) -> Result
 }
 
 impl Runtime {
-    pub(super) fn show_status(&self, verbose: bool) -> v1::StatusResponse {
+    pub(super) async fn features(&self) -> Result<&Features, Status> {
+        let ask = || async {
+            let config = self.pods.config().clone();
+            let asked = tokio::task::spawn_blocking(move || features(&config)).await;
+            asked.map_err(|error| Status::internal(error.to_string()))
+        };
+        self.features.get_or_try_init(ask).await
+    }
+
+    pub(super) fn show_status(&self, verbose: bool, features: &Features) -> v1::StatusResponse {
         let network = self.pods.network_state();
         let condition =
             |kind: &str, state: &Result<(), String>, reason: &str| v1::RuntimeCondition {
@@ -77,18 +90,14 @@ impl Runtime {
                 message: state.as_ref().err().cloned().unwrap_or_default(),
             };
         let config = self.pods.config();
-        let mut runtime_handlers: Vec<v1::RuntimeHandler> = config
-            .runtimes
-            .keys()
-            .map(|name| v1::RuntimeHandler {
-                name: name.clone(),
-                features: Some(features()),
-            })
-            .collect();
-        runtime_handlers.push(v1::RuntimeHandler {
-            name: String::new(),
-            features: Some(features()),
-        });
+        let handler = |name: &str, of: &str| v1::RuntimeHandler {
+            name: name.to_owned(),
+            features: features.get(of).copied(),
+        };
+        let names = config.runtimes.keys();
+        let mut runtime_handlers: Vec<v1::RuntimeHandler> =
+            names.map(|name| handler(name, name)).collect();
+        runtime_handlers.push(handler("", &config.default_runtime));
         let details = || {
             crate::json_info(serde_json::json!({
                 "root": config.root,
@@ -113,18 +122,33 @@ impl Runtime {
             runtime_handlers,
             features: Some(v1::RuntimeFeatures {
                 supplemental_groups_policy: true,
-                // A pod cannot be in the host's network yet.
+                // A pod in the host's network has the host's users.
                 user_namespaces_host_network: false,
             }),
         }
     }
 }
 
-fn features() -> v1::RuntimeHandlerFeatures {
-    v1::RuntimeHandlerFeatures {
-        recursive_read_only_mounts: true,
-        user_namespaces: true,
-    }
+/// By handler.
+pub(super) type Features = BTreeMap<String, v1::RuntimeHandlerFeatures>;
+
+/// What pods of each handler can have. OCI runtimes are asked.
+fn features(config: &Config) -> Features {
+    let of = |runtime: &podsandbox::config::Runtime| match &runtime.engine {
+        Engine::Machine(_) => v1::RuntimeHandlerFeatures {
+            recursive_read_only_mounts: true,
+            user_namespaces: true,
+        },
+        Engine::Oci(program) => v1::RuntimeHandlerFeatures {
+            recursive_read_only_mounts: find_program(program)
+                .is_some_and(|found| mounts_read_only_recursively(&found)),
+            user_namespaces: false,
+        },
+    };
+    let runtimes = config.runtimes.iter();
+    runtimes
+        .map(|(name, runtime)| (name.clone(), of(runtime)))
+        .collect()
 }
 
 #[cfg(test)]

@@ -55,6 +55,7 @@ pub(super) fn drupe(node: &Node) -> Result<Value> {
         "run_dir": node.run_dir(),
         "log_level": "debug",
         "vmm": artifacts::vmm()?,
+        "shim": artifacts::shim()?,
         "runtimes": {
             "microvm": {
                 "machine": machine.name(),
@@ -62,6 +63,7 @@ pub(super) fn drupe(node: &Node) -> Result<Value> {
                 "initramfs": artifacts::initramfs()?,
                 "boot_timeout_seconds": BOOT_SECONDS * slowness(),
             },
+            "host": { "oci": "runc" },
         },
         "network": {
             "conf_dir": node.cni_dir(),

@@ -129,20 +129,6 @@ fn a_request_without_what_it_needs_names_the_field() -> Result<()> {
             Code::InvalidArgument,
             &["no-such-handler", "microvm"],
         )?;
-        let mut host_network = good.clone();
-        host_network.linux.get_or_insert_default().security_context =
-            Some(LinuxSandboxSecurityContext {
-                namespace_options: Some(NamespaceOption {
-                    network: NamespaceMode::Node.into(),
-                    ..Default::default()
-                }),
-                ..Default::default()
-            });
-        refused(
-            run(Some(host_network), ""),
-            Code::Unimplemented,
-            &["network"],
-        )?;
         let mut ports = good;
         ports.port_mappings = vec![PortMapping {
             host_port: 99_999,

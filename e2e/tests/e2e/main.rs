@@ -11,6 +11,7 @@ mod containers;
 mod events;
 mod files;
 mod harness;
+mod host_pods;
 mod image_volumes;
 mod images;
 mod logs;

@@ -36,10 +36,15 @@ fn the_runtime_names_itself_its_handlers_and_its_cgroup_driver() -> Result<()> {
         ensure!(ready, "{condition} is not true: {conditions:?}");
     }
     let handlers: Vec<_> = status.runtime_handlers.iter().map(|h| &h.name).collect();
-    assert_eq!(handlers, ["microvm", ""]);
+    assert_eq!(handlers, ["host", "microvm", ""]);
     for handler in &status.runtime_handlers {
         let features = handler.features.unwrap_or_default();
-        ensure!(features.recursive_read_only_mounts, "{handler:?}");
+        if handler.name == "host" {
+            ensure!(!features.user_namespaces, "{handler:?}");
+        } else {
+            ensure!(features.recursive_read_only_mounts, "{handler:?}");
+            ensure!(features.user_namespaces, "{handler:?}");
+        }
     }
     let info = parsed(&status.info)?;
     assert_eq!(info["root"], json!(node.root()));

@@ -2,7 +2,7 @@
 //! its exit.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -27,7 +27,44 @@ impl ExitCode {
 /// Cheap to clone.
 #[derive(Clone, Debug, Default)]
 pub struct Reaper {
-    waiting: Arc<Mutex<HashMap<i32, oneshot::Sender<ExitCode>>>>,
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    waiting: HashMap<i32, oneshot::Sender<ExitCode>>,
+    /// How many [`Recording`]s there are.
+    recordings: usize,
+    /// Exits that nobody waited for while there was one.
+    unclaimed: HashMap<i32, ExitCode>,
+}
+
+/// Keeps the exits of processes whose ids are not known yet: a runtime that is
+/// run makes a child that may have ended before its id was told.
+#[derive(Debug)]
+pub struct Recording(Reaper);
+
+impl Recording {
+    /// The exit of process `pid`, which was made since the recording began.
+    pub fn watch(&self, pid: i32) -> oneshot::Receiver<ExitCode> {
+        let (sender, receiver) = oneshot::channel();
+        let mut state = self.0.state();
+        match state.unclaimed.remove(&pid) {
+            Some(code) => drop(sender.send(code)),
+            None => drop(state.waiting.insert(pid, sender)),
+        }
+        receiver
+    }
+}
+
+impl Drop for Recording {
+    fn drop(&mut self) {
+        let mut state = self.0.state();
+        state.recordings -= 1;
+        if state.recordings == 0 {
+            state.unclaimed.clear();
+        }
+    }
 }
 
 impl Reaper {
@@ -43,9 +80,19 @@ impl Reaper {
     /// child was made: nothing is reaped before the task yields.
     pub fn watch(&self, pid: i32) -> oneshot::Receiver<ExitCode> {
         let (sender, receiver) = oneshot::channel();
-        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        waiting.insert(pid, sender);
+        self.state().waiting.insert(pid, sender);
         receiver
+    }
+
+    /// To be begun before the process is run whose child is to be watched.
+    pub fn record(&self) -> Recording {
+        self.state().recordings += 1;
+        Recording(self.clone())
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Every change is one call.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn run(self, mut signals: Signal) {
@@ -55,7 +102,7 @@ impl Reaper {
     }
 
     fn reap(&self) {
-        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state();
         loop {
             let mut status = 0;
             // SAFETY: writes to `status`, which lives.
@@ -64,9 +111,12 @@ impl Reaper {
                 -1 if Errno::last() == Errno::EINTR => {}
                 -1 => break,
                 pid => {
-                    if let Some(sender) = waiting.remove(&pid) {
+                    let code = ExitCode::from_status(status);
+                    if let Some(sender) = state.waiting.remove(&pid) {
                         // One that nobody waits for any more is only reaped.
-                        let _ = sender.send(ExitCode::from_status(status));
+                        let _ = sender.send(code);
+                    } else if state.recordings > 0 {
+                        state.unclaimed.insert(pid, code);
                     }
                 }
             }
@@ -78,9 +128,13 @@ impl Reaper {
 mod tests {
     use super::*;
 
+    /// A reaper takes every child of the process: one test at a time.
+    static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
     #[tokio::test(flavor = "current_thread")]
     #[expect(clippy::zombie_processes, reason = "the reaper waits for them")]
     async fn exits_and_signals_reach_the_one_who_waits() {
+        let _alone = ALONE.lock().await;
         let reaper = Reaper::start().unwrap();
         let spawn = |script: &str| {
             let child = std::process::Command::new("sh")
@@ -92,5 +146,24 @@ mod tests {
         let (seven, killed) = (spawn("exit 7"), spawn("kill -9 $$"));
         assert_eq!(seven.await.unwrap(), ExitCode(7));
         assert_eq!(killed.await.unwrap(), ExitCode::KILLED);
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn an_exit_is_kept_while_it_is_recorded() {
+        let _alone = ALONE.lock().await;
+        let reaper = Reaper::start().unwrap();
+        let recording = reaper.record();
+        let spawn = |script: &str| {
+            let mut command = std::process::Command::new("sh");
+            command.args(["-c", script]).spawn().unwrap().id() as i32
+        };
+        let early = spawn("exit 4");
+        let after = reaper.watch(spawn("exit 5"));
+        // Signals are handled in order: once the later one was, so was the
+        // earlier, or it is told as it comes.
+        assert_eq!(after.await.unwrap(), ExitCode(5));
+        assert_eq!(recording.watch(early).await.unwrap(), ExitCode(4));
+        drop(recording);
+        assert!(reaper.state().unclaimed.is_empty());
     }
 }

@@ -150,7 +150,7 @@ pub fn set_time(nanos: i64) -> Result<(), SandboxError> {
     clock::set(nanos).map_err(|source| SandboxError::Clock { nanos, source })
 }
 
-fn set_hostname(name: &str) -> Result<(), SandboxError> {
+pub fn set_hostname(name: &str) -> Result<(), SandboxError> {
     let fine = (1..=MAX_HOSTNAME).contains(&name.len())
         && name
             .bytes()
@@ -182,7 +182,7 @@ fn set_shm(bytes: u64) -> Result<(), SandboxError> {
     .map_err(|source| SandboxError::Shm { bytes, source })
 }
 
-fn set_sysctls(
+pub fn set_sysctls(
     request: &ConfigureSandboxRequest,
     ids: Option<IdRange>,
 ) -> Result<(), SandboxError> {
@@ -210,24 +210,30 @@ fn set_sysctls(
 }
 
 fn write_etc(request: &ConfigureSandboxRequest) -> Result<(), SandboxError> {
+    for (name, text) in etc_files(request)? {
+        let path = Path::new(ETC_DIR).join(name);
+        fs::write(&path, text).map_err(|source| SandboxError::Write { path, source })?;
+    }
+    Ok(())
+}
+
+/// The files of /etc that containers are given.
+pub fn etc_files(
+    request: &ConfigureSandboxRequest,
+) -> Result<[(&'static str, String); 3], SandboxError> {
     let dns = request.dns.clone().unwrap_or_default();
     let addresses = request
         .interface
         .iter()
         .flat_map(|interface| &interface.addresses);
-    let files = [
+    Ok([
         (
             "hosts",
             hosts(&request.hostname, addresses.map(String::as_str)),
         ),
         ("resolv.conf", resolv_conf(&dns)?),
         ("hostname", format!("{}\n", request.hostname)),
-    ];
-    for (name, text) in files {
-        let path = Path::new(ETC_DIR).join(name);
-        fs::write(&path, text).map_err(|source| SandboxError::Write { path, source })?;
-    }
-    Ok(())
+    ])
 }
 
 fn hosts<'a>(hostname: &str, addresses: impl Iterator<Item = &'a str>) -> String {

@@ -20,6 +20,7 @@ use tokio_stream::wrappers::{BroadcastStream, ReceiverStream};
 use tonic::{Code, Request, Response, Status};
 
 use crate::cgroup::CgroupError;
+use crate::container::session::SessionError;
 use crate::container::{Containers, Error};
 use crate::power;
 use crate::sandbox::{self, Sandbox, SandboxError};
@@ -249,17 +250,19 @@ fn container_status(error: Error) -> Status {
     use crate::disk::DiskError;
     use crate::rootfs::RootfsError;
     let code = match &error {
-        Error::Unknown { .. } | Error::UnknownSession => Code::NotFound,
+        Error::Unknown { .. } | Error::Session(SessionError::Unknown) => Code::NotFound,
         Error::Exists { .. } => Code::AlreadyExists,
         Error::Phase { .. }
         | Error::NotConfigured
-        | Error::NoTerminal
+        | Error::Session(SessionError::NoTerminal)
         | Error::Cgroup(CgroupError::Absent { .. } | CgroupError::InUse { .. })
         | Error::Rootfs(RootfsError::Disk(DiskError::InUse { .. })) => Code::FailedPrecondition,
         Error::TooMany | Error::TooManyExecs | Error::TooManyAttached | Error::TooSlow { .. } => {
             Code::ResourceExhausted
         }
-        Error::SetupTimeout | Error::ConnectTimeout => Code::DeadlineExceeded,
+        Error::SetupTimeout | Error::Session(SessionError::ConnectTimeout) => {
+            Code::DeadlineExceeded
+        }
         Error::Stdio(_) => Code::Unavailable,
         Error::Launch(LaunchError::Exec(exec)) if exec.code == 127 => Code::NotFound,
         Error::Rootfs(RootfsError::SubPath { source, .. })

@@ -10,7 +10,7 @@ use agent_api::{ContainerStats, GuestStats, InterfaceStats, StatsRequest, StatsR
 use nix::sys::statvfs::statvfs;
 use tokio::time::timeout;
 
-use crate::cgroup::{self, CgroupError};
+use crate::cgroup::{self, CgroupError, Usage};
 use crate::clock;
 use crate::container::{Container, Containers};
 use crate::rootfs::SCRATCH;
@@ -60,8 +60,14 @@ pub async fn collect(
 async fn of_container(container: &Container) -> Result<ContainerStats, StatsError> {
     let usage = container.cgroup().usage()?;
     let layer = container.fs_usage.get().await;
-    Ok(ContainerStats {
-        id: container.id().to_owned(),
+    Ok(container_stats(container.id(), usage, layer))
+}
+
+/// What a container's cgroup and its writable layer say.
+#[must_use]
+pub fn container_stats(id: &str, usage: Usage, layer: Size) -> ContainerStats {
+    ContainerStats {
+        id: id.to_owned(),
         cpu_usage_nanos: usage.cpu_nanos,
         memory_usage_bytes: usage.memory,
         memory_working_set_bytes: usage.working_set,
@@ -90,7 +96,7 @@ async fn of_container(container: &Container) -> Result<ContainerStats, StatsErro
         pids_limit: usage.pids_limit,
         processes: usage.processes,
         disks: usage.disks,
-    })
+    }
 }
 
 fn guest() -> Result<GuestStats, StatsError> {
@@ -120,7 +126,7 @@ fn read(path: &'static str) -> Result<String, StatsError> {
     fs::read_to_string(path).map_err(|source| StatsError::Read { path, source })
 }
 
-fn meminfo_bytes(text: &str, name: &str) -> u64 {
+pub fn meminfo_bytes(text: &str, name: &str) -> u64 {
     text.lines()
         .find_map(|line| {
             let value = line.strip_prefix(name)?.strip_prefix(':')?.trim();
@@ -131,7 +137,7 @@ fn meminfo_bytes(text: &str, name: &str) -> u64 {
 }
 
 /// /proc/net/dev, without the loopback.
-fn interfaces(text: &str) -> Vec<InterfaceStats> {
+pub fn interfaces(text: &str) -> Vec<InterfaceStats> {
     text.lines()
         .filter_map(|line| {
             let (name, counters) = line.split_once(':')?;
@@ -157,7 +163,7 @@ fn interfaces(text: &str) -> Vec<InterfaceStats> {
 }
 
 /// Resident pages, the second field of statm, in bytes.
-fn rss(statm: &str) -> u64 {
+pub fn rss(statm: &str) -> u64 {
     const PAGE: u64 = 4096;
     let pages = statm
         .split_whitespace()
@@ -180,23 +186,26 @@ struct Measured {
 #[derive(Debug)]
 pub struct FsUsage {
     upper: PathBuf,
+    /// A file or directory of the file system that it is on.
+    disk: PathBuf,
     measured: Arc<Mutex<Measured>>,
 }
 
 impl FsUsage {
-    pub fn new(upper: PathBuf) -> Self {
+    pub fn new(upper: PathBuf, disk: PathBuf) -> Self {
         Self {
             upper,
+            disk,
             measured: Arc::default(),
         }
     }
 
-    async fn get(&self) -> Size {
+    pub async fn get(&self) -> Size {
         let lock = |measured: &Arc<Mutex<Measured>>, change: &mut dyn FnMut(&mut Measured)| {
             // Every change is one of independent assignments.
             change(&mut measured.lock().unwrap_or_else(PoisonError::into_inner));
         };
-        let free = statvfs(SCRATCH)
+        let free = statvfs(&self.disk)
             .ok()
             .map(|s| (s.blocks_free(), s.files_free()));
         let (mut size, mut measure) = (Size::default(), false);

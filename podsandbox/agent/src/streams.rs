@@ -10,22 +10,22 @@ use std::time::Duration;
 use agent_api::stream::{ACCEPTED, HELLO_LEN, Hello, MAX_REFUSAL, REFUSED};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, send};
-use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader, Interest, copy_buf};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader, Interest, copy_buf, split};
 use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{sleep, timeout};
-use tokio_vsock::{VsockListener, VsockStream};
+use tokio_vsock::VsockListener;
 
 use crate::HOST_CID;
-use crate::container::Containers;
+use crate::container::session::{Connection, Sessions};
 use crate::sys;
 
 /// Connections that have not said yet what they are for, and for how long.
-const MAX_GREETINGS: usize = 256;
+pub const MAX_GREETINGS: usize = 256;
 const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Forwarded connections at once, each with two buffers.
-const MAX_FORWARDS: usize = 512;
+pub const MAX_FORWARDS: usize = 512;
 const BUFFER: usize = 16 * 1024;
 
 /// On loopback it is answered at once, unless the listener's queue is full.
@@ -35,7 +35,7 @@ const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
 /// Serves for as long as the runtime lives.
-pub async fn serve(listener: VsockListener, containers: Containers) {
+pub async fn serve(listener: VsockListener, sessions: Arc<Sessions>) {
     let greetings = Arc::new(Semaphore::new(MAX_GREETINGS));
     let forwards = Arc::new(Semaphore::new(MAX_FORWARDS));
     // The semaphore is never closed.
@@ -44,7 +44,7 @@ pub async fn serve(listener: VsockListener, containers: Containers) {
             // Programs of the guest have no business here.
             Ok((_, peer)) if peer.cid() != HOST_CID => {}
             Ok((stream, _)) => {
-                tokio::spawn(greet(stream, place, containers.clone(), forwards.clone()));
+                tokio::spawn(greet(stream, place, sessions.clone(), forwards.clone()));
             }
             Err(error) => {
                 eprintln!("drupe-agent: cannot accept a stream: {error}");
@@ -54,10 +54,11 @@ pub async fn serve(listener: VsockListener, containers: Containers) {
     }
 }
 
-async fn greet(
-    mut stream: VsockStream,
+/// Takes what a connection of the host's is for, and serves it.
+pub async fn greet(
+    mut stream: impl Connection + AsFd + 'static,
     place: OwnedSemaphorePermit,
-    containers: Containers,
+    sessions: Arc<Sessions>,
     forwards: Arc<Semaphore>,
 ) {
     let mut bytes = [0; HELLO_LEN];
@@ -71,10 +72,10 @@ async fn greet(
     match hello {
         Some(Hello::Session { token, stream: of }) => {
             // A host that has gone needs no answer; its session ends by itself.
-            if !containers.has_session(token) {
+            if !sessions.has(token) {
                 refuse(stream, "there is no such session").await;
             } else if stream.write_all(&[ACCEPTED]).await.is_ok() {
-                containers.hand_over(token, of, stream);
+                sessions.hand_over(token, of, Box::new(stream));
             }
         }
         Some(Hello::Forward { port }) => forward(stream, port, &forwards).await,
@@ -82,7 +83,7 @@ async fn greet(
     }
 }
 
-async fn forward(mut host: VsockStream, port: u16, forwards: &Arc<Semaphore>) {
+async fn forward(mut host: impl Connection + AsFd, port: u16, forwards: &Arc<Semaphore>) {
     let target = match forwards.try_acquire() {
         Ok(place) => dial(port).await.map(|target| (place, target)),
         Err(_) => Err(format!(
@@ -101,7 +102,7 @@ async fn forward(mut host: VsockStream, port: u16, forwards: &Arc<Semaphore>) {
     }
 }
 
-async fn refuse(mut host: VsockStream, why: &str) {
+async fn refuse(mut host: impl Connection, why: &str) {
     let mut answer = vec![REFUSED];
     answer.extend(why.bytes().take(MAX_REFUSAL));
     // A host that has gone needs no answer.
@@ -125,10 +126,10 @@ async fn dial(port: u16) -> Result<TcpStream, String> {
 
 /// Moves bytes both ways; each direction has its own end. A host that has gone
 /// for good ends both.
-async fn splice(mut host: VsockStream, mut target: TcpStream) -> io::Result<()> {
+async fn splice(host: impl Connection + AsFd, mut target: TcpStream) -> io::Result<()> {
     target.set_nodelay(true)?;
     let probe = host.as_fd().try_clone_to_owned()?;
-    let (from_host, mut to_host) = host.split();
+    let (from_host, mut to_host) = split(host);
     let (from_target, mut to_target) = target.split();
     // A side that breaks is at its end: the other learns of it as it would
     // without us between.

@@ -50,6 +50,7 @@ impl Driver {
                 id: taken.id.clone(),
             });
         }
+        self.check_namespaces(&spec)?;
         id_mapping::check(self.record.spec.user_namespace, &spec)?;
         let slots = self.await_slots(&spec).await?;
         let binds = self.plan_volumes(&spec).await?;
@@ -94,6 +95,9 @@ impl Driver {
         };
         let log_file = record.log_file.clone();
         let outcome = match self.context.store.put_container(&record).await {
+            Ok(()) if self.is_on_host() => {
+                self.put_together_on_host(&record, &root, &volumes).await
+            }
             Ok(()) => self.put_together(&record, &root, &volumes).await,
             Err(error) => Err(error.into()),
         };
@@ -129,6 +133,28 @@ impl Driver {
         Ok(())
     }
 
+    /// What only a pod on the host's kernel can give.
+    fn check_namespaces(&self, spec: &ContainerSpec) -> Result<()> {
+        if self.is_on_host() {
+            return Ok(());
+        }
+        let options = "config.linux.security_context.namespace_options";
+        let host = spec.security.host_namespaces;
+        let target = spec.security.pid_target.is_some();
+        for (wanted, name, what) in [
+            (host.network, "network", "the host's network"),
+            (host.ipc, "ipc", "the host's IPC namespace"),
+            (host.pid, "pid", "the host's PID namespace"),
+            (target, "pid", "another container's PID namespace"),
+        ] {
+            if wanted {
+                let field = format!("{options}.{name}");
+                return Err(Error::NotInMicroVm { field, what });
+            }
+        }
+        Ok(())
+    }
+
     async fn put_together(
         &mut self,
         record: &ContainerRecord,
@@ -142,7 +168,7 @@ impl Driver {
             spec,
             &lease.config,
             &self.record.spec.hostname,
-            &record.binds,
+            oci::guest_volumes(spec, &record.binds)?,
             profile.as_ref(),
         )?;
         self.bind_volumes(record).await?;
@@ -191,7 +217,7 @@ impl Driver {
     /// Which of the pod's binds a new container's volumes are, or what new
     /// ones are to be.
     async fn plan_volumes(&self, spec: &ContainerSpec) -> Result<Vec<Bind>> {
-        if spec.mounts.is_empty() {
+        if spec.mounts.is_empty() || self.is_on_host() {
             return Ok(Vec::new());
         }
         let there = self.containers.values().flat_map(|c| c.binds.clone());
@@ -263,20 +289,25 @@ impl Driver {
 
     /// Only once the guest has let go of the disk.
     async fn free_vmm_side(&mut self, id: &str) -> Result<()> {
-        let Some(record) = self.containers.get_mut(id) else {
+        let Some(record) = self.containers.get(id) else {
             return Ok(());
         };
         if !holds_slots(record) {
             return Ok(());
         }
-        if let Some(machine) = &mut self.machine {
-            for slot in slots_of(record) {
+        let slots: Vec<u32> = slots_of(record).collect();
+        if self.is_on_host() {
+            self.free_on_host(id).await?;
+        } else if let Some(machine) = &mut self.machine {
+            for slot in slots {
                 machine.control.detach_disk(slot).await?;
             }
             machine.control.close_log(id).await?;
         }
-        record.slot = None;
-        record.volume_slots.clear();
+        if let Some(record) = self.containers.get_mut(id) {
+            record.slot = None;
+            record.volume_slots.clear();
+        }
         Ok(())
     }
 
@@ -325,6 +356,13 @@ impl Driver {
             Err(_) => {}
         }
         self.save_container(id).await?;
+        // It has no process, and so no id to show, before its start.
+        if started.is_ok()
+            && self.is_on_host()
+            && let Err(error) = self.list_again().await
+        {
+            tracing::warn!(container = id, error = %error.sentence(), "its process id is not known");
+        }
         started.map(|_| ())
     }
 
@@ -405,7 +443,7 @@ fn node_volumes(spec: &ContainerSpec) -> Vec<Mount> {
 
 /// A host path may be on a file system that hangs: not on a worker of the
 /// runtime, and not for ever.
-async fn mounting<T: Send + 'static>(
+pub(super) async fn mounting<T: Send + 'static>(
     spec: &ContainerSpec,
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
@@ -421,7 +459,7 @@ async fn mounting<T: Send + 'static>(
 
 /// The profile of the node that a container names, unless it is privileged:
 /// then no filter applies.
-async fn seccomp_profile(spec: &ContainerSpec) -> Result<Option<Profile>> {
+pub(super) async fn seccomp_profile(spec: &ContainerSpec) -> Result<Option<Profile>> {
     let path = match &spec.security.seccomp {
         Seccomp::Localhost(path) if !spec.security.privileged => path.clone(),
         _ => return Ok(None),
@@ -467,7 +505,7 @@ fn remove_empty_log(path: Option<&Path>) {
     }
 }
 
-async fn open_log(control: &mut Control, id: &str, path: &Path) -> Result<()> {
+pub(super) async fn open_log(control: &mut Control, id: &str, path: &Path) -> Result<()> {
     use std::os::unix::fs::OpenOptionsExt;
     /// As the kubelet makes its own: readable by the node's log collectors.
     const MODE: u32 = 0o640;
@@ -502,7 +540,7 @@ fn stop_signal(lease: &Lease) -> String {
 }
 
 /// CRI's wish, else what the image's `user[:group]` says.
-fn user(spec: &ContainerSpec, image_user: &str) -> agent_api::User {
+pub(super) fn user(spec: &ContainerSpec, image_user: &str) -> agent_api::User {
     let asked = &spec.user;
     let from_image = asked.username.is_empty() && asked.uid.is_none();
     let (name, group) = image_user.split_once(':').unwrap_or((image_user, ""));

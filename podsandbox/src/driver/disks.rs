@@ -12,6 +12,9 @@ use crate::record::ContainerRecord;
 use crate::spec::{ContainerSpec, image_volumes};
 use crate::{Error, Result};
 
+/// Without a machine there are no disks: a slot is only a number, and this the
+/// images that a pod can have mounted.
+const MAX_IMAGES_ON_HOST: u32 = 128;
 /// Layers begin on this boundary of their disk.
 const LAYER_ALIGN: u64 = 4096;
 
@@ -75,8 +78,12 @@ impl Driver {
     }
 
     fn free_slots(&self, volumes: usize) -> Result<Slots> {
-        let (_, runtime) = self.context.config.runtime(&self.record.handler)?;
-        let slots = runtime.settings.disk_slots;
+        let slots = if self.is_on_host() {
+            MAX_IMAGES_ON_HOST
+        } else {
+            let (_, runtime) = self.context.config.runtime(&self.record.handler)?;
+            runtime.settings.disk_slots
+        };
         let taken: Vec<u32> = self.containers.values().flat_map(slots_of).collect();
         let mut free = (0..slots).filter(|slot| !taken.contains(slot));
         let (root, rest) = (free.next(), free.take(volumes).collect::<Vec<u32>>());
@@ -84,6 +91,12 @@ impl Driver {
             Some(root) if rest.len() == volumes => Ok(Slots {
                 root,
                 volumes: rest,
+            }),
+            _ if self.is_on_host() => Err(Error::TooManyImages {
+                id: self.record.id.clone(),
+                max: slots,
+                taken: taken.len(),
+                needed: volumes + 1,
             }),
             _ => Err(Error::NoDiskSlot {
                 id: self.record.id.clone(),

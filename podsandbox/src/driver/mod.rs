@@ -9,6 +9,7 @@
 
 mod containers;
 mod disks;
+mod on_host;
 mod resources;
 mod start;
 mod stop;

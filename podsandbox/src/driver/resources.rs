@@ -3,9 +3,11 @@
 //!
 //! A machine cannot get more memory than it was started with; what its guest is
 //! not to have lies in the balloon. See [`crate::sizing`] for how much that is.
+//! A pod on the host's kernel has limits only.
 
 use super::containers::state_error;
 use super::{Driver, max_vcpus};
+use crate::config::Engine;
 use crate::phase::PodPhase;
 use crate::record::{ContainerPhase, PodRecord};
 use crate::resize::{ContainerChange, PodChange, explicit};
@@ -39,8 +41,11 @@ impl Driver {
 
     /// Limits in the guest, which first grows if it has to.
     async fn apply(&mut self, id: &str, before: &Resources, after: &Resources) -> Result<()> {
-        let resources = explicit(after)?;
         let score = (after.oom_score_adj != before.oom_score_adj).then_some(after.oom_score_adj);
+        if self.is_on_host() {
+            return self.apply_on_host(id, after, score).await;
+        }
+        let resources = explicit(after)?;
         let agent = self.machine()?.agent.clone();
         let had = self.record.clone();
         if let Some(limit) = after.memory_limit_bytes
@@ -81,8 +86,11 @@ impl Driver {
         if let Some(overhead) = change.overhead {
             record.spec.overhead = overhead;
         }
-        // A pod that states no limit any more keeps what it has.
-        if let Some(limit) = record.spec.resources.memory_limit_bytes {
+        // A pod that states no limit any more keeps what it has; one on the
+        // host's kernel has no memory that could be sized.
+        if let Some(limit) = record.spec.resources.memory_limit_bytes
+            && !self.is_on_host()
+        {
             record.memory_mib = self.memory_for(limit, &record.spec.overhead)?;
         }
         self.resize(record).await
@@ -90,7 +98,12 @@ impl Driver {
 
     fn memory_for(&self, limit: u64, overhead: &Resources) -> Result<u32> {
         let (_, runtime) = self.context.config.runtime(&self.record.handler)?;
-        let bounds = Bounds::of_this_node(max_vcpus(runtime));
+        let most_vcpus = match &runtime.engine {
+            Engine::Machine(decision) => max_vcpus(decision),
+            // The configuration has changed since the pod was started.
+            Engine::Oci(_) => self.record.vcpus,
+        };
+        let bounds = Bounds::of_this_node(most_vcpus);
         Ok(sizing::memory_for(
             &runtime.settings,
             limit,
@@ -129,6 +142,9 @@ impl Driver {
     /// Tells the guest again what it is to have: a daemon that was ended between
     /// telling and recording may have left something else.
     pub(super) async fn set_balloon(&mut self) {
+        if self.is_on_host() {
+            return;
+        }
         let mib = self.record.balloon_mib();
         let Some(machine) = &mut self.machine else {
             return;

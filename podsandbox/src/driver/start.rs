@@ -20,12 +20,12 @@ use vmm_client::{Control, FdRole, IdRange, Machine as MachineKind, SpawnRequest,
 
 use super::{Driver, Machine, watch_vm};
 use crate::agent::AgentClient;
-use crate::config::{Runtime, RuntimeConfig};
+use crate::config::{Engine, Runtime, RuntimeConfig};
 use crate::context::now_nanos;
 use crate::error::Step;
-use crate::machine::check_kernel;
+use crate::machine::{Decision, check_kernel};
 use crate::phase::PodEvent;
-use crate::record::{PhaseTime, PodNetworkRecord};
+use crate::record::{PhaseTime, PodKind, PodNetworkRecord};
 use crate::{Error, Result, cgroup, network, scratch, sysctls, volumes};
 
 /// The console keeps its newest half of this.
@@ -36,13 +36,17 @@ const CONSOLE_TAIL_BYTES: u64 = 4096;
 const TAP: &str = "tap0";
 
 /// Times steps against the moment the request came in.
-struct Timeline {
+pub(super) struct Timeline {
     origin: Instant,
     steps: Mutex<Vec<PhaseTime>>,
 }
 
 impl Timeline {
-    async fn time<T>(&self, phase: Step, work: impl Future<Output = Result<T>>) -> Result<T> {
+    pub(super) async fn time<T>(
+        &self,
+        phase: Step,
+        work: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
         let start = Instant::now();
         let result = work.await;
         let micros = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
@@ -100,7 +104,8 @@ impl Driver {
         let error = match error {
             Error::Start { step, source, .. } => {
                 // What was asked of a guest that gave up is told by its console.
-                let console = if step == Step::Configure {
+                let of_guest = self.record.kind == PodKind::MicroVm;
+                let console = if step == Step::Configure && of_guest {
                     self.console_tail()
                 } else {
                     String::new()
@@ -131,9 +136,21 @@ impl Driver {
         let runtime = runtime.clone();
         self.context.store.put_pod(&self.record).await?;
         self.publish();
+        match &runtime.engine {
+            Engine::Machine(decision) => self.start_machine(timeline, &runtime, decision).await,
+            Engine::Oci(program) => self.start_on_host(timeline, program).await,
+        }
+    }
+
+    async fn start_machine(
+        &mut self,
+        timeline: &Timeline,
+        runtime: &Runtime,
+        decision: &Decision,
+    ) -> Result<()> {
         let netns = timeline.time(Step::Netns, self.make_netns()).await?;
         let scratch = timeline
-            .time(Step::Scratch, self.make_scratch(&runtime))
+            .time(Step::Scratch, self.make_scratch(runtime))
             .await?;
         let tap = timeline
             .time(Step::Netns, async {
@@ -154,7 +171,7 @@ impl Driver {
         let boot = async {
             tokio::select! {
                 () = cni_failed.cancelled() => Err(Error::Stopping),
-                booted = self.boot(timeline, &runtime, &parts) => booted,
+                booted = self.boot(timeline, runtime, decision, &parts) => booted,
             }
         };
         let request = network::request(&self.record, &self.paths);
@@ -250,9 +267,15 @@ impl Driver {
             .map_err(|_| Error::Stopping)?
     }
 
-    async fn boot(&self, timeline: &Timeline, runtime: &Runtime, parts: &Parts) -> Result<Booted> {
-        let (mut process, control, mut events) =
-            timeline.time(Step::Vmm, self.spawn(runtime, parts)).await?;
+    async fn boot(
+        &self,
+        timeline: &Timeline,
+        runtime: &Runtime,
+        decision: &Decision,
+        parts: &Parts,
+    ) -> Result<Booted> {
+        let spawned = self.spawn(runtime, decision, parts);
+        let (mut process, control, mut events) = timeline.time(Step::Vmm, spawned).await?;
         // Reaps the VMM while this daemon is its parent; its end is learnt
         // from the control socket, which also works after a restart.
         tokio::spawn(async move {
@@ -299,24 +322,12 @@ impl Driver {
     async fn spawn(
         &self,
         runtime: &Runtime,
+        decision: &Decision,
         parts: &Parts,
     ) -> Result<(vmm_client::VmmProcess, Control, vmm_client::Events)> {
         let open = |what: &'static str, path: &Path| {
             fs::File::open(path)
                 .map(OwnedFd::from)
-                .map_err(|source| Error::File {
-                    what,
-                    path: path.to_owned(),
-                    source,
-                })
-        };
-        let file = |what: &'static str, path: &Path| {
-            fs::File::options()
-                .read(true)
-                .append(true)
-                .create(true)
-                .mode(0o600)
-                .open(path)
                 .map_err(|source| Error::File {
                     what,
                     path: path.to_owned(),
@@ -339,9 +350,8 @@ impl Driver {
                 source,
             })?
             .into();
-        let kernel = open("guest kernel", &runtime.decision.kernel)?;
-        check_kernel(&runtime.decision.kernel, runtime.decision.machine)
-            .map_err(Error::GuestKernel)?;
+        let kernel = open("guest kernel", &decision.kernel)?;
+        check_kernel(&decision.kernel, decision.machine).map_err(Error::GuestKernel)?;
         let mut fds = vec![
             (FdRole::Kernel, kernel),
             (
@@ -351,7 +361,7 @@ impl Driver {
             (FdRole::Netns, parts.netns.fd()?),
             (
                 FdRole::ConsoleLog,
-                file("console log", &self.paths.console)?.into(),
+                log_file("console log", &self.paths.console)?.into(),
             ),
             (
                 FdRole::ControlListener,
@@ -366,7 +376,7 @@ impl Driver {
         for queue in &parts.tap {
             fds.push((FdRole::Tap, clone("tap", queue)?));
         }
-        if runtime.decision.machine == MachineKind::Kvm {
+        if decision.machine == MachineKind::Kvm {
             let device = Path::new(crate::machine::DEVICE);
             let opened = fs::File::options().read(true).write(true).open(device);
             let kvm = opened.map_err(Error::Kvm)?;
@@ -374,7 +384,7 @@ impl Driver {
         }
         let spec = VmSpec {
             pod_id: self.record.id.clone(),
-            machine: runtime.decision.machine,
+            machine: decision.machine,
             vcpus: self.record.vcpus,
             memory_mib: self.record.machine_mib(),
             balloon_mib: self.record.balloon_mib(),
@@ -399,7 +409,7 @@ impl Driver {
             program: self.context.config.vmm.clone(),
             spec,
             fds: fds.into_iter().map(|(_, fd)| fd).collect(),
-            log: file("VMM log", &self.paths.vmm_log)?,
+            log: log_file("VMM log", &self.paths.vmm_log)?,
             cgroup_procs: match &self.record.cgroup {
                 Some(group) => cgroup::make(group, &self.record.id)?,
                 None => Vec::new(),
@@ -417,7 +427,7 @@ impl Driver {
 
     /// The VMM inherits the listening end, so that a connection made before it
     /// accepts is kept.
-    fn listen(&self, kind: SockType, path: &Path) -> Result<OwnedFd> {
+    pub(super) fn listen(&self, kind: SockType, path: &Path) -> Result<OwnedFd> {
         let bind = || -> nix::Result<OwnedFd> {
             let listener = socket(AddressFamily::Unix, kind, SockFlag::SOCK_CLOEXEC, None)?;
             bind(listener.as_raw_fd(), &UnixAddr::new(path)?)?;
@@ -451,6 +461,21 @@ impl Driver {
     }
 }
 
+/// A file of the pod's that its VMM or supervisor writes to.
+pub(super) fn log_file(what: &'static str, path: &Path) -> Result<fs::File> {
+    fs::File::options()
+        .read(true)
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(|source| Error::File {
+            what,
+            path: path.to_owned(),
+            source,
+        })
+}
+
 /// The guest can make the console as long as its limit; an error takes less.
 /// A queue for each vCPU; more than the vCPUs are of no use.
 fn net_queues(settings: &RuntimeConfig, vcpus: u32) -> NonZeroU32 {
@@ -468,8 +493,8 @@ fn read_tail(path: &Path) -> std::io::Result<Vec<u8>> {
 }
 
 /// How many vCPUs the handler's machine can have.
-pub(crate) fn max_vcpus(runtime: &Runtime) -> u32 {
-    match runtime.decision.machine {
+pub(crate) fn max_vcpus(decision: &Decision) -> u32 {
+    match decision.machine {
         MachineKind::Uml(UmlMode::Ptrace) => 1,
         MachineKind::Uml(UmlMode::Seccomp) | MachineKind::Kvm => 32,
     }

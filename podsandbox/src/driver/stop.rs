@@ -105,6 +105,9 @@ impl Driver {
             }
         });
         outcome = outcome.and(self.remove_dir());
+        if self.is_on_host() {
+            return outcome.and(self.remove_written().await);
+        }
         outcome.and(scratch::remove(&self.paths.scratch))
     }
 

@@ -55,12 +55,15 @@ impl Driver {
                 }
                 self.free_ended();
                 self.publish();
-                self.check_network();
+                if !self.record.spec.host_namespaces.network {
+                    self.check_network();
+                }
                 tracing::info!(pod = %self.record.id, containers = self.containers.len(), "took up a running pod");
                 Ok(())
             }
             Err(reason) => {
-                self.record.failure = Some(format!("the virtual machine ended: {reason}"));
+                self.record.failure = Some(self.ended(&reason));
+                self.end_orphans().await;
                 self.context.store.put_pod(&self.record).await?;
                 self.end_containers(ExitReason::Unknown, &reason).await;
                 self.publish();

@@ -218,7 +218,8 @@ impl Driver {
         let reason = plain(&reason);
         tracing::warn!(pod = %self.record.id, %reason, "pod lost its machine");
         self.machine = None;
-        self.record.failure = Some(format!("the virtual machine ended: {reason}"));
+        self.record.failure = Some(self.ended(&reason));
+        self.end_orphans().await;
         self.end_containers(ExitReason::Error, &reason).await;
         if self.record.phase == PodPhase::Ready
             && let Err(error) = self.context.store.put_pod(&self.record).await

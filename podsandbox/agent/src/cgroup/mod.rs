@@ -21,7 +21,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::sys;
 use limits::{Setting, settings};
-pub use usage::pod_pressures;
+pub use usage::{Pressures, Usage, pod_pressures};
 
 pub const ROOT: &str = "/sys/fs/cgroup";
 pub const POD: &str = "/sys/fs/cgroup/pod";
@@ -93,20 +93,24 @@ impl Cgroup {
             source,
         };
         fs::create_dir(&path).map_err(failed)?;
-        match OpenOptions::new()
+        Self::open(path.clone()).inspect_err(|_| {
+            // Nothing lives in it yet, and the first error is the cause.
+            let _ = fs::remove_dir(&path);
+        })
+    }
+
+    /// One that is there.
+    pub fn open(path: PathBuf) -> Result<Self, CgroupError> {
+        let opened = OpenOptions::new()
             .read(true)
             .custom_flags(libc::O_DIRECTORY)
-            .open(&path)
-        {
+            .open(&path);
+        match opened {
             Ok(dir) => Ok(Self {
                 path,
                 dir: dir.into(),
             }),
-            Err(error) => {
-                // Nothing lives in it yet, and the first error is the cause.
-                let _ = fs::remove_dir(&path);
-                Err(failed(error))
-            }
+            Err(source) => Err(CgroupError::Read { path, source }),
         }
     }
 

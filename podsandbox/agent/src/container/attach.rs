@@ -1,17 +1,17 @@
 //! Attach: a client at the streams of a running container.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use agent_api::{AttachRequest, Streams};
 use tokio::io::AsyncWriteExt;
 use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio::task::{JoinHandle, JoinSet};
-use tokio_vsock::VsockStream;
 
-use super::session::{Client, Connections, Events, end};
+use super::session::{Client, Connections, Events, Host, SessionError, end};
 use super::stdin::{EndedBy, Stdin};
 use super::tee::{Tap, TooSlow};
-use super::{Container, Containers, Error};
+use super::{Container, Containers, Error, Outputs};
 
 /// Clients in the whole guest at once. Each may have half a MiB of output
 /// waiting for it.
@@ -20,42 +20,73 @@ pub const MAX_ATTACHED: usize = 64;
 impl Containers {
     /// The session ends with the container, or with the client's standard
     /// input unless that is the container's only one (stdin_once).
-    pub fn attach(&self, request: AttachRequest) -> Result<Events, Error> {
+    pub fn attach(&self, request: AttachRequest) -> Result<Events<Error>, Error> {
         let container = self.get(&request.container_id)?;
         container.check_running()?;
         let permit = self.inner.attached.clone().try_acquire_owned();
         let permit = permit.map_err(|_| Error::TooManyAttached)?;
         let (client, events) = self.inner.sessions.begin()?;
         let asked = request.streams.unwrap_or_default();
-        tokio::spawn(serve(container, asked, client, permit));
+        let too_slow = Error::TooSlow {
+            id: container.id.clone(),
+        };
+        tokio::spawn(serve(container.target(), asked, client, too_slow, permit));
         Ok(events)
     }
 }
 
-async fn serve(
-    container: Arc<Container>,
+impl Container {
+    fn target(self: &Arc<Self>) -> Target {
+        let container = self.clone();
+        let code = move || container.state().exit.as_ref().map_or(0, |exit| exit.code);
+        Target {
+            stdin: self.stdin.clone(),
+            terminal: self.terminal.clone(),
+            outputs: self.outputs.clone(),
+            published: self.published.subscribe(),
+            code: Box::new(code),
+        }
+    }
+}
+
+/// What clients of a container are attached to.
+pub struct Target {
+    pub stdin: Option<Arc<Stdin>>,
+    /// The master of its terminal.
+    pub terminal: Option<Arc<OwnedFd>>,
+    pub outputs: Outputs,
+    /// True once its exit was published.
+    pub published: watch::Receiver<bool>,
+    /// Its exit code by then.
+    pub code: Box<dyn Fn() -> i32 + Send + Sync>,
+}
+
+/// Connects a client's streams and follows them to their end.
+pub async fn serve<E: From<SessionError>>(
+    target: Target,
     asked: Streams,
-    mut client: Client,
+    mut client: Client<E>,
+    too_slow: E,
     _permit: OwnedSemaphorePermit,
 ) {
-    let terminal = container.terminal.is_some();
+    let terminal = target.terminal.is_some();
     let streams = Streams {
-        stdin: asked.stdin && container.stdin.is_some(),
+        stdin: asked.stdin && target.stdin.is_some(),
         stderr: asked.stderr && !terminal,
         ..asked
     };
     let Some(connections) = client.connect(streams, terminal).await else {
         return;
     };
-    client.has_terminal(container.terminal.clone());
-    let attached = Attached::begin(&container, connections);
+    client.has_terminal(target.terminal.clone());
+    let attached = Attached::begin(target, connections);
     client.started().await;
-    attached.follow(client).await;
+    attached.follow(client, too_slow).await;
 }
 
 /// A client whose streams are connected.
 struct Attached {
-    container: Arc<Container>,
+    target: Target,
     input: Option<(Arc<Stdin>, JoinHandle<EndedBy>)>,
     outputs: JoinSet<Result<(), TooSlow>>,
     /// Turned true when nothing more is to be taken from the container.
@@ -63,19 +94,19 @@ struct Attached {
 }
 
 impl Attached {
-    fn begin(container: &Arc<Container>, connections: Connections) -> Self {
+    fn begin(target: Target, connections: Connections) -> Self {
         let detach = watch::Sender::new(false);
         let mut outputs = JoinSet::new();
         let taps = [
-            (connections.stdout, &container.outputs.stdout),
-            (connections.stderr, &container.outputs.stderr),
+            (connections.stdout, &target.outputs.stdout),
+            (connections.stderr, &target.outputs.stderr),
         ];
         for (connection, tee) in taps {
             if let Some(connection) = connection {
                 outputs.spawn(deliver(tee.tap(), connection, detach.subscribe()));
             }
         }
-        let input = connections.stdin.zip(container.stdin.clone());
+        let input = connections.stdin.zip(target.stdin.clone());
         let input = input.map(|(connection, stdin)| {
             let to = stdin.clone();
             (
@@ -84,14 +115,14 @@ impl Attached {
             )
         });
         Self {
-            container: container.clone(),
+            target,
             input,
             outputs,
             detach,
         }
     }
 
-    async fn follow(mut self, client: Client) {
+    async fn follow<E: From<SessionError>>(mut self, client: Client<E>, too_slow: E) {
         let outcome = tokio::select! {
             () = client.gone() => None,
             outcome = self.outcome() => Some(outcome),
@@ -107,15 +138,12 @@ impl Attached {
             None => {}
             Some(Ok(Outcome::Exited(code))) => client.ended(code, false).await,
             Some(Ok(Outcome::Detached)) => client.ended(0, true).await,
-            Some(Err(TooSlow)) => {
-                let id = self.container.id.clone();
-                client.fail(Error::TooSlow { id }).await;
-            }
+            Some(Err(TooSlow)) => client.fail(too_slow).await,
         }
     }
 
     async fn outcome(&mut self) -> Result<Outcome, TooSlow> {
-        let mut published = self.container.published.subscribe();
+        let mut published = self.target.published.clone();
         let mut detached = false;
         loop {
             tokio::select! {
@@ -134,8 +162,7 @@ impl Attached {
                     }
                 }
                 () = seen(&mut published), if !detached && self.outputs.is_empty() => {
-                    let code = self.container.state().exit.as_ref().map_or(0, |exit| exit.code);
-                    return Ok(Outcome::Exited(code));
+                    return Ok(Outcome::Exited((self.target.code)()));
                 }
                 else => return Ok(Outcome::Detached),
             }
@@ -166,7 +193,7 @@ async fn fed(input: &mut Option<(Arc<Stdin>, JoinHandle<EndedBy>)>) -> EndedBy {
 /// this stream may still want the others.
 async fn deliver(
     mut tap: Tap,
-    mut client: VsockStream,
+    mut client: Host,
     mut detach: watch::Receiver<bool>,
 ) -> Result<(), TooSlow> {
     let mut detached = false;
@@ -181,7 +208,7 @@ async fn deliver(
             chunk = tap.next() => chunk?,
         };
         let Some(chunk) = chunk else {
-            end(Some(client));
+            end(Some(client)).await;
             return Ok(());
         };
         tokio::select! {

@@ -1,7 +1,7 @@
 //! A command in a running container, from its start to the last trace of it.
 
 use std::ffi::CString;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -9,6 +9,7 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot, watch};
 use tokio::time::timeout;
 
 use super::create::SETUP_TIMEOUT;
+use super::exec::{Ends, Running};
 use super::launch::{self, LaunchError, Launched, PidNamespace};
 use super::plan::{Entry, Plan, Stdio, StringArray};
 use super::spec::Pids;
@@ -35,10 +36,7 @@ pub struct Command {
     process: Launched,
     exit: oneshot::Receiver<ExitCode>,
     ended: watch::Sender<bool>,
-    /// The agent's end of standard input.
-    pub stdin: Option<OwnedFd>,
-    pub outputs: Vec<(&'static str, Source)>,
-    pub terminal: Option<Arc<OwnedFd>>,
+    ends: Ends,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -46,9 +44,7 @@ struct Begun {
     process: Launched,
     exit: oneshot::Receiver<ExitCode>,
     ended: watch::Sender<bool>,
-    stdin: Option<OwnedFd>,
-    outputs: Vec<(&'static str, Source)>,
-    terminal: Option<Arc<OwnedFd>>,
+    ends: Ends,
 }
 
 impl Containers {
@@ -76,9 +72,7 @@ impl Containers {
                 process: begun.process,
                 exit: begun.exit,
                 ended: begun.ended,
-                stdin: begun.stdin,
-                outputs: begun.outputs,
-                terminal: begun.terminal,
+                ends: begun.ends,
                 _permit: permit,
             }),
             Err(error) => {
@@ -177,9 +171,11 @@ impl Containers {
             process,
             exit,
             ended,
-            stdin,
-            outputs: sources,
-            terminal,
+            ends: Ends {
+                stdin,
+                outputs: sources,
+                terminal,
+            },
         })
     }
 }
@@ -207,10 +203,12 @@ fn with_term(envp: &Arc<StringArray>) -> Arc<StringArray> {
     Arc::new(StringArray::new(strings))
 }
 
-impl Command {
-    /// Waits for its exit, or kills it and all it has started when `stop`
-    /// comes first.
-    pub async fn exited(&mut self, stop: impl Future<Output = ()>) -> ExitCode {
+impl Running for Command {
+    fn take_ends(&mut self) -> Ends {
+        std::mem::take(&mut self.ends)
+    }
+
+    async fn exited(&mut self, stop: impl Future<Output = ()> + Send) -> ExitCode {
         let code = tokio::select! {
             biased;
             code = &mut self.exit => Some(code),
@@ -230,9 +228,9 @@ impl Command {
         code.unwrap_or(ExitCode::KILLED)
     }
 
-    /// Gives back what it held. What it left running in the background stays,
-    /// in its cgroup, until the container goes.
-    pub fn clear(self) {
+    /// What it left running in the background stays, in its cgroup, until the
+    /// container goes.
+    async fn clear(self) {
         drop(self.process);
         if let Err(error) = self.cgroup.remove() {
             let busy = matches!(&error, crate::cgroup::CgroupError::Remove { source, .. }

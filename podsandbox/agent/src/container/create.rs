@@ -27,7 +27,7 @@ use super::{
     check_id, seccomp, supervise, user,
 };
 use crate::cgroup::{Cgroup, POD};
-use crate::rootfs::{Rootfs, Trees};
+use crate::rootfs::{Rootfs, SCRATCH, Trees};
 use crate::stats::FsUsage;
 
 /// A child that sets itself up takes milliseconds; one that hangs in a mount
@@ -305,7 +305,7 @@ impl Containers {
             rootfs: tokio::sync::Mutex::new(rootfs),
             supervisor: Mutex::default(),
             execs: AtomicU64::new(0),
-            fs_usage: FsUsage::new(upper),
+            fs_usage: FsUsage::new(upper, SCRATCH.into()),
             volumes: Mutex::new(Some(volumes)),
         });
         let task = tokio::spawn(supervise(self.clone(), container.clone(), parts.vigil));

@@ -1,21 +1,23 @@
 //! Commands in a running container: ExecSync, its output in the answer, and
 //! Exec, with streams of its own.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use agent_api::{
     ExecExit, ExecRequest, ExecSyncEvent, ExecSyncRequest, Streams, exec_sync_event::Event,
 };
-use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::sleep;
 
-use super::command::{Command, Wish};
-use super::session::{Client, Connections, Events, deliver};
+use super::command::Wish;
+use super::session::{Client, Connections, Events, SessionError, deliver};
 use super::stdin::Stdin;
 use super::stdio::{CHUNK, Source, StdioError};
-use super::{Container, Containers, Error};
+use super::{Containers, Error};
+use crate::reaper::ExitCode;
 
 /// Chunks of output that wait for the host before the command's writes do.
 const QUEUE: usize = 4;
@@ -24,6 +26,31 @@ const QUEUE: usize = 4;
 const HOST_STALL: Duration = Duration::from_secs(30);
 
 pub type Output = mpsc::Receiver<ExecSyncEvent>;
+
+/// A command that runs.
+pub trait Running: Send + Sized + 'static {
+    /// Asked for once.
+    fn take_ends(&mut self) -> Ends;
+
+    /// Waits for its exit, or kills it and all it has started when `stop`
+    /// comes first.
+    fn exited(
+        &mut self,
+        stop: impl Future<Output = ()> + Send,
+    ) -> impl Future<Output = ExitCode> + Send;
+
+    /// Gives back what it held.
+    fn clear(self) -> impl Future<Output = ()> + Send;
+}
+
+/// This side's ends of a command's streams.
+#[derive(Default)]
+pub struct Ends {
+    pub stdin: Option<OwnedFd>,
+    pub outputs: Vec<(&'static str, Source)>,
+    /// The master of its terminal.
+    pub terminal: Option<Arc<OwnedFd>>,
+}
 
 impl Containers {
     /// Starts the command; fails if it cannot be run. The command is killed
@@ -40,57 +67,62 @@ impl Containers {
                 stdin: false,
             };
             let command = containers.command(container, wish, permit).await?;
-            let (events, output) = mpsc::channel(QUEUE);
-            let limit = request.timeout_millis;
-            let limit = (limit > 0).then(|| Duration::from_millis(limit));
-            tokio::spawn(answer(command, events, limit));
-            Ok(output)
+            Ok(answer(command, request.timeout_millis))
         })
         .await?
     }
 
     /// Makes a command ready that starts once its streams are connected. It is
     /// killed when the receiver is dropped before its last event.
-    pub fn exec(&self, request: ExecRequest) -> Result<Events, Error> {
+    pub fn exec(&self, request: ExecRequest) -> Result<Events<Error>, Error> {
         let container = self.get(&request.container_id)?;
         container.check_running()?;
         let permit = self.exec_permit()?;
         let (client, events) = self.inner.sessions.begin()?;
-        tokio::spawn(serve(self.clone(), container, request, client, permit));
+        let containers = self.clone();
+        let (streams, terminal) = (request.streams.unwrap_or_default(), request.terminal);
+        let begin = async move |streams: Streams| {
+            let wish = Wish {
+                argv: &request.argv,
+                terminal,
+                stdin: streams.stdin,
+            };
+            containers.command(container, wish, permit).await
+        };
+        tokio::spawn(serve(begin, streams, terminal, client));
         Ok(events)
     }
 }
 
-async fn serve(
-    containers: Containers,
-    container: Arc<Container>,
-    request: ExecRequest,
-    mut client: Client,
-    permit: OwnedSemaphorePermit,
-) {
-    let asked = request.streams.unwrap_or_default();
+/// Connects a session's streams, begins its command and follows it to its end.
+pub async fn serve<R, E, B>(
+    begin: impl FnOnce(Streams) -> B,
+    asked: Streams,
+    terminal: bool,
+    mut client: Client<E>,
+) where
+    R: Running,
+    E: From<SessionError> + From<StdioError> + Send,
+    B: Future<Output = Result<R, E>>,
+{
     let streams = Streams {
-        stderr: asked.stderr && !request.terminal,
+        stderr: asked.stderr && !terminal,
         ..asked
     };
-    let Some(connections) = client.connect(streams, request.terminal).await else {
+    let Some(connections) = client.connect(streams, terminal).await else {
         return;
     };
-    let wish = Wish {
-        argv: &request.argv,
-        terminal: request.terminal,
-        stdin: streams.stdin,
-    };
-    let mut command = match containers.command(container, wish, permit).await {
+    let mut command = match begin(streams).await {
         Ok(command) => command,
         Err(error) => return client.fail(error).await,
     };
-    client.has_terminal(command.terminal.take());
-    let tasks = match connect(&mut command, connections, request.terminal) {
+    let mut ends = command.take_ends();
+    client.has_terminal(ends.terminal.take());
+    let tasks = match connect(ends, connections, terminal) {
         Ok(tasks) => tasks,
         Err(error) => {
             command.exited(async {}).await;
-            command.clear();
+            command.clear().await;
             return client.fail(error.into()).await;
         }
     };
@@ -112,7 +144,7 @@ async fn serve(
         stdin.abort();
         report(stdin.await);
     }
-    command.clear();
+    command.clear().await;
     client.ended(code.0, false).await;
 }
 
@@ -123,11 +155,11 @@ struct Tasks {
 
 /// Joins the command's streams to its client's.
 fn connect(
-    command: &mut Command,
+    mut ends: Ends,
     mut connections: Connections,
     terminal: bool,
 ) -> Result<Tasks, StdioError> {
-    let stdin = match (command.stdin.take(), connections.stdin.take()) {
+    let stdin = match (ends.stdin.take(), connections.stdin.take()) {
         (Some(ours), Some(client)) => {
             let stdin = Stdin::new(ours, !terminal).map_err(StdioError::Create)?;
             Some(tokio::spawn(async move {
@@ -139,8 +171,7 @@ fn connect(
         }
         _ => None,
     };
-    let outputs = std::mem::take(&mut command.outputs).into_iter();
-    let outputs = outputs.map(|(stream, source)| {
+    let outputs = ends.outputs.into_iter().map(|(stream, source)| {
         let client = match stream {
             "stdout" => connections.stdout.take(),
             _ => connections.stderr.take(),
@@ -161,13 +192,20 @@ fn report(joined: Result<(), tokio::task::JoinError>) {
     }
 }
 
-/// Follows an ExecSync to its end.
-async fn answer(
-    mut command: Command,
+/// Follows an ExecSync to its end; no time limit is 0.
+pub fn answer(command: impl Running, limit_millis: u64) -> Output {
+    let (events, output) = mpsc::channel(QUEUE);
+    let limit = (limit_millis > 0).then(|| Duration::from_millis(limit_millis));
+    tokio::spawn(follow(command, events, limit));
+    output
+}
+
+async fn follow(
+    mut command: impl Running,
     events: mpsc::Sender<ExecSyncEvent>,
     limit: Option<Duration>,
 ) {
-    let outputs = std::mem::take(&mut command.outputs).into_iter();
+    let outputs = command.take_ends().outputs.into_iter();
     let pumps: Vec<_> = outputs
         .map(|(stream, source)| {
             let wrap = if stream == "stdout" {
@@ -202,7 +240,7 @@ async fn answer(
     let _ = events
         .send_timeout(ExecSyncEvent { event: Some(exit) }, HOST_STALL)
         .await;
-    command.clear();
+    command.clear().await;
 }
 
 /// Moves output to the host until its end, or until nobody takes it.

@@ -12,7 +12,7 @@
 //! task kills what is left of the container, lets its output reach the host,
 //! and only then publishes the exit. The gRPC server is the only caller.
 
-mod attach;
+pub mod attach;
 mod capabilities;
 pub mod child;
 mod command;
@@ -20,20 +20,20 @@ mod create;
 mod dev_tree;
 mod device_files;
 mod devices;
-mod exec;
+pub mod exec;
 mod go_between;
 mod launch;
 mod mounts;
 mod pause;
 mod plan;
 mod seccomp;
-mod session;
+pub mod session;
 mod spec;
 mod start;
-mod stdin;
-mod stdio;
-mod tee;
-mod user;
+pub mod stdin;
+pub mod stdio;
+pub mod tee;
+pub mod user;
 mod volumes;
 
 use std::collections::BTreeMap;
@@ -44,13 +44,11 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use agent_api::container_state::Phase as ApiPhase;
-use agent_api::stream::{Stream, Token};
 use agent_api::{ContainerState, Event, Exit, OomKill, UpdateContainerRequest, event};
 use oci_spec::runtime::LinuxResources;
 use tokio::sync::{Notify, broadcast, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
-use tokio_vsock::VsockStream;
 
 use attach::MAX_ATTACHED;
 use command::MAX_EXECS;
@@ -71,7 +69,7 @@ use devices::Guard;
 use launch::Launched;
 use pause::Pause;
 use plan::{Identity, SeccompFilter, StringArray};
-use session::Sessions;
+use session::{SessionError, Sessions};
 use spec::OwnNamespaces;
 use stdin::Stdin;
 use stdio::StdioError;
@@ -122,12 +120,8 @@ pub enum Error {
     TooManyExecs,
     #[error("{MAX_ATTACHED} clients are attached to the pod's containers already")]
     TooManyAttached,
-    #[error("there is no such session")]
-    UnknownSession,
-    #[error("the session has no terminal")]
-    NoTerminal,
-    #[error("the session's streams were not connected in {} s", session::CONNECT_TIMEOUT.as_secs())]
-    ConnectTimeout,
+    #[error(transparent)]
+    Session(#[from] SessionError),
     #[error("the client took no output of container {id} for {} s", tee::STALL.as_secs())]
     TooSlow { id: String },
     #[error("the pod was not configured")]
@@ -229,9 +223,9 @@ pub struct Container {
 
 /// Where clients get a container's output from. A terminal has only the first.
 #[derive(Clone, Debug, Default)]
-struct Outputs {
-    stdout: Arc<Tee>,
-    stderr: Arc<Tee>,
+pub struct Outputs {
+    pub stdout: Arc<Tee>,
+    pub stderr: Arc<Tee>,
 }
 
 impl Container {
@@ -421,17 +415,13 @@ impl Containers {
         self.inner.events.subscribe()
     }
 
-    pub fn has_session(&self, token: Token) -> bool {
-        self.inner.sessions.has(token)
-    }
-
-    /// A stream from the host for the session of this token.
-    pub fn hand_over(&self, token: Token, stream: Stream, connection: VsockStream) {
-        self.inner.sessions.hand_over(token, stream, connection);
+    /// Where streams from the host find their sessions.
+    pub fn sessions(&self) -> Arc<Sessions> {
+        self.inner.sessions.clone()
     }
 
     pub fn resize(&self, token: &[u8], width: u32, height: u32) -> Result<(), Error> {
-        self.inner.sessions.resize(token, width, height)
+        Ok(self.inner.sessions.resize(token, width, height)?)
     }
 
     /// The PID namespace that the pod's containers share, made for the first

@@ -16,13 +16,11 @@ use agent_api::session_event::Event;
 use agent_api::stream::{Stream, TOKEN_LEN, Token};
 use agent_api::{SessionEnded, SessionEvent, SessionOpened, SessionStarted, Streams};
 use nix::errno::Errno;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
-use tokio_vsock::VsockStream;
 
 use super::stdio::{CHUNK, Source};
-use super::{Error, StdioError};
 use crate::sys;
 
 /// How long the streams of a session may take to come: milliseconds, unless
@@ -32,10 +30,29 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 /// There are three in the life of a session.
 const EVENTS: usize = 4;
 
-/// What a session tells its client.
-pub type Events = mpsc::Receiver<Result<SessionEvent, Error>>;
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    #[error("there is no such session")]
+    Unknown,
+    #[error("the session has no terminal")]
+    NoTerminal,
+    #[error("the session's streams were not connected in {} s", CONNECT_TIMEOUT.as_secs())]
+    ConnectTimeout,
+    #[error("cannot make a session")]
+    Create(#[source] Errno),
+    #[error("cannot size the session's terminal")]
+    Resize(#[source] Errno),
+}
 
-type Connection = (Stream, VsockStream);
+/// The host's end of one stream: vsock in a guest.
+pub trait Connection: AsyncRead + AsyncWrite + std::fmt::Debug + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + std::fmt::Debug + Send + Unpin> Connection for T {}
+
+pub type Host = Box<dyn Connection>;
+
+/// What a session tells its client.
+pub type Events<E> = mpsc::Receiver<Result<SessionEvent, E>>;
 
 #[derive(Debug, Default)]
 pub struct Sessions {
@@ -44,30 +61,30 @@ pub struct Sessions {
 
 #[derive(Debug)]
 struct Entry {
-    streams: mpsc::Sender<Connection>,
+    streams: mpsc::Sender<(Stream, Host)>,
     terminal: Option<Arc<OwnedFd>>,
 }
 
 /// The client of a session, and its place among the open ones, which it gives
 /// back when it is dropped.
 #[derive(Debug)]
-pub struct Client {
+pub struct Client<E> {
     sessions: Arc<Sessions>,
     token: Token,
-    incoming: mpsc::Receiver<Connection>,
-    events: mpsc::Sender<Result<SessionEvent, Error>>,
+    incoming: mpsc::Receiver<(Stream, Host)>,
+    events: mpsc::Sender<Result<SessionEvent, E>>,
 }
 
 /// The connections of a session, as far as they were asked for.
 #[derive(Debug, Default)]
 pub struct Connections {
-    pub stdin: Option<VsockStream>,
-    pub stdout: Option<VsockStream>,
-    pub stderr: Option<VsockStream>,
+    pub stdin: Option<Host>,
+    pub stdout: Option<Host>,
+    pub stderr: Option<Host>,
 }
 
 impl Connections {
-    fn slot(&mut self, stream: Stream) -> &mut Option<VsockStream> {
+    fn slot(&mut self, stream: Stream) -> &mut Option<Host> {
         match stream {
             Stream::Stdin => &mut self.stdin,
             Stream::Stdout => &mut self.stdout,
@@ -89,9 +106,9 @@ impl Sessions {
     }
 
     /// A new session and what its client is told.
-    pub fn begin(self: &Arc<Self>) -> Result<(Client, Events), Error> {
+    pub fn begin<E>(self: &Arc<Self>) -> Result<(Client<E>, Events<E>), SessionError> {
         let mut token = [0; TOKEN_LEN];
-        sys::random(&mut token).map_err(|errno| StdioError::Create(errno.into()))?;
+        sys::random(&mut token).map_err(SessionError::Create)?;
         let (streams, incoming) = mpsc::channel(3);
         let (events, receiver) = mpsc::channel(EVENTS);
         let terminal = None;
@@ -110,19 +127,19 @@ impl Sessions {
     }
 
     /// A connection that nobody waits for is closed.
-    pub fn hand_over(&self, token: Token, stream: Stream, connection: VsockStream) {
+    pub fn hand_over(&self, token: Token, stream: Stream, connection: Host) {
         if let Some(entry) = self.open().get(&token) {
             // Full or closed: the session has all it wants.
             let _ = entry.streams.try_send((stream, connection));
         }
     }
 
-    pub fn resize(&self, token: &[u8], width: u32, height: u32) -> Result<(), Error> {
+    pub fn resize(&self, token: &[u8], width: u32, height: u32) -> Result<(), SessionError> {
         let entry = Token::try_from(token)
             .ok()
             .and_then(|token| self.open().get(&token).map(|entry| entry.terminal.clone()));
-        let terminal = entry.ok_or(Error::UnknownSession)?;
-        let terminal = terminal.ok_or(Error::NoTerminal)?;
+        let terminal = entry.ok_or(SessionError::Unknown)?;
+        let terminal = terminal.ok_or(SessionError::NoTerminal)?;
         let cut = |size| u16::try_from(size).unwrap_or(u16::MAX);
         let size = libc::winsize {
             ws_row: cut(height),
@@ -132,19 +149,17 @@ impl Sessions {
         };
         // SAFETY: TIOCSWINSZ reads one winsize (ioctl_tty(2)), which lives.
         let set = unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) };
-        Errno::result(set)
-            .map(drop)
-            .map_err(|errno| StdioError::Create(errno.into()).into())
+        Errno::result(set).map(drop).map_err(SessionError::Resize)
     }
 }
 
-impl Drop for Client {
+impl<E> Drop for Client<E> {
     fn drop(&mut self) {
         self.sessions.open().remove(&self.token);
     }
 }
 
-impl Client {
+impl<E: From<SessionError>> Client<E> {
     /// Has the client connect `streams` and takes the connections. None when
     /// there is no client any more.
     pub async fn connect(&mut self, streams: Streams, terminal: bool) -> Option<Connections> {
@@ -179,7 +194,7 @@ impl Client {
         self.incoming.close();
         while self.incoming.try_recv().is_ok() {}
         if connected.is_err() {
-            self.fail(Error::ConnectTimeout).await;
+            self.fail(SessionError::ConnectTimeout.into()).await;
             return None;
         }
         Some(connections)
@@ -201,7 +216,7 @@ impl Client {
             .await;
     }
 
-    pub async fn fail(&self, error: Error) {
+    pub async fn fail(&self, error: E) {
         // A client that has gone wants no words.
         let _ = self.events.send(Err(error)).await;
     }
@@ -220,7 +235,7 @@ impl Client {
 
 /// Moves output to its client until its end. Without a client, or after one
 /// that takes no more, it is thrown away.
-pub async fn deliver(mut source: Source, mut client: Option<VsockStream>) {
+pub async fn deliver(mut source: Source, mut client: Option<Host>) {
     let mut buffer = vec![0; CHUNK];
     loop {
         let length = match source.read(&mut buffer).await {
@@ -237,13 +252,13 @@ pub async fn deliver(mut source: Source, mut client: Option<VsockStream>) {
             client = None;
         }
     }
-    end(client);
+    end(client).await;
 }
 
 /// The client reads the end; one that has gone cannot.
-pub fn end(client: Option<VsockStream>) {
-    if let Some(client) = client {
-        let _ = VsockStream::shutdown(&client, std::net::Shutdown::Write);
+pub async fn end(client: Option<Host>) {
+    if let Some(mut client) = client {
+        let _ = client.shutdown().await;
     }
 }
 
@@ -254,19 +269,19 @@ mod tests {
     #[tokio::test(flavor = "current_thread")]
     async fn a_session_is_known_for_as_long_as_it_lasts() {
         let sessions = Arc::new(Sessions::default());
-        let (client, mut events) = sessions.begin().unwrap();
-        let (other, _) = sessions.begin().unwrap();
+        let (client, mut events) = sessions.begin::<SessionError>().unwrap();
+        let (other, _) = sessions.begin::<SessionError>().unwrap();
         assert_ne!(client.token, other.token);
         let token = client.token;
         let resized = sessions.resize(&token, 80, 24);
-        assert!(matches!(resized, Err(Error::NoTerminal)));
+        assert!(matches!(resized, Err(SessionError::NoTerminal)));
         client.ended(3, false).await;
         let event = events.recv().await.unwrap().unwrap().event;
         let (code, detached) = (3, false);
         assert_eq!(event, Some(Event::Ended(SessionEnded { code, detached })));
         for gone in [&token[..], b"short"] {
             let resized = sessions.resize(gone, 80, 24);
-            assert!(matches!(resized, Err(Error::UnknownSession)));
+            assert!(matches!(resized, Err(SessionError::Unknown)));
         }
         drop(other);
         assert!(sessions.open().is_empty());
@@ -275,7 +290,7 @@ mod tests {
     #[tokio::test(flavor = "current_thread", start_paused = true)]
     async fn streams_that_do_not_come_end_the_session() {
         let sessions = Arc::new(Sessions::default());
-        let (mut client, mut events) = sessions.begin().unwrap();
+        let (mut client, mut events) = sessions.begin::<SessionError>().unwrap();
         let streams = Streams {
             stdin: true,
             ..Streams::default()
@@ -285,10 +300,10 @@ mod tests {
         let opened = events.recv().await.unwrap().unwrap().event;
         assert!(matches!(opened, Some(Event::Opened(_))));
         let failed = events.recv().await.unwrap();
-        assert!(matches!(failed, Err(Error::ConnectTimeout)));
+        assert!(matches!(failed, Err(SessionError::ConnectTimeout)));
         assert!(events.recv().await.is_none() && sessions.open().is_empty());
 
-        let (mut client, events) = sessions.begin().unwrap();
+        let (mut client, events) = sessions.begin::<SessionError>().unwrap();
         drop(events);
         assert!(client.connect(streams, false).await.is_none(), "at once");
     }

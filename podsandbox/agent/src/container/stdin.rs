@@ -6,9 +6,8 @@ use std::os::fd::OwnedFd;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncReadExt, Interest};
+use tokio::io::{AsyncRead, AsyncReadExt, Interest};
 use tokio::sync::Mutex;
-use tokio_vsock::VsockStream;
 
 use super::stdio::CHUNK;
 use crate::sys;
@@ -62,7 +61,7 @@ impl Stdin {
     }
 
     /// Moves a client's bytes until either side has ended.
-    pub async fn feed(&self, mut client: VsockStream) -> EndedBy {
+    pub async fn feed(&self, mut client: impl AsyncRead + Unpin) -> EndedBy {
         let mut buffer = vec![0; CHUNK];
         loop {
             let length = match client.read(&mut buffer).await {

@@ -15,7 +15,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
 use nix::sys::stat::Mode;
 use nix::unistd::{fchown, pipe2};
 use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest};
 use tokio::sync::watch;
 use tokio::time::timeout;
 use tokio_vsock::{VsockAddr, VsockStream};
@@ -183,10 +183,9 @@ pub async fn pump(
     id: &str,
     stream: &str,
     mut source: Source,
-    host: Option<VsockStream>,
+    mut host: Option<impl AsyncRead + AsyncWrite + Unpin>,
     tee: &Tee,
 ) {
-    let mut host = host;
     let mut buffer = vec![0; CHUNK];
     loop {
         let length = match source.read(&mut buffer).await {
@@ -216,7 +215,7 @@ pub async fn pump(
 
 /// Waits without bound for the host while the container runs.
 async fn send(
-    host: &mut VsockStream,
+    host: &mut (impl AsyncWrite + Unpin),
     bytes: &[u8],
     ended: &watch::Receiver<bool>,
 ) -> io::Result<()> {
@@ -240,8 +239,8 @@ async fn send(
 }
 
 /// The host closes its side once it has written what it got.
-async fn finish(host: &mut VsockStream) -> io::Result<()> {
-    VsockStream::shutdown(host, std::net::Shutdown::Write)?;
+async fn finish(host: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> io::Result<()> {
+    host.shutdown().await?;
     let mut byte = [0; 1];
     match timeout(HOST_STALL, host.read(&mut byte)).await {
         Ok(Ok(_)) => Ok(()),

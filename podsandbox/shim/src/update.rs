@@ -1,0 +1,94 @@
+//! UpdateContainer: other limits, and another preference of the OOM killer's.
+
+use agent_api::UpdateContainerRequest;
+use oci_spec::runtime::{LinuxResources, Spec};
+use serde_json::Value;
+
+use crate::container::{Container, Phase};
+use crate::create::CONFIG;
+use crate::error::Error;
+use crate::pod::{Containers, write};
+
+impl Containers {
+    /// Sets what an OCI `LinuxResources` names and leaves the rest. A container
+    /// that was not started yet has it from its start on.
+    pub async fn update(&self, request: UpdateContainerRequest) -> Result<(), Error> {
+        let container = self.get(&request.id)?;
+        let resources: LinuxResources = serde_json::from_slice(&request.resources)?;
+        // A start waits, and finds it all or nothing of it.
+        let starting = container.starting.lock().await;
+        if container.state().phase == Phase::Created {
+            container.rewrite(&resources, request.oom_score_adj)?;
+            drop(starting);
+        } else {
+            drop(starting);
+            container.check_running()?;
+            let path = container.bundle.join("update.json");
+            write(&path, &serde_json::to_vec(&resources)?)?;
+            self.inner.runtime.update(&container.id, &path).await?;
+        }
+        if let Some(score) = request.oom_score_adj {
+            // Before the processes: one that is made meanwhile has it too.
+            *container.oom_score() = Some(score);
+            container.cgroup.set_oom_score(score)?;
+        }
+        Ok(())
+    }
+}
+
+impl Container {
+    fn rewrite(&self, resources: &LinuxResources, score: Option<i32>) -> Result<(), Error> {
+        let path = self.bundle.join(CONFIG);
+        let text = std::fs::read(&path).map_err(|source| Error::File {
+            action: "read",
+            path: path.clone(),
+            source,
+        })?;
+        let mut spec: Spec = serde_json::from_slice(&text)?;
+        let mut linux = spec.linux().clone().unwrap_or_default();
+        let before = linux.resources().clone().unwrap_or_default();
+        let mut merged = serde_json::to_value(before)?;
+        merge(&mut merged, serde_json::to_value(resources)?);
+        linux.set_resources(Some(serde_json::from_value(merged)?));
+        spec.set_linux(Some(linux));
+        if let (Some(mut process), Some(score)) = (spec.process().clone(), score) {
+            process.set_oom_score_adj(Some(score));
+            spec.set_process(Some(process));
+        }
+        write(&path, &serde_json::to_vec(&spec)?)
+    }
+}
+
+/// What `change` does not name stays.
+fn merge(value: &mut Value, change: Value) {
+    match (value, change) {
+        (Value::Object(value), Value::Object(change)) => {
+            for (name, change) in change {
+                merge(value.entry(name).or_insert(Value::Null), change);
+            }
+        }
+        (_, Value::Null) => {}
+        (value, change) => *value = change,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn what_an_update_does_not_name_stays() {
+        let mut limits = json!({"cpu": {"shares": 2, "quota": 5}, "devices": [{"allow": false}]});
+        let change =
+            json!({"cpu": {"quota": -1, "cpus": "0"}, "memory": {"limit": 9}, "devices": null});
+        merge(&mut limits, change);
+        let expected = json!({
+            "cpu": {"shares": 2, "quota": -1, "cpus": "0"},
+            "memory": {"limit": 9},
+            "devices": [{"allow": false}],
+        });
+        assert_eq!(limits, expected);
+    }
+}
