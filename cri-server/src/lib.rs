@@ -6,6 +6,7 @@ pub mod check;
 mod chunks;
 pub mod config;
 mod convert;
+mod deadline;
 mod images;
 mod runtime;
 pub mod serve;

@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 
 use crate::config::Config;
+use crate::deadline::Deadlines;
 use crate::images::Images;
 use crate::runtime::Runtime;
 use crate::streaming::Streaming;
@@ -92,6 +93,7 @@ async fn serve(config: Config) -> Result<()> {
         .max_encoding_message_size(MAX_ANSWER_BYTES);
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = Server::builder()
+        .layer(tower::layer::layer_fn(Deadlines))
         .add_service(runtime)
         .add_service(images)
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move {
