@@ -3,58 +3,32 @@
 //! Names and ids live here; everything about one pod lives in its driver. The
 //! map's lock is held for look-ups and inserts only, never across an await.
 
+mod containers;
+mod recover;
+mod streams;
 mod updates;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use agent_api::exec_sync_event::Event as ExecEvent;
 use imagesvc::ImageService;
-use netns::cni::Collection;
-use tokio::net::UnixStream;
-use tokio::sync::Semaphore;
 
 use crate::config::{Config, Engine};
 use crate::context::{Context, now_nanos};
 use crate::driver::{Command, Driver, Handle, max_vcpus};
 use crate::events::Events;
 use crate::network::Network;
-use crate::record::{ContainerPhase, ContainerRecord, PodKind, PodPhase, PodRecord};
-use crate::session::{AttachOptions, ExecOptions, Session};
+use crate::record::{ContainerRecord, PodKind, PodPhase, PodRecord};
 use crate::sizing::Bounds;
 use crate::snapshot::PodSnapshot;
-use crate::spec::{ContainerSpec, PodName, PodSpec};
+use crate::spec::{PodName, PodSpec};
 use crate::store::Store;
-use crate::{AgentClient, Error, Result, cgroup, host, ids, signals, sizing};
+use crate::{Error, Result, cgroup, host, ids, sizing};
+pub use streams::ExecOutput;
 
-/// What ExecSync returns of each stream at most; the field's runtimes agree.
-const EXEC_OUTPUT_LIMIT: usize = 16 << 20;
-/// SIGKILL is not refused; this is for a guest that hangs.
-const KILL_WAIT: Duration = Duration::from_secs(10);
-/// Beyond an exec's own time-out: for the answer to travel.
-const EXEC_GRACE: Duration = Duration::from_secs(5);
-/// Pods that run are taken up so many at a time: a few calls to each VMM and
-/// guest.
-const TAKE_UPS_AT_ONCE: usize = 32;
-/// What was half done is undone or finished so many pods at a time: each runs
-/// CNI plugins.
-const UNDOS_AT_ONCE: usize = 16;
-/// Requests are served after this even if a pod's VMM hangs; it takes
-/// milliseconds.
-const TAKE_UP_WAIT: Duration = Duration::from_secs(10);
 const UIDS: u32 = 65_536;
-const SIGTERM: u32 = 15;
-const SIGKILL: u32 = 9;
-
-#[derive(Debug, Default)]
-pub struct ExecOutput {
-    pub stdout: Vec<u8>,
-    pub stderr: Vec<u8>,
-    pub exit_code: i32,
-    pub timed_out: bool,
-}
 
 /// What came of asking for a pod's name.
 enum Claim {
@@ -90,75 +64,6 @@ impl PodManager {
         };
         manager.recover(found).await?;
         Ok(manager)
-    }
-
-    async fn recover(&self, found: crate::store::Found) -> Result<()> {
-        let mut of_pod: HashMap<String, BTreeMap<String, ContainerRecord>> = HashMap::new();
-        let mut known: BTreeSet<String> = found.unreadable.iter().cloned().collect();
-        for container in found.containers {
-            known.insert(container.id.clone());
-            of_pod
-                .entry(container.pod_id.clone())
-                .or_default()
-                .insert(container.id.clone(), container);
-        }
-        cgroup::remove_own_parent();
-        let readable = found.pods.iter().map(|pod| &pod.id);
-        let ids = readable.chain(&found.unreadable).cloned();
-        // Before any driver runs: attaching and detaching have to wait for it.
-        match self.context.network.begin_gc(ids).await {
-            Ok(collection) => drop(tokio::spawn(self.clone().collect(collection))),
-            Err(error) => {
-                tracing::warn!(error = %error.sentence(), "cannot look for attachments of pods that are gone");
-            }
-        }
-        let (take_ups, undos) = (
-            Arc::new(Semaphore::new(TAKE_UPS_AT_ONCE)),
-            Arc::new(Semaphore::new(UNDOS_AT_ONCE)),
-        );
-        let mut running = Vec::new();
-        for pod in found.pods {
-            let containers = of_pod.remove(&pod.id).unwrap_or_default();
-            let runs = matches!(pod.phase, PodPhase::Ready | PodPhase::Stopped);
-            let turn = Arc::clone(if runs { &take_ups } else { &undos });
-            let handle = Driver::resume(Arc::clone(&self.context), pod.clone(), containers, turn);
-            if runs {
-                running.push(handle.clone());
-            }
-            self.pods().insert(pod.id, handle);
-        }
-        // Nor are the containers of a pod that cannot be read touched.
-        of_pod.retain(|pod, _| !known.contains(pod));
-        for container in of_pod.into_values().flatten().map(|(_, c)| c) {
-            self.context.images.release(&container.id).await?;
-            self.context.store.delete_container(&container.id).await?;
-            known.remove(&container.id);
-        }
-        // A lease is taken just before its container's record is written.
-        for (owner, _) in self.context.images.leases() {
-            if !known.contains(crate::driver::lease_holder(&owner)) {
-                self.context.images.release(&owner).await?;
-            }
-        }
-        let taken_up = async {
-            for handle in &mut running {
-                handle.settled().await;
-            }
-        };
-        if tokio::time::timeout(TAKE_UP_WAIT, taken_up).await.is_err() {
-            tracing::warn!(
-                "some pods were not taken up within {} s; serving without waiting for them",
-                TAKE_UP_WAIT.as_secs()
-            );
-        }
-        Ok(())
-    }
-
-    /// A plugin that fails or hangs must not keep pods from being served.
-    async fn collect(self, collection: Collection) {
-        if let Err(error) = self.context.network.finish_gc(collection).await {
-            tracing::warn!(error = %error.sentence(), "cannot collect attachments of pods that are gone");
-        }
     }
 
     fn forget_gone(&self) {
@@ -374,169 +279,6 @@ impl PodManager {
         }))
     }
 
-    fn existing(&self, id: &str) -> Result<(Handle, Arc<ContainerRecord>)> {
-        let (handle, _, container) = self
-            .find_container(id)?
-            .ok_or_else(|| Error::ContainerNotFound(id.to_owned()))?;
-        Ok((handle, container))
-    }
-
-    pub async fn create_container(&self, pod: &str, spec: ContainerSpec) -> Result<String> {
-        let handle = self
-            .find(pod)?
-            .ok_or_else(|| Error::PodNotFound(pod.to_owned()))?;
-        handle
-            .ask(|reply| Command::Create {
-                spec: Box::new(spec),
-                reply,
-            })
-            .await
-    }
-
-    pub async fn start_container(&self, id: &str) -> Result<()> {
-        let (handle, container) = self.existing(id)?;
-        handle
-            .ask(|reply| Command::Start {
-                id: container.id.clone(),
-                reply,
-            })
-            .await
-    }
-
-    /// Asks the container to end, then ends it. Stopped or unknown to a pod
-    /// that is gone: no error.
-    pub async fn stop_container(&self, id: &str, grace: Duration) -> Result<()> {
-        let Some((handle, _, container)) = self.find_container(id)? else {
-            return Ok(());
-        };
-        if container.exit.is_some() {
-            return Ok(());
-        }
-        let signal = |signal| {
-            let (handle, id) = (handle.clone(), container.id.clone());
-            async move {
-                handle
-                    .ask(|reply| Command::Signal { id, signal, reply })
-                    .await
-            }
-        };
-        // A process that waits for its exec as PID 1 does not hear SIGTERM.
-        if !grace.is_zero() && container.phase == ContainerPhase::Running {
-            signal(signals::parse(&container.stop_signal).unwrap_or(SIGTERM)).await?;
-            if tokio::time::timeout(grace, over(&handle, &container.id))
-                .await
-                .is_ok()
-            {
-                return Ok(());
-            }
-        }
-        signal(SIGKILL).await?;
-        tokio::time::timeout(KILL_WAIT, over(&handle, &container.id))
-            .await
-            .map_err(|_| Error::Unkillable {
-                id: container.id.clone(),
-                seconds: KILL_WAIT.as_secs(),
-            })
-    }
-
-    /// RemoveContainer, of a running one too; an unknown one is no error.
-    pub async fn remove_container(&self, id: &str) -> Result<()> {
-        let Some((handle, _, container)) = self.find_container(id)? else {
-            return Ok(());
-        };
-        match handle
-            .ask(|reply| Command::RemoveContainer {
-                id: container.id.clone(),
-                reply,
-            })
-            .await
-        {
-            Err(Error::PodNotFound(_)) => Ok(()),
-            other => other,
-        }
-    }
-
-    pub async fn reopen_log(&self, id: &str) -> Result<()> {
-        let (handle, container) = self.existing(id)?;
-        handle
-            .ask(|reply| Command::ReopenLog {
-                id: container.id.clone(),
-                reply,
-            })
-            .await
-    }
-
-    pub async fn exec_sync(
-        &self,
-        id: &str,
-        argv: Vec<String>,
-        timeout: Option<Duration>,
-    ) -> Result<ExecOutput> {
-        let (agent, container) = self.running(id, "exec needs a running container").await?;
-        let request = agent_api::ExecSyncRequest {
-            container_id: container.id.clone(),
-            argv,
-            timeout_millis: timeout.map_or(0, |t| u64::try_from(t.as_millis()).unwrap_or(u64::MAX)),
-        };
-        let work = collect(&agent, request);
-        match timeout {
-            None => work.await,
-            // The agent keeps the time; this is for one that hangs.
-            Some(limit) => tokio::time::timeout(limit + EXEC_GRACE, work)
-                .await
-                .unwrap_or(Ok(ExecOutput {
-                    timed_out: true,
-                    ..ExecOutput::default()
-                })),
-        }
-    }
-
-    /// A container that runs, and the agent of its pod.
-    async fn running(
-        &self,
-        id: &str,
-        needed: &'static str,
-    ) -> Result<(AgentClient, Arc<ContainerRecord>)> {
-        let (mut handle, _) = self.existing(id)?;
-        handle.settled().await;
-        let (snapshot, container) = self.container(id)?;
-        if container.phase != ContainerPhase::Running {
-            return Err(crate::driver::state_error(&container, needed));
-        }
-        Ok((serving(&snapshot)?, container))
-    }
-
-    /// Runs a command with streams of its own. Returns once it runs; one that
-    /// cannot be run is an error. It is killed, with all it has started, when
-    /// the session is dropped before its exit.
-    pub async fn exec(&self, mut options: ExecOptions) -> Result<Session> {
-        let needed = "exec needs a running container";
-        let (agent, container) = self.running(&options.container_id, needed).await?;
-        options.container_id.clone_from(&container.id);
-        agent.exec(options).await
-    }
-
-    /// Joins a container's streams: its output from now on. Dropping the
-    /// session leaves the container as it is.
-    pub async fn attach(&self, mut options: AttachOptions) -> Result<Session> {
-        let needed = "attach needs a running container";
-        let (agent, container) = self.running(&options.container_id, needed).await?;
-        options.container_id.clone_from(&container.id);
-        agent.attach(options).await
-    }
-
-    /// A connection to what listens on `port` of the pod's loopback: IPv4
-    /// first, then IPv6. `shutdown` ends one direction.
-    pub async fn port_forward(&self, pod: &str, port: u16) -> Result<UnixStream> {
-        let mut handle = self
-            .find(pod)?
-            .ok_or_else(|| Error::PodNotFound(pod.to_owned()))?;
-        handle.settled().await;
-        let snapshot = self.pod(pod)?;
-        let agent = serving(&snapshot)?;
-        agent.port_forward(&snapshot.pod.id, port).await
-    }
-
     /// Statistics from the pod's guest; none while it does not serve.
     pub async fn stats(&self, snapshot: &PodSnapshot) -> Result<Option<agent_api::StatsResponse>> {
         match &snapshot.agent {
@@ -569,60 +311,9 @@ impl PodManager {
     }
 }
 
-fn serving(snapshot: &PodSnapshot) -> Result<AgentClient> {
-    snapshot.agent.clone().ok_or_else(|| Error::PodNotReady {
-        id: snapshot.pod.id.clone(),
-        state: snapshot.pod.failure.clone().unwrap_or_default(),
-    })
-}
-
-async fn collect(agent: &AgentClient, request: agent_api::ExecSyncRequest) -> Result<ExecOutput> {
-    let mut stream = agent.exec_sync(request).await?;
-    let mut output = ExecOutput::default();
-    // What is beyond the limit is dropped, as the field's runtimes do.
-    let take = |to: &mut Vec<u8>, bytes: Vec<u8>| {
-        let room = EXEC_OUTPUT_LIMIT.saturating_sub(to.len());
-        to.extend_from_slice(&bytes[..bytes.len().min(room)]);
-    };
-    while let Some(event) = stream
-        .message()
-        .await
-        .map_err(|status| crate::agent::refused("ExecSync", &status))?
-    {
-        match event.event {
-            Some(ExecEvent::Stdout(bytes)) => take(&mut output.stdout, bytes),
-            Some(ExecEvent::Stderr(bytes)) => take(&mut output.stderr, bytes),
-            Some(ExecEvent::Exit(exit)) => {
-                output.exit_code = exit.code;
-                output.timed_out = exit.timed_out;
-                return Ok(output);
-            }
-            None => {}
-        }
-    }
-    Err(Error::VmEnded(
-        "the exec's stream broke before its exit code".to_owned(),
-    ))
-}
-
 /// Work that goes on when its caller goes away.
 async fn detached(work: impl Future<Output = Result<()>> + Send + 'static) -> Result<()> {
     tokio::spawn(work).await.map_err(|_| Error::Stopping)?
-}
-
-/// Waits until the container has exited or is gone.
-async fn over(handle: &Handle, id: &str) {
-    let mut snapshot = handle.snapshot.clone();
-    let done = |snapshot: &PodSnapshot| {
-        snapshot.gone
-            || snapshot
-                .containers
-                .get(id)
-                .is_none_or(|container| container.exit.is_some())
-    };
-    if snapshot.wait_for(done).await.is_err() {
-        tracing::debug!(container = id, "the pod's driver ended");
-    }
 }
 
 fn full_name(name: &PodName) -> String {

@@ -10,11 +10,12 @@ use tokio::time::timeout;
 
 use super::create::SETUP_TIMEOUT;
 use super::exec::{Ends, Running};
+use super::instance::Phase;
 use super::launch::{self, LaunchError, Launched, PidNamespace};
 use super::plan::{Entry, Plan, Stdio, StringArray};
 use super::spec::Pids;
 use super::stdio::{self, Source, StdioError};
-use super::{Container, Containers, Error, Phase, next_exec, spec};
+use super::{Container, Containers, Error, spec};
 use crate::cgroup::Cgroup;
 use crate::reaper::ExitCode;
 
@@ -64,7 +65,7 @@ impl Containers {
         container.check_running()?;
         let cgroup = container
             .cgroup
-            .child(&format!("exec-{}", next_exec(&container)))?;
+            .child(&format!("exec-{}", container.next_exec()))?;
         match self.begin(&container, &wish, &cgroup).await {
             Ok(begun) => Ok(Command {
                 container,

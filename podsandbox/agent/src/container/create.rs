@@ -14,18 +14,17 @@ use tokio::time::timeout;
 use tokio_vsock::VsockStream;
 
 use super::devices::{self, Guard};
+use super::instance::{Phase, State};
 use super::launch::{self, PidNamespace};
 use super::mounts::MountError;
 use super::plan::{Entry, Plan, SeccompFilter, Stdio};
 use super::spec::{self, ContainerSpec, Pids};
 use super::stdin::Stdin;
-use super::stdio::{self, Source};
+use super::stdio::{self, Source, StdioError};
+use super::supervise::{Vigil, supervise};
 use super::user::Resolved;
 use super::volumes::Held;
-use super::{
-    Container, Containers, Error, MAX_CONTAINERS, Outputs, Phase, Slot, State, StdioError, Vigil,
-    check_id, seccomp, supervise, user,
-};
+use super::{Container, Containers, Error, MAX_CONTAINERS, Outputs, Slot, check_id, seccomp, user};
 use crate::cgroup::{Cgroup, POD};
 use crate::rootfs::{Rootfs, SCRATCH, Trees};
 use crate::stats::FsUsage;

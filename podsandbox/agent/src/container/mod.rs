@@ -20,8 +20,10 @@ mod create;
 mod dev_tree;
 mod device_files;
 mod devices;
+mod error;
 pub mod exec;
 mod go_between;
+mod instance;
 mod launch;
 mod mounts;
 mod pause;
@@ -32,50 +34,39 @@ mod spec;
 mod start;
 pub mod stdin;
 pub mod stdio;
+mod supervise;
 pub mod tee;
 pub mod user;
 mod volumes;
 
 use std::collections::BTreeMap;
-use std::ffi::CString;
-use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use agent_api::container_state::Phase as ApiPhase;
-use agent_api::{ContainerState, Event, Exit, OomKill, UpdateContainerRequest, event};
+use agent_api::{ContainerState, Event, OomKill, UpdateContainerRequest, event};
 use oci_spec::runtime::LinuxResources;
-use tokio::sync::{Notify, broadcast, oneshot, watch};
-use tokio::task::JoinHandle;
+use tokio::sync::{Notify, broadcast};
 use tokio::time::timeout;
 
 use attach::MAX_ATTACHED;
 use command::MAX_EXECS;
 pub use devices::DeviceError;
+pub use error::Error;
+pub use instance::{Container, Outputs};
 pub use launch::LaunchError;
 pub use mounts::{ETC_DIR, ETC_FILES, MountError, SHM};
 pub use spec::{SpecError, sysctl_path};
 
-use crate::cgroup::{Cgroup, CgroupError};
-use crate::clock;
 use crate::oom::OomWatch;
-use crate::reaper::{ExitCode, Reaper};
-use crate::rootfs::{Rootfs, RootfsError};
-use crate::stats::FsUsage;
+use crate::reaper::Reaper;
 use crate::sys;
 use crate::userns::UserNamespace;
 use devices::Guard;
-use launch::Launched;
 use pause::Pause;
-use plan::{Identity, SeccompFilter, StringArray};
-use session::{SessionError, Sessions};
-use spec::OwnNamespaces;
-use stdin::Stdin;
-use stdio::StdioError;
-use tee::Tee;
-use user::UserError;
-use volumes::{Held, Volumes};
+use plan::SeccompFilter;
+use session::Sessions;
+use volumes::Volumes;
 
 /// A pod has tens of containers.
 const MAX_CONTAINERS: usize = 256;
@@ -91,206 +82,6 @@ const EVENT_QUEUE: usize = 256;
 /// How long a removal waits for the exit of a container that it has killed to
 /// be published, which waits for the host to take its output.
 const EXIT_PUBLISHED: Duration = Duration::from_secs(2);
-
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    #[error("{id:?} is no container id")]
-    Id { id: String },
-    #[error("container {id} already exists")]
-    Exists { id: String },
-    #[error("container {id} does not exist")]
-    Unknown { id: String },
-    #[error("container {id} is {phase}, not {wanted}")]
-    Phase {
-        id: String,
-        phase: &'static str,
-        wanted: &'static str,
-    },
-    #[error("{signal} is no signal")]
-    Signal { signal: u32 },
-    #[error("cannot send signal {signal} to container {id}")]
-    Send {
-        id: String,
-        signal: u32,
-        source: std::io::Error,
-    },
-    #[error("the pod has {MAX_CONTAINERS} containers")]
-    TooMany,
-    #[error("the guest runs {MAX_EXECS} commands already")]
-    TooManyExecs,
-    #[error("{MAX_ATTACHED} clients are attached to the pod's containers already")]
-    TooManyAttached,
-    #[error(transparent)]
-    Session(#[from] SessionError),
-    #[error("the client took no output of container {id} for {} s", tee::STALL.as_secs())]
-    TooSlow { id: String },
-    #[error("the pod was not configured")]
-    NotConfigured,
-    #[error("the container was not set up in {} s", create::SETUP_TIMEOUT.as_secs())]
-    SetupTimeout,
-    #[error("the resources are not valid")]
-    Resources(#[source] serde_json::Error),
-    #[error(transparent)]
-    Spec(#[from] SpecError),
-    #[error(transparent)]
-    Mount(#[from] MountError),
-    #[error(transparent)]
-    User(#[from] UserError),
-    #[error(transparent)]
-    Seccomp(#[from] seccomp::SeccompError),
-    #[error(transparent)]
-    Devices(#[from] DeviceError),
-    #[error(transparent)]
-    Rootfs(#[from] RootfsError),
-    #[error(transparent)]
-    Cgroup(#[from] CgroupError),
-    #[error(transparent)]
-    Stdio(#[from] StdioError),
-    #[error(transparent)]
-    Launch(#[from] LaunchError),
-    #[error("cannot watch container {id} for OOM kills")]
-    Oom { id: String, source: std::io::Error },
-    #[error(
-        "{what} {id} of the process is not one of the {length} that the pod's user namespace has"
-    )]
-    Unmapped {
-        what: &'static str,
-        id: u32,
-        length: u32,
-    },
-    #[error("a task of the agent has failed")]
-    Task(#[from] tokio::task::JoinError),
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
-    Created,
-    Starting,
-    Running,
-    Exited,
-}
-
-impl Phase {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Created => "created",
-            Self::Starting => "starting",
-            Self::Running => "running",
-            Self::Exited => "exited",
-        }
-    }
-}
-
-#[derive(Debug)]
-struct State {
-    phase: Phase,
-    started_at: i64,
-    /// Why the program never ran, with the exit code that says so.
-    start_error: Option<(String, i32)>,
-    exit: Option<Exit>,
-}
-
-#[derive(Debug)]
-pub struct Container {
-    id: String,
-    cgroup: Cgroup,
-    namespaces: OwnNamespaces,
-    identity: Identity,
-    /// What an update has made of the identity's.
-    oom_score: Mutex<Option<i32>>,
-    envp: Arc<StringArray>,
-    process: Launched,
-    /// Open for as long as the container may read it, attached or not.
-    stdin: Option<Arc<Stdin>>,
-    /// The master of its terminal.
-    terminal: Option<Arc<OwnedFd>>,
-    outputs: Outputs,
-    /// True once the process has ended.
-    ended: watch::Sender<bool>,
-    /// True once its exit was published.
-    published: watch::Sender<bool>,
-    state: Mutex<State>,
-    /// Held by a start until its outcome is in `state`; taken before `state`.
-    starting: tokio::sync::Mutex<()>,
-    /// Held by a removal; taken before everything else.
-    rootfs: tokio::sync::Mutex<Rootfs>,
-    supervisor: Mutex<Option<JoinHandle<()>>>,
-    execs: AtomicU64,
-    pub fs_usage: FsUsage,
-    /// None once it is being removed.
-    volumes: Mutex<Option<Held>>,
-}
-
-/// Where clients get a container's output from. A terminal has only the first.
-#[derive(Clone, Debug, Default)]
-pub struct Outputs {
-    pub stdout: Arc<Tee>,
-    pub stderr: Arc<Tee>,
-}
-
-impl Container {
-    fn check_running(&self) -> Result<(), Error> {
-        let phase = match self.state().phase {
-            Phase::Running if !*self.ended.borrow() => return Ok(()),
-            Phase::Running => Phase::Exited,
-            phase => phase,
-        };
-        Err(Error::Phase {
-            id: self.id.clone(),
-            phase: phase.name(),
-            wanted: Phase::Running.name(),
-        })
-    }
-
-    fn oom_score(&self) -> MutexGuard<'_, Option<i32>> {
-        // Every change is one assignment.
-        self.oom_score
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Who a process is that is run in it now.
-    fn identity(&self) -> Identity {
-        let mut identity = self.identity.clone();
-        let score = *self.oom_score();
-        if let Some(score) = score.and_then(|score| CString::new(score.to_string()).ok()) {
-            identity.oom_score_adj = Some(score);
-        }
-        identity
-    }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        // Every change of the state is one assignment.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub fn id(&self) -> &str {
-        &self.id
-    }
-
-    pub fn cgroup(&self) -> &Cgroup {
-        &self.cgroup
-    }
-
-    fn to_api(&self) -> ContainerState {
-        let state = self.state();
-        let phase = match state.phase {
-            Phase::Created => ApiPhase::Created,
-            Phase::Starting | Phase::Running => ApiPhase::Running,
-            Phase::Exited => ApiPhase::Exited,
-        };
-        ContainerState {
-            id: self.id.clone(),
-            phase: phase.into(),
-            pid: self.process.pid.unsigned_abs(),
-            started_at_unix_nanos: state.started_at,
-            exit: state.exit.clone(),
-            uid: self.identity.uid,
-            gid: self.identity.gid,
-            supplemental_groups: self.identity.groups.clone(),
-        }
-    }
-}
 
 enum Slot {
     Creating,
@@ -551,54 +342,6 @@ impl Containers {
     }
 }
 
-/// What a container's process leaves to be awaited.
-struct Vigil {
-    exit: oneshot::Receiver<ExitCode>,
-    pumps: Vec<JoinHandle<()>>,
-}
-
-/// Follows the process of `container` to its end.
-async fn supervise(containers: Containers, container: Arc<Container>, vigil: Vigil) {
-    // The reaper never drops a sender before it has used it.
-    let code = vigil.exit.await.unwrap_or(ExitCode::KILLED);
-    let finished_at = clock::now_nanos();
-    container.ended.send_replace(true);
-    drop(container.starting.lock().await);
-    // In a PID namespace that is not its own, other processes outlive it.
-    if let Err(error) = container.cgroup.kill().await {
-        eprintln!("drupe-agent: container {}: {error}", container.id);
-    }
-    for pump in vigil.pumps {
-        if let Err(error) = pump.await {
-            eprintln!("drupe-agent: container {}: output: {error}", container.id);
-        }
-    }
-    // A kernel without the memory controller kills nobody.
-    let oom_killed = container.cgroup.oom_kills().is_ok_and(|kills| kills > 0);
-    let exit = {
-        let mut state = container.state();
-        let (start_error, code) = match &state.start_error {
-            Some((why, code)) => (why.clone(), *code),
-            None => (String::new(), code.0),
-        };
-        let exit = Exit {
-            code,
-            oom_killed,
-            finished_at_unix_nanos: finished_at,
-            start_error,
-        };
-        state.phase = Phase::Exited;
-        state.exit = Some(exit.clone());
-        exit
-    };
-    container.published.send_replace(true);
-    // Nobody listens: a daemon that comes back lists the containers.
-    let _ = containers.inner.events.send(Event {
-        container_id: container.id.clone(),
-        event: Some(event::Event::Exit(exit)),
-    });
-}
-
 /// Ids become names of directories and words on the log port.
 fn check_id(id: &str) -> Result<(), Error> {
     const MAX_ID: usize = 128;
@@ -612,10 +355,6 @@ fn check_id(id: &str) -> Result<(), Error> {
     } else {
         Err(Error::Id { id: id.to_owned() })
     }
-}
-
-fn next_exec(container: &Container) -> u64 {
-    container.execs.fetch_add(1, Ordering::Relaxed)
 }
 
 #[cfg(test)]

@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
+use super::instance::Phase;
 use super::launch::LaunchError;
-use super::{Container, Containers, Error, Phase};
+use super::{Container, Containers, Error};
 use crate::clock;
 
 /// As runc answers for a container that could not be set up.
