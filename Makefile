@@ -39,17 +39,18 @@ demo: setup build ## Run one pod on its own kernel and show it; IMAGE=... takes 
 
 # Always the whole workspace: another selection of packages would mean another
 # selection of features, and the dependencies compiled anew.
-test: setup build out/node ## Unit tests, the end-to-end tests, and those on kvm in an emulated node
+test: setup build out/node ## Unit tests, the end-to-end tests, CRI's conformance tests, and tests on kvm in an emulated node
 	@$(TIMED) "all tests" $(CARGO) test --release --workspace -- --test-threads=$(TEST_THREADS)
+	@$(TIMED) "conformance tests of CRI" env PARALLEL=$(TEST_THREADS) $(TARGET_DIR)/release/critest
 	@$(EMULATED_NODE)
 
 e2e: setup build ## Only the end-to-end tests
 	@$(TIMED) "end-to-end tests" $(CARGO) test --release --workspace --test e2e -- --test-threads=$(TEST_THREADS)
 
-# PARALLEL, FOCUS and SKIP reach the program by its environment.
+# PARALLEL, FOCUS, SKIP and HANDLER reach the program by its environment.
 critest: ## Kubernetes' conformance tests of CRI; PARALLEL=2 at once, FOCUS='...' and SKIP='...' choose by name
 critest: setup build
-	@$(TARGET_DIR)/release/critest
+	@$(TARGET_DIR)/release/critest record
 
 test-kvm: setup build out/node ## End-to-end tests on kvm, in an emulated bare-metal node
 	@$(EMULATED_NODE)

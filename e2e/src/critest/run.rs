@@ -8,7 +8,7 @@ use std::process::{Command, ExitStatus, Stdio};
 use anyhow::{Context, Result};
 
 use crate::artifacts;
-use crate::node::Node;
+use crate::node::{Node, Server};
 
 use super::Report;
 
@@ -18,6 +18,10 @@ const SUITE_WITHIN: &str = "90m";
 /// The one spec that cannot pass with images of one's own: it pulls an image
 /// by the digest that only the original has.
 pub const FOREIGN_DIGEST: &str = "public image with digest should be pulled and removed";
+
+/// The one spec that only containers on the node's own kernel can pass: it
+/// looks on the node for what a container has mounted.
+pub const ON_THE_NODE: &str = "mount with 'rshared' should support propagation from host";
 
 /// What separates the specs in ginkgo's verbose output.
 const RULE: &str = "------------------------------";
@@ -35,13 +39,16 @@ pub struct Options {
     pub skip: Option<String>,
     /// Streams over WebSocket instead of SPDY.
     pub websocket: bool,
+    /// The runtime handler of all pods; none: the node's default.
+    pub handler: Option<String>,
 }
 
 impl Options {
-    /// Whether nothing is left out that could pass.
+    /// Whether nothing is left out that could pass, with the pods that a node
+    /// makes unasked.
     #[must_use]
     pub fn whole(&self) -> bool {
-        self.focus.is_none() && self.skip.is_none()
+        self.focus.is_none() && self.skip.is_none() && self.handler.is_none()
     }
 
     fn arguments(&self, node: &Node) -> Vec<String> {
@@ -55,6 +62,13 @@ impl Options {
             format!("-ginkgo.json-report={REPORT}"),
             format!("-ginkgo.skip={FOREIGN_DIGEST}"),
         ];
+        match &self.handler {
+            Some(handler) => arguments.push(format!("-runtime-handler={handler}")),
+            None if node.server == Server::Drupe => {
+                arguments.push(format!("-ginkgo.skip={ON_THE_NODE}"));
+            }
+            None => {}
+        }
         // critest alone would take it for a mistake.
         if self.parallel > 1 {
             arguments.push(format!("-parallel={}", self.parallel));
