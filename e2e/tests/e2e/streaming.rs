@@ -158,26 +158,28 @@ fn a_port_is_forwarded_to_the_pods_loopback_for_many_at_once() -> Result<()> {
 fn two_hundred_commands_run_at_once() -> Result<()> {
     with_node(|node| {
         let container = node.run_pod("p")?.start_idle("c")?;
-        let clients = (0..200)
-            .map(|n| {
-                client(
-                    node,
-                    &[
-                        "exec",
-                        &container.id,
-                        "sh",
-                        "-c",
-                        &format!("sleep 1; echo {n}"),
-                    ],
-                )
-            })
+        let script = "echo on; read line; echo $line";
+        let command = ["exec", "-i", &container.id, "sh", "-c", script];
+        let mut clients = (0..200)
+            .map(|_| client(node, &command))
             .collect::<Result<Vec<_>>>()?;
-        for (n, client) in clients.into_iter().enumerate() {
+        // All of them run before the first may go on.
+        for client in &mut clients {
+            let mut word = [0; 3];
+            client
+                .stdout
+                .as_mut()
+                .context("stdout")?
+                .read_exact(&mut word)?;
+            assert_eq!(&word, b"on\n");
+        }
+        for (n, mut client) in clients.into_iter().enumerate() {
+            let line = format!("{n}\n").into_bytes();
+            let mut stdin = client.stdin.take().context("stdin")?;
+            stdin.write_all(&line)?;
+            drop(stdin);
             let output = client.wait_with_output()?;
-            ensure!(
-                output.stdout == format!("{n}\n").into_bytes(),
-                "{n}: {output:?}"
-            );
+            ensure!(output.stdout == line, "{n}: {output:?}");
         }
         Ok(())
     })

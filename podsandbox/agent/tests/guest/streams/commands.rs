@@ -7,9 +7,7 @@ use podsandbox::{ErrorKind, ExecOptions, Session};
 use tokio::io::AsyncWriteExt;
 use tokio::time::timeout;
 
-use super::{
-    Done, MIB, all, command, converse, guest_with, held, noise, until, until_held,
-};
+use super::{Done, MIB, all, command, converse, guest_with, held, noise, until, until_held};
 use crate::harness::{PATIENCE, artifacts};
 
 #[tokio::test]
