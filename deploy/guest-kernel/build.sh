@@ -8,8 +8,12 @@
 # in backports, or in unstable. The mirror is the one this machine's apt uses;
 # Debian's archive keys verify what comes from it.
 #
-# A build is kept under its source version, configuration and this script, so
-# the next one with the same three copies files and asks no network. Set
+# Patches in patches/MACHINE-*.patch mend what Debian's source lacks; each says
+# why in its first lines. One that no longer applies is left out and named: the
+# kernel works without, only slower.
+#
+# A build is kept under its source version, configuration, patches and this
+# script, so the next one with the same copies files and asks no network. Set
 # GUEST_KERNEL_REFRESH=1 to look for a newer source, GUEST_KERNEL_ONLY=config to
 # stop once the configuration has been found to hold.
 set -euo pipefail
@@ -34,10 +38,12 @@ case $machine in
     *) usage ;;
 esac
 fragments=("$here/guest.config" "$here/$machine.config")
+shopt -s nullglob
+patches=("$here/patches/$machine"-*.patch)
 
 # Name of the build that `source version` $1 gives: what it is made of, hashed.
 build_key() {
-    { printf '%s\n' "$1" "$machine"; cat "${fragments[@]}" "$here/build.sh"; } | sha256sum | cut -c1-24
+    { printf '%s\n' "$1" "$machine"; cat "${fragments[@]}" "${patches[@]}" "$here/build.sh"; } | sha256sum | cut -c1-24
 }
 
 # Copies build $1 to where the caller wants it.
@@ -171,6 +177,16 @@ build() {
     mkdir -p "$tree" "$objects" "$work/result"
     dpkg-deb --fsys-tarfile "$(deb_path "$package" "$version")" |
         tar -xO --wildcards "./usr/src/$package.tar.*" | tar -xJ -C "$tree" --strip-components=1
+
+    local file
+    for file in "${patches[@]}"; do
+        if patch -d "$tree" -p1 -s -f --dry-run < "$file" > /dev/null; then
+            patch -d "$tree" -p1 -s -f < "$file"
+        else
+            say "$machine: warning: ${file##*/} does not apply to $package $version: built without it and those after it"
+            break
+        fi
+    done
 
     # SYSCTL was a choice called PROC_SYSCTL before 7.3.
     { cat "${fragments[@]}"; echo CONFIG_PROC_SYSCTL=y; } > "$work/fragments"
