@@ -127,25 +127,40 @@ impl Pod {
         }
     }
 
-    pub fn create(&self, config: ContainerConfig) -> Result<Container, Status> {
+    pub fn create(&self, mut config: ContainerConfig) -> Result<Container, Status> {
         let log = PathBuf::from(&self.config.log_directory).join(&config.log_path);
         let name = config
             .metadata
             .as_ref()
             .map(|metadata| metadata.name.clone())
             .unwrap_or_default();
-        let request = CreateContainerRequest {
-            pod_sandbox_id: self.id.clone(),
-            config: Some(config),
-            sandbox_config: Some(self.config.clone()),
-        };
-        let id = self.cri.create_container(request)?.container_id;
+        // The kubelet says of each pod whether a container of it is privileged.
+        let mut sandbox_config = self.config.clone();
+        if security(&mut config).privileged {
+            let linux = sandbox_config.linux.get_or_insert_default();
+            linux.security_context.get_or_insert_default().privileged = true;
+        }
+        let id = self.try_create(config, sandbox_config)?;
         Ok(Container {
             cri: self.cri.clone(),
             id,
             name,
             log,
         })
+    }
+
+    /// The bare call, with what it says of the pod.
+    pub fn try_create(
+        &self,
+        config: ContainerConfig,
+        sandbox_config: PodSandboxConfig,
+    ) -> Result<String, Status> {
+        let request = CreateContainerRequest {
+            pod_sandbox_id: self.id.clone(),
+            config: Some(config),
+            sandbox_config: Some(sandbox_config),
+        };
+        Ok(self.cri.create_container(request)?.container_id)
     }
 
     /// Creates and starts.

@@ -93,6 +93,11 @@ pub enum Error {
     NoOciRuntime { handler: String, program: PathBuf },
     #[error("{field}: {what} is not supported in a pod with its own kernel")]
     NotInMicroVm { field: String, what: &'static str },
+    #[error(
+        "linux.resources.hugepage_limits: the guest's kernel has no huge pages to limit to {bytes} \
+         bytes of {size}: nothing reserves any in a pod with its own kernel, so only a limit of 0 can be kept"
+    )]
+    HugePages { size: String, bytes: u64 },
     #[error("{field}: {what} is not there for a pod on the host's kernel")]
     NotOnHost { field: String, what: &'static str },
     #[error(
@@ -272,6 +277,7 @@ impl Error {
             Self::PodNotReady { .. }
             | Self::ContainerState { .. }
             | Self::MachineTooSmall { .. }
+            | Self::HugePages { .. }
             | Self::Kvm(_)
             | Self::HostNamespacesRefused { .. }
             | Self::NoHostHandler { .. }

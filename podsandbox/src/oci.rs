@@ -5,16 +5,17 @@
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
+use agent_api::PID_OF;
 use oci_spec::image::ImageConfiguration;
 use oci_spec::runtime::{
     Capabilities, Capability, LinuxBuilder, LinuxCapabilitiesBuilder, LinuxCpuBuilder,
-    LinuxDeviceCgroupBuilder, LinuxHugepageLimitBuilder, LinuxMemoryBuilder, LinuxNamespaceBuilder,
-    LinuxNamespaceType, LinuxResources, LinuxResourcesBuilder, Mount, MountBuilder, ProcessBuilder,
-    RootBuilder, Spec, SpecBuilder,
+    LinuxDeviceCgroupBuilder, LinuxHugepageLimitBuilder, LinuxMemoryBuilder, LinuxNamespace,
+    LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources, LinuxResourcesBuilder, Mount,
+    MountBuilder, ProcessBuilder, RootBuilder, Spec, SpecBuilder,
 };
 
 use crate::seccomp::{self, Profile};
-use crate::spec::{ContainerSpec, Propagation, Resources, Seccomp};
+use crate::spec::{ContainerSpec, PidNamespace, Propagation, Resources, Seccomp};
 use crate::volumes::Bind;
 use crate::{Error, Result};
 
@@ -115,22 +116,20 @@ pub fn runtime_spec(
         .cwd(cwd)
         .no_new_privileges(spec.security.no_new_privileges)
         .oom_score_adj(spec.resources.oom_score_adj)
-        .capabilities(capability_sets(&held)?)
+        .capabilities(capability_sets(&held, &ambient_capabilities(spec)?)?)
         .build()?;
 
-    let mut namespaces = vec![LinuxNamespaceType::Mount, LinuxNamespaceType::Cgroup];
-    if spec.security.own_pid_namespace {
-        namespaces.push(LinuxNamespaceType::Pid);
-    }
-    let namespaces = namespaces
-        .into_iter()
-        .map(|kind| LinuxNamespaceBuilder::default().typ(kind).build())
-        .collect::<std::result::Result<Vec<_>, _>>()?;
+    // The kubelet's lists follow ProcMount alone; for a privileged container
+    // they hold with no runtime of the field.
+    let restricted = |paths: &[PathBuf]| match spec.security.privileged {
+        true => Vec::new(),
+        false => text(paths),
+    };
     let mut linux = LinuxBuilder::default()
-        .namespaces(namespaces)
+        .namespaces(namespaces(spec)?)
         .resources(container_resources(spec)?)
-        .masked_paths(text(&spec.security.masked_paths))
-        .readonly_paths(text(&spec.security.readonly_paths))
+        .masked_paths(restricted(&spec.security.masked_paths))
+        .readonly_paths(restricted(&spec.security.readonly_paths))
         .build()?;
     if !spec.security.privileged {
         linux.set_seccomp(match (&spec.security.seccomp, profile) {
@@ -160,6 +159,25 @@ pub fn runtime_spec(
         .mounts(mounts(spec, volumes)?)
         .linux(linux)
         .build()?)
+}
+
+/// Those that are the container's own, and the process ids of another one;
+/// without any for these it has the pod's.
+fn namespaces(spec: &ContainerSpec) -> Result<Vec<LinuxNamespace>> {
+    let of = |kind| LinuxNamespaceBuilder::default().typ(kind);
+    let mut all = vec![
+        of(LinuxNamespaceType::Mount).build()?,
+        of(LinuxNamespaceType::Cgroup).build()?,
+    ];
+    match spec.security.pid_namespace() {
+        PidNamespace::Own => all.push(of(LinuxNamespaceType::Pid).build()?),
+        PidNamespace::Of(target) => {
+            let path = format!("{PID_OF}{target}");
+            all.push(of(LinuxNamespaceType::Pid).path(path).build()?);
+        }
+        PidNamespace::Pods => {}
+    }
+    Ok(all)
 }
 
 fn text(paths: &[PathBuf]) -> Vec<String> {
@@ -246,17 +264,45 @@ fn capabilities(spec: &ContainerSpec) -> Result<HashSet<Capability>> {
     {
         set.remove(&known_capability(name, "drop")?);
     }
+    // Whoever names one as ambient means it to be held.
+    set.extend(ambient_capabilities(spec)?);
     Ok(set)
 }
 
-fn capability_sets(held: &HashSet<Capability>) -> Result<oci_spec::runtime::LinuxCapabilities> {
+/// What a process keeps that runs as another user than root. One that is
+/// dropped by its name as well is dropped.
+fn ambient_capabilities(spec: &ContainerSpec) -> Result<HashSet<Capability>> {
+    let security = &spec.security;
+    let mut set = HashSet::new();
+    for name in &security.ambient_capabilities {
+        if name.eq_ignore_ascii_case("ALL") {
+            set.extend(ALL_CAPABILITIES);
+        } else {
+            set.insert(known_capability(name, "add_ambient")?);
+        }
+    }
+    for name in &security.drop_capabilities {
+        if !name.eq_ignore_ascii_case("ALL") {
+            set.remove(&known_capability(name, "drop")?);
+        }
+    }
+    Ok(set)
+}
+
+/// An ambient capability has to be inheritable (capabilities(7)); without one
+/// nothing is.
+fn capability_sets(
+    held: &HashSet<Capability>,
+    ambient: &HashSet<Capability>,
+) -> Result<oci_spec::runtime::LinuxCapabilities> {
     let set: Capabilities = held.iter().copied().collect();
+    let ambient: Capabilities = ambient.iter().copied().collect();
     Ok(LinuxCapabilitiesBuilder::default()
         .bounding(set.clone())
         .effective(set.clone())
         .permitted(set)
-        .inheritable(Capabilities::new())
-        .ambient(Capabilities::new())
+        .inheritable(ambient.clone())
+        .ambient(ambient)
         .build()?)
 }
 
@@ -392,8 +438,9 @@ fn root_propagation(spec: &ContainerSpec) -> &'static str {
     }
 }
 
-/// A privileged container has every device of its guest; others those that the
-/// agent grants to all.
+/// A privileged container may use every device of its guest, and this one rule
+/// without a number tells the agent to give it the files of them; others those
+/// that the agent grants to all.
 fn container_resources(spec: &ContainerSpec) -> Result<LinuxResources> {
     let mut resources = linux_resources(&spec.resources)?;
     if spec.security.privileged {

@@ -226,3 +226,91 @@ fn a_profile_of_the_node_holds_unless_the_container_is_privileged() {
     assert_eq!(rules[0].names(), &words(&["chmod"]));
     assert_eq!(seccomp(true), None);
 }
+
+fn linux_of(security: Security) -> oci_spec::runtime::Spec {
+    let spec = ContainerSpec {
+        security,
+        command: words(&["true"]),
+        ..container()
+    };
+    runtime_spec(&spec, &ImageConfiguration::default(), "h", Vec::new(), None).unwrap()
+}
+
+#[test]
+fn nothing_is_masked_in_a_privileged_container() {
+    let paths = |privileged| {
+        let security = Security {
+            privileged,
+            masked_paths: vec!["/proc/keys".into()],
+            readonly_paths: vec!["/proc/sys".into()],
+            ..Security::default()
+        };
+        let linux = linux_of(security).linux().clone().unwrap();
+        let list = |list: &Option<Vec<String>>| list.clone().unwrap_or_default().join(" ");
+        (list(linux.masked_paths()), list(linux.readonly_paths()))
+    };
+    assert_eq!(
+        paths(false),
+        ("/proc/keys".to_owned(), "/proc/sys".to_owned())
+    );
+    assert_eq!(paths(true), (String::new(), String::new()));
+}
+
+#[test]
+fn an_ambient_capability_is_held_and_inheritable() {
+    let sets = |ambient: &[&str], drop: &[&str]| {
+        let security = Security {
+            ambient_capabilities: words(ambient),
+            drop_capabilities: words(drop),
+            ..Security::default()
+        };
+        let process = linux_of(security).process().clone().unwrap();
+        process.capabilities().clone().unwrap()
+    };
+    let wanted = Some(HashSet::from([Capability::NetBindService]));
+    let with = sets(&["NET_BIND_SERVICE"], &["ALL"]);
+    for set in [
+        with.ambient(),
+        with.inheritable(),
+        with.permitted(),
+        with.effective(),
+        with.bounding(),
+    ] {
+        assert_eq!(*set, wanted);
+    }
+    for without in [sets(&[], &[]), sets(&["CAP_KILL"], &["KILL"])] {
+        assert_eq!(*without.ambient(), Some(HashSet::new()));
+        assert_eq!(*without.inheritable(), Some(HashSet::new()));
+    }
+    let unknown = Security {
+        ambient_capabilities: words(&["FLY"]),
+        ..Security::default()
+    };
+    let error = capabilities(&ContainerSpec {
+        security: unknown,
+        ..container()
+    });
+    let error = error.unwrap_err().to_string();
+    assert!(
+        error.contains("capabilities.add_ambient_capabilities"),
+        "{error}"
+    );
+}
+
+#[test]
+fn process_ids_are_the_containers_the_pods_or_anothers() {
+    let named = |own_pid_namespace, target: Option<&str>| {
+        let security = Security {
+            own_pid_namespace,
+            pid_target: target.map(str::to_owned),
+            ..Security::default()
+        };
+        let linux = linux_of(security).linux().clone().unwrap();
+        let all = linux.namespaces().clone().unwrap();
+        let pid = all.iter().find(|n| n.typ() == LinuxNamespaceType::Pid);
+        pid.map(|pid| pid.path().clone())
+    };
+    assert_eq!(named(true, None), Some(None));
+    assert_eq!(named(false, None), None);
+    assert_eq!(named(false, Some("c1")), Some(Some("container:c1".into())));
+}

@@ -241,6 +241,9 @@ pub struct Security {
     pub privileged: bool,
     pub add_capabilities: Vec<String>,
     pub drop_capabilities: Vec<String>,
+    /// What a process that is not root's keeps, too.
+    #[serde(default)]
+    pub ambient_capabilities: Vec<String>,
     pub read_only_root: bool,
     pub no_new_privileges: bool,
     pub masked_paths: Vec<PathBuf>,

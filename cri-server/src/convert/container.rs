@@ -241,6 +241,27 @@ fn user(context: &v1::LinuxContainerSecurityContext) -> Result<User, Status> {
     })
 }
 
+/// A privileged container in a pod that is to have none: a caller that builds
+/// the two requests from one pod says it in both, as the kubelet does.
+pub fn check_privileged(
+    container: &v1::ContainerConfig,
+    pod: Option<&v1::PodSandboxConfig>,
+) -> Result<(), Status> {
+    let of_container = container.linux.as_ref();
+    let of_container = of_container.and_then(|linux| linux.security_context.as_ref());
+    let of_pod = pod.and_then(|pod| pod.linux.as_ref()?.security_context.as_ref());
+    if of_container.is_some_and(|context| context.privileged)
+        && !of_pod.is_some_and(|context| context.privileged)
+    {
+        return Err(invalid(
+            "config.linux.security_context.privileged",
+            "is set, but sandbox_config.linux.security_context.privileged is not: \
+             no privileged container is allowed in such a pod sandbox",
+        ));
+    }
+    Ok(())
+}
+
 fn security(context: &v1::LinuxContainerSecurityContext) -> Result<Security, Status> {
     let field = "config.linux.security_context";
     // Options that are absent are those of an empty message: all POD.
@@ -256,28 +277,13 @@ fn security(context: &v1::LinuxContainerSecurityContext) -> Result<Security, Sta
         v1::NamespaceMode::Target => Some(options.target_id.clone()),
         _ => None,
     };
-    let localhost = v1::security_profile::ProfileType::Localhost;
-    if context
-        .apparmor
-        .as_ref()
-        .is_some_and(|profile| profile.profile_type() == localhost)
-    {
-        return Err(unsupported(
-            &format!("{field}.apparmor"),
-            "a Localhost profile",
-        ));
-    }
+    check_apparmor(context, field)?;
     let capabilities = context.capabilities.clone().unwrap_or_default();
-    if !capabilities.add_ambient_capabilities.is_empty() {
-        return Err(unsupported(
-            &format!("{field}.capabilities"),
-            "an ambient capability",
-        ));
-    }
     Ok(Security {
         privileged: context.privileged,
         add_capabilities: capabilities.add_capabilities,
         drop_capabilities: capabilities.drop_capabilities,
+        ambient_capabilities: capabilities.add_ambient_capabilities,
         read_only_root: context.readonly_rootfs,
         no_new_privileges: context.no_new_privs,
         masked_paths: context.masked_paths.iter().map(PathBuf::from).collect(),
@@ -287,6 +293,37 @@ fn security(context: &v1::LinuxContainerSecurityContext) -> Result<Security, Sta
         host_namespaces: super::pod::host_namespaces(&options),
         seccomp: seccomp(context, field)?,
     })
+}
+
+/// What CRI's default profile is, is the runtime's choice: none, in a guest.
+#[allow(deprecated)]
+fn check_apparmor(context: &v1::LinuxContainerSecurityContext, field: &str) -> Result<(), Status> {
+    let refuse = |name: &str, profile: &str| {
+        let what = format!(
+            "profile {profile:?} (profiles are loaded into the node's kernel: \
+             a pod with its own kernel does not have them)"
+        );
+        Err(unsupported(&format!("{field}.{name}"), what))
+    };
+    if let Some(profile) = &context.apparmor {
+        // The older field is the newer one in words then.
+        return match profile.profile_type() {
+            v1::security_profile::ProfileType::Localhost => {
+                refuse("apparmor", &profile.localhost_ref)
+            }
+            _ => Ok(()),
+        };
+    }
+    match context.apparmor_profile.as_str() {
+        "" | "runtime/default" | "unconfined" => Ok(()),
+        other => match other.strip_prefix("localhost/") {
+            Some(profile) => refuse("apparmor_profile", profile),
+            None => Err(invalid(
+                &format!("{field}.apparmor_profile"),
+                format_args!("{other:?} is none of runtime/default, unconfined and localhost/NAME"),
+            )),
+        },
+    }
 }
 
 #[allow(deprecated)]
@@ -678,6 +715,69 @@ mod tests {
             "image.image"
         );
         assert_eq!(refused(|m| m.image = None), "image_sub_path");
+    }
+
+    #[test]
+    fn a_privileged_container_needs_a_pod_that_may_have_one() {
+        let container = |privileged| {
+            with_security(v1::LinuxContainerSecurityContext {
+                privileged,
+                ..Default::default()
+            })
+        };
+        let pod = |privileged| v1::PodSandboxConfig {
+            linux: Some(v1::LinuxPodSandboxConfig {
+                security_context: Some(v1::LinuxSandboxSecurityContext {
+                    privileged,
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        check_privileged(&container(true), Some(&pod(true))).unwrap();
+        check_privileged(&container(false), Some(&pod(true))).unwrap();
+        check_privileged(&container(false), None).unwrap();
+        for pod in [None, Some(pod(false))] {
+            let refused = check_privileged(&container(true), pod.as_ref()).unwrap_err();
+            assert_eq!(refused.code(), tonic::Code::InvalidArgument);
+            let message = refused.message();
+            assert!(message.contains("sandbox_config.linux.security_context.privileged"));
+        }
+    }
+
+    #[test]
+    #[allow(deprecated)]
+    fn a_profile_of_apparmor_is_refused_in_either_field() {
+        use v1::security_profile::ProfileType;
+        let parse = |kind: Option<ProfileType>, words: &str| {
+            parse(with_security(v1::LinuxContainerSecurityContext {
+                apparmor: kind.map(|kind| v1::SecurityProfile {
+                    profile_type: kind.into(),
+                    localhost_ref: "mine".to_owned(),
+                }),
+                apparmor_profile: words.to_owned(),
+                ..Default::default()
+            }))
+        };
+        for words in ["", "runtime/default", "unconfined"] {
+            parse(None, words).unwrap();
+        }
+        parse(Some(ProfileType::RuntimeDefault), "localhost/mine").unwrap();
+        for (kind, words, field) in [
+            (Some(ProfileType::Localhost), "", "apparmor:"),
+            (None, "localhost/mine", "apparmor_profile:"),
+        ] {
+            let refused = parse(kind, words).unwrap_err();
+            assert_eq!(refused.code(), tonic::Code::Unimplemented);
+            let message = refused.message();
+            assert!(
+                message.contains(field) && message.contains("\"mine\""),
+                "{message}"
+            );
+        }
+        let refused = parse(None, "mine").unwrap_err();
+        assert_eq!(refused.code(), tonic::Code::InvalidArgument);
     }
 
     #[test]

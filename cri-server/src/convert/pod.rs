@@ -162,14 +162,22 @@ fn port_mapping(mapping: &v1::PortMapping) -> Result<PortMapping, Status> {
         let why = format_args!("{:?} is no IP address", mapping.host_ip).to_string();
         return Err(invalid("config.port_mappings.host_ip", why));
     }
+    let container_port = port("container_port", mapping.container_port)?;
+    let host_port = port("host_port", mapping.host_port)?;
+    if host_port != 0 && container_port == 0 {
+        return Err(invalid(
+            "config.port_mappings.container_port",
+            format_args!("is 0 beside host port {host_port}"),
+        ));
+    }
     Ok(PortMapping {
         protocol: match mapping.protocol() {
             v1::Protocol::Tcp => Protocol::Tcp,
             v1::Protocol::Udp => Protocol::Udp,
             v1::Protocol::Sctp => Protocol::Sctp,
         },
-        container_port: port("container_port", mapping.container_port)?,
-        host_port: port("host_port", mapping.host_port)?,
+        container_port,
+        host_port,
         host_ip: mapping.host_ip.clone(),
     })
 }
@@ -327,6 +335,14 @@ mod tests {
             }];
         };
         assert!(refused(port).contains("70000 is no port"));
+        let to_no_port = |c: &mut v1::PodSandboxConfig| {
+            c.port_mappings = vec![v1::PortMapping {
+                host_port: 8080,
+                ..Default::default()
+            }];
+        };
+        let refused_port = refused(to_no_port);
+        assert!(refused_port.starts_with("config.port_mappings.container_port"));
         let annotation = |c: &mut v1::PodSandboxConfig| {
             c.annotations
                 .insert("kubernetes.io/ingress-bandwidth".into(), "fast".into());

@@ -14,7 +14,9 @@ impl Runtime {
         &self,
         request: v1::CreateContainerRequest,
     ) -> Result<v1::CreateContainerResponse, Status> {
-        let spec = container::parse(required("config", request.config)?)?;
+        let config = required("config", request.config)?;
+        container::check_privileged(&config, request.sandbox_config.as_ref())?;
+        let spec = container::parse(config)?;
         let container_id = self
             .pods
             .create_container(&request.pod_sandbox_id, spec)
@@ -28,7 +30,9 @@ impl Runtime {
     }
 
     pub(super) async fn stop(&self, request: v1::StopContainerRequest) -> Result<(), Status> {
-        let grace = Duration::from_secs(request.timeout.try_into().unwrap_or(0));
+        let seconds =
+            u64::try_from(request.timeout).map_err(|_| invalid("timeout", "is negative"))?;
+        let grace = Duration::from_secs(seconds);
         self.pods
             .stop_container(&request.container_id, grace)
             .await

@@ -127,6 +127,7 @@ fn calls_out_of_order_are_refused() -> Result<()> {
             Code::FailedPrecondition,
             &[&container.id],
         )?;
+        refused(container.stop(-1), Code::InvalidArgument, &["timeout"])?;
         container.stop(5)?;
         refused(
             container.exec_sync(&["true"], 5),

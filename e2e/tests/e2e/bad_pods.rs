@@ -129,7 +129,7 @@ fn a_request_without_what_it_needs_names_the_field() -> Result<()> {
             Code::InvalidArgument,
             &["no-such-handler", "microvm"],
         )?;
-        let mut ports = good;
+        let mut ports = good.clone();
         ports.port_mappings = vec![PortMapping {
             host_port: 99_999,
             container_port: 80,
@@ -139,6 +139,16 @@ fn a_request_without_what_it_needs_names_the_field() -> Result<()> {
             run(Some(ports), ""),
             Code::InvalidArgument,
             &["port", "99999"],
+        )?;
+        let mut to_none = good;
+        to_none.port_mappings = vec![PortMapping {
+            host_port: 18_080,
+            ..Default::default()
+        }];
+        refused(
+            run(Some(to_none), ""),
+            Code::InvalidArgument,
+            &["config.port_mappings.container_port", "18080"],
         )?;
         node.assert_no_pod_left()
     })

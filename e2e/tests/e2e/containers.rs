@@ -80,6 +80,86 @@ fn environment_and_working_directory_come_from_image_and_request() -> Result<()>
 }
 
 #[test]
+fn a_working_directory_is_made_before_the_root_becomes_read_only() -> Result<()> {
+    with_node(|node| {
+        let pod = node.run_pod("read-only")?;
+        let mut config = pod.container_config("c", e2e::pod::IDLE);
+        config.working_dir = "/made/for/it".to_owned();
+        e2e::pod::security(&mut config).readonly_rootfs = true;
+        let container = pod.start_with(config)?;
+        assert_eq!(container.exec(&["pwd"])?, "/made/for/it");
+        assert_eq!(
+            container.exec(&["readlink", "/proc/1/cwd"])?,
+            "/made/for/it"
+        );
+        let answer = container.exec_sync(&["touch", "/made/for/it/file"], 20)?;
+        let said = String::from_utf8_lossy(&answer.stderr);
+        ensure!(said.contains("Read-only file system"), "{said}");
+        Ok(())
+    })
+}
+
+#[test]
+fn strict_groups_are_those_of_the_request_alone() -> Result<()> {
+    with_drupe(|node| {
+        let pod = node.run_pod("groups")?;
+        let groups = |name: &str, policy: SupplementalGroupsPolicy| -> Result<String> {
+            let mut config = pod.container_config(name, e2e::pod::IDLE);
+            let context = e2e::pod::security(&mut config);
+            context.run_as_user = Some(Int64Value { value: 1000 });
+            context.supplemental_groups = vec![3456];
+            context.supplemental_groups_policy = policy.into();
+            let container = pod.start_with(config)?;
+            let mut shown: Vec<i64> = container
+                .status()?
+                .user
+                .and_then(|user| user.linux)
+                .context("no user in the status")?
+                .supplemental_groups;
+            shown.sort_unstable();
+            let inside = container.exec(&["grep", "^Groups:", "/proc/1/status"])?;
+            let inside: Vec<i64> = inside
+                .split_whitespace()
+                .skip(1)
+                .map(str::parse)
+                .collect::<Result<_, _>>()?;
+            assert_eq!(shown, inside, "{name}");
+            Ok(format!("{inside:?}"))
+        };
+        // The image says that the user is of group 50.
+        let merged = groups("merge", SupplementalGroupsPolicy::Merge)?;
+        ensure!(
+            merged.contains("50, ") && merged.contains("3456"),
+            "{merged}"
+        );
+        let strict = groups("strict", SupplementalGroupsPolicy::Strict)?;
+        ensure!(
+            !strict.contains("50, ") && strict.contains("3456"),
+            "{strict}"
+        );
+        Ok(())
+    })
+}
+
+#[test]
+fn a_container_has_its_place_among_those_to_be_killed_first() -> Result<()> {
+    with_drupe(|node| {
+        let pod = node.run_pod("scores")?;
+        for score in [-998, 0, 789] {
+            let mut config = pod.container_config(&format!("c{score}"), e2e::pod::IDLE);
+            config.linux.get_or_insert_default().resources = Some(LinuxContainerResources {
+                oom_score_adj: score,
+                ..Default::default()
+            });
+            let read = ["cat", "/proc/1/oom_score_adj", "/proc/self/oom_score_adj"];
+            let scores = pod.start_with(config)?.exec(&read)?;
+            assert_eq!(scores, format!("{score}\n{score}"));
+        }
+        Ok(())
+    })
+}
+
+#[test]
 fn a_container_runs_as_the_user_and_groups_it_names() -> Result<()> {
     with_node(|node| {
         let pod = node.run_pod("users")?;

@@ -121,6 +121,74 @@ fn a_host_port_reaches_the_pod() -> Result<()> {
 }
 
 #[test]
+fn host_ports_are_of_one_protocol_and_of_one_address_where_it_is_named() -> Result<()> {
+    with_node(|node| {
+        let gateway = SUBNET_V4.replace("0/24", "1");
+        let port = |protocol: Protocol, host_port, host_ip: &str| PortMapping {
+            protocol: protocol.into(),
+            container_port: 8080,
+            host_port,
+            host_ip: host_ip.to_owned(),
+        };
+        let mut config = node.pod_config("ports");
+        config.port_mappings = vec![
+            port(Protocol::Udp, 18053, ""),
+            port(Protocol::Udp, 18054, ""),
+            port(Protocol::Tcp, 18081, &gateway),
+        ];
+        let pod = node.run_pod_with(config)?;
+        let web = pod.start("web", WEB_SERVER)?;
+        let page = |host: &str| {
+            let host = format!("{host}:18081");
+            node.netns.run(|| http::get(&host, "/"))
+        };
+        let answer = eventually("the named address", Duration::from_secs(10), || {
+            page(&gateway)
+        })?;
+        assert_eq!(answer.body, b"hello from ports\n");
+        ensure!(page("127.0.0.1").is_err(), "another address than the named");
+
+        // Nobody listens on the pod's UDP port: its kernel counts what comes.
+        let unheard = || -> Result<u64> {
+            let table = web.exec(&["grep", "^Udp:", "/proc/net/snmp"])?;
+            let figure = table
+                .lines()
+                .last()
+                .and_then(|l| l.split_whitespace().nth(2));
+            Ok(figure.context(table.clone())?.parse()?)
+        };
+        let send = |port: u16| {
+            let to = format!("{gateway}:{port}");
+            node.netns.run(|| {
+                let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
+                socket.send_to(b"datagram", &to)?;
+                Ok(())
+            })
+        };
+        let mut before = unheard()?;
+        for port in [18053, 18054] {
+            send(port)?;
+            eventually("the datagram to arrive", Duration::from_secs(10), || {
+                let now = unheard()?;
+                ensure!(now == before + 1, "{now} after {before}");
+                Ok::<_, anyhow::Error>(())
+            })?;
+            before += 1;
+        }
+        // The other protocol's port of the same number is the node's own.
+        send(18081)?;
+        send(18053)?;
+        eventually("the last datagram", Duration::from_secs(10), || {
+            let now = unheard()?;
+            ensure!(now > before, "{now} after {before}");
+            Ok::<_, anyhow::Error>(())
+        })?;
+        assert_eq!(unheard()?, before + 1);
+        Ok(())
+    })
+}
+
+#[test]
 fn a_pod_has_the_host_name_and_dns_it_was_given() -> Result<()> {
     with_node(|node| {
         let mut config = node.pod_config("named");

@@ -177,6 +177,71 @@ fn an_update_is_made_whole_or_not_at_all() -> Result<()> {
     })
 }
 
+/// What the kubelet sends for every container of a node with cgroup v2; without
+/// `memory.oom.group` where its `singleProcessOOMKill` is set.
+fn from_the_kubelet(mib: i64, single_process: bool) -> LinuxContainerResources {
+    let mut unified = vec![("memory.swap.max", "0")];
+    if !single_process {
+        unified.push(("memory.oom.group", "1"));
+    }
+    let pairs = unified.into_iter();
+    LinuxContainerResources {
+        unified: pairs.map(|(k, v)| (k.to_owned(), v.to_owned())).collect(),
+        ..memory(mib)
+    }
+}
+
+#[test]
+fn the_kubelets_words_about_swap_and_oom_hold() -> Result<()> {
+    with_drupe(|node| {
+        let pod = node.run_pod("unified")?;
+        for (name, resources, group) in [
+            ("whole", from_the_kubelet(48, false), "1"),
+            ("single", from_the_kubelet(48, true), "0"),
+            ("silent", memory(48), "1"),
+        ] {
+            let container = start_with(&pod, name, resources.clone())?;
+            assert_eq!(in_guest(&container, "memory.oom.group")?, group, "{name}");
+            assert_eq!(stated(&container)?.unified, resources.unified, "{name}");
+            // A resize in place says it all again.
+            container.update(LinuxContainerResources {
+                memory_limit_in_bytes: 64 * MIB,
+                ..resources
+            })?;
+            assert_eq!(in_guest(&container, "memory.max")?, (64 * MIB).to_string());
+            assert_eq!(in_guest(&container, "memory.oom.group")?, group, "{name}");
+        }
+        let told = start_with(&pod, "told", from_the_kubelet(48, true))?;
+        told.update(from_the_kubelet(48, false))?;
+        assert_eq!(in_guest(&told, "memory.oom.group")?, "1");
+        Ok(())
+    })
+}
+
+#[test]
+fn only_the_process_that_is_out_of_memory_ends_if_the_kubelet_says_so() -> Result<()> {
+    with_drupe(|node| {
+        let pod = node.run_pod("out-of-memory")?;
+        let hungry = |name: &str, single_process| {
+            let script = "tail /dev/zero; echo its end: $?; exec sleep 1000";
+            let mut config = pod.container_config(name, &["sh", "-c", script]);
+            let resources = from_the_kubelet(32, single_process);
+            config.linux.get_or_insert_default().resources = Some(resources);
+            pod.start_with(config)
+        };
+        let single = hungry("single", true)?;
+        eventually("the process to end", Duration::from_secs(30), || {
+            let said = single.stdout()?;
+            ensure!(said == "its end: 137\n", "{said:?}");
+            Ok::<_, anyhow::Error>(())
+        })?;
+        assert_eq!(single.status()?.state(), ContainerState::ContainerRunning);
+        let ended = hungry("whole", false)?.wait_exit()?;
+        assert_eq!((ended.reason.as_str(), ended.exit_code), ("OOMKilled", 137));
+        Ok(())
+    })
+}
+
 #[test]
 fn a_container_that_does_not_run_is_updated_on_record() -> Result<()> {
     with_node(|node| {

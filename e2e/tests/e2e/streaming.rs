@@ -105,6 +105,26 @@ fn a_client_attaches_to_a_container_and_leaves_it_running() -> Result<()> {
 }
 
 #[test]
+fn input_that_is_given_once_ends_with_the_client_that_gave_it() -> Result<()> {
+    with_node(|node| {
+        let pod = node.run_pod("p")?;
+        for transport in TRANSPORTS {
+            let mut config = pod.container_config(transport, &["sh", "-c", "cat; echo end"]);
+            (config.stdin, config.stdin_once) = (true, true);
+            let container = pod.start_with(config)?;
+            let mut client = client(node, &["attach", "-r", transport, "-i", &container.id])?;
+            let mut input = client.stdin.take().context("its input")?;
+            writeln!(input, "{transport}")?;
+            drop(input);
+            assert_eq!(container.wait_exit()?.exit_code, 0);
+            client.wait()?;
+            assert_eq!(container.stdout()?, format!("{transport}\nend\n"));
+        }
+        Ok(())
+    })
+}
+
+#[test]
 fn a_port_is_forwarded_to_the_pods_loopback_for_many_at_once() -> Result<()> {
     with_node(|node| {
         let pod = node.run_pod("p")?;

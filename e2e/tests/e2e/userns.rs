@@ -11,7 +11,7 @@ use e2e::pod::IDLE;
 use e2e::{Container, Node, Pod, artifacts, debian, http, image, layer};
 use tonic::Code;
 
-use crate::{refused, with_drupe};
+use crate::{debugging, refused, with_drupe};
 
 const FIRST: u32 = 131_072;
 const COUNT: u32 = 65_536;
@@ -342,6 +342,22 @@ fn containers_that_share_processes_and_terminals_are_in_the_namespace_too() -> R
 }
 
 #[test]
+fn a_debugger_in_the_namespace_sees_its_target() -> Result<()> {
+    with_drupe(|node| {
+        let pod = run_pod(node, "debugged")?;
+        let command = ["sh", "-c", "echo found > /only-here; exec sleep 54321"];
+        let target = pod.start_with(container(&pod, "target", &command, Vec::new()))?;
+        let config = container(&pod, "debugger", IDLE, Vec::new());
+        let debugger = pod.start_with(debugging::aimed_at(config, &target.id))?;
+        debugging::sees_its_target(&debugger, &target)?;
+        let namespace = ["readlink", "/proc/self/ns/user"];
+        assert_eq!(debugger.exec(&namespace)?, target.exec(&namespace)?);
+        debugger.stop(0)?;
+        target.exec(&["true"]).map(drop)
+    })
+}
+
+#[test]
 fn a_privileged_container_is_so_in_its_own_namespace_only() -> Result<()> {
     with_drupe(|node| {
         let pod = run_pod(node, "privileged")?;
@@ -361,6 +377,10 @@ fn a_privileged_container_is_so_in_its_own_namespace_only() -> Result<()> {
             let answer = c.exec_sync(&["sh", "-c", script], 20)?;
             ensure!(answer.exit_code != 0, "{script} succeeded");
         }
+        // Of the guest's devices it has those that are for everybody.
+        c.exec(&["busybox", "tunctl", "-t", "tap-e2e"])?;
+        let mine = "ls -d /dev/loop* /dev/kmsg /dev/vd* 2> /dev/null; test -c /dev/fuse";
+        assert_eq!(c.exec(&["sh", "-c", mine])?, "");
         Ok(())
     })
 }

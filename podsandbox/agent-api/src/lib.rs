@@ -28,12 +28,12 @@ pub fn image_serial(slot: u32) -> String {
     format!("image{slot}")
 }
 
-/// For a pod on the host's kernel: before the id of the container whose PID
-/// namespace is joined, in place of a namespace's path.
+/// Before the id of the container whose PID namespace is joined, in place of a
+/// namespace's path.
 pub const PID_OF: &str = "container:";
 
-/// Likewise: the PID namespace that the pod's containers share. Without a PID
-/// namespace in its spec a container there has the host's.
+/// For a pod on the host's kernel: the PID namespace that the pod's containers
+/// share. Without a PID namespace in its spec a container there has the host's.
 pub const PID_OF_POD: &str = "pod";
 
 /// In the directory of such a pod: the files of /etc that its containers get.

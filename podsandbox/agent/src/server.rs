@@ -271,7 +271,11 @@ fn container_status(error: Error) -> Status {
             Code::NotFound
         }
         Error::Launch(LaunchError::Exec(_)) => Code::PermissionDenied,
-        Error::Spec(SpecError::Mount(MountError::Bind { .. }) | SpecError::Dev(_))
+        Error::Spec(
+            SpecError::Mount(MountError::Bind { .. })
+            | SpecError::Dev(_)
+            | SpecError::GuestDevices { .. },
+        )
         | Error::Devices(DeviceError::Load(_) | DeviceError::Attach(_)) => Code::Internal,
         Error::Id { .. }
         | Error::Signal { .. }

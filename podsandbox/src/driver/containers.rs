@@ -1,5 +1,6 @@
 //! A pod's containers, one verb after another.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -14,7 +15,7 @@ use super::disks::{Disk, Disks, slots_of};
 use crate::context::now_nanos;
 use crate::record::{ContainerPhase, ContainerRecord, ExitReason, ExitRecord, PodPhase};
 use crate::seccomp::Profile;
-use crate::spec::{self, ContainerSpec, Mount, Seccomp};
+use crate::spec::{self, ContainerSpec, Mount, PidNamespace, Seccomp};
 use crate::volumes::Bind;
 use crate::{Error, Result, id_mapping, ids, oci, volumes};
 
@@ -51,6 +52,8 @@ impl Driver {
             });
         }
         self.check_namespaces(&spec)?;
+        self.check_pid_target(&spec)?;
+        check_huge_pages(self.is_on_host(), &spec.resources.hugepage_limits)?;
         id_mapping::check(self.record.spec.user_namespace, &spec)?;
         let slots = self.await_slots(&spec).await?;
         let binds = self.plan_volumes(&spec).await?;
@@ -140,12 +143,10 @@ impl Driver {
         }
         let options = "config.linux.security_context.namespace_options";
         let host = spec.security.host_namespaces;
-        let target = spec.security.pid_target.is_some();
         for (wanted, name, what) in [
             (host.network, "network", "the host's network"),
             (host.ipc, "ipc", "the host's IPC namespace"),
             (host.pid, "pid", "the host's PID namespace"),
-            (target, "pid", "another container's PID namespace"),
         ] {
             if wanted {
                 let field = format!("{options}.{name}");
@@ -153,6 +154,27 @@ impl Driver {
             }
         }
         Ok(())
+    }
+
+    /// Whose processes a container is to see has to run beside it.
+    fn check_pid_target(&self, spec: &ContainerSpec) -> Result<()> {
+        let PidNamespace::Of(target) = spec.security.pid_namespace() else {
+            return Ok(());
+        };
+        match self.containers.get(target) {
+            None => Err(Error::Invalid {
+                field: "config.linux.security_context.namespace_options.target_id".to_owned(),
+                why: format!(
+                    "container {target:?} is not in pod sandbox {}",
+                    self.record.id
+                ),
+            }),
+            Some(record) if record.phase != ContainerPhase::Running => Err(state_error(
+                record,
+                "only a running container's processes can be shared",
+            )),
+            Some(_) => Ok(()),
+        }
     }
 
     async fn put_together(
@@ -429,6 +451,19 @@ impl Driver {
         self.containers
             .get(id)
             .ok_or_else(|| Error::ContainerNotFound(id.to_owned()))
+    }
+}
+
+/// Nothing reserves huge pages in a guest, so none could be had. The kubelet
+/// limits to 0 what a pod does not ask for.
+pub(super) fn check_huge_pages(on_host: bool, limits: &BTreeMap<String, u64>) -> Result<()> {
+    let mut limits = limits.iter();
+    match limits.find(|&(_, &bytes)| bytes > 0 && !on_host) {
+        Some((size, &bytes)) => Err(Error::HugePages {
+            size: size.clone(),
+            bytes,
+        }),
+        None => Ok(()),
     }
 }
 

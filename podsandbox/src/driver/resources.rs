@@ -5,7 +5,7 @@
 //! not to have lies in the balloon. See [`crate::sizing`] for how much that is.
 //! A pod on the host's kernel has limits only.
 
-use super::containers::state_error;
+use super::containers::{check_huge_pages, state_error};
 use super::{Driver, max_vcpus};
 use crate::config::Engine;
 use crate::phase::PodPhase;
@@ -24,6 +24,7 @@ impl Driver {
         let record = self.container(id)?;
         let before = record.spec.resources.clone();
         let after = change.on(&before);
+        check_huge_pages(self.is_on_host(), &change.hugepage_limits)?;
         match record.phase {
             ContainerPhase::Creating | ContainerPhase::Removing => {
                 return Err(state_error(record, "its resources cannot be changed"));

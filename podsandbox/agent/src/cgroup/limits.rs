@@ -4,6 +4,9 @@ use oci_spec::runtime::LinuxResources;
 
 use super::CgroupError;
 
+/// How files of limits begin that a kernel without swap does not have.
+const SWAP: [&str; 2] = ["memory.swap.", "memory.zswap."];
+
 /// The kernel's bounds of `cpu.weight`.
 const WEIGHT: std::ops::RangeInclusive<u64> = 1..=10_000;
 
@@ -100,9 +103,25 @@ pub(super) fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, Cgrou
     }
     for (file, value) in resources.unified().iter().flatten() {
         check_name(file)?;
-        set(file, value.clone(), false);
+        // The kubelet limits swap for every container. A guest without any
+        // keeps to whatever the limit is.
+        let optional = SWAP.iter().any(|prefix| file.starts_with(prefix));
+        set(file, value.clone(), optional);
     }
     Ok(settings)
+}
+
+/// Whether the kernel is to end all of a new container that is out of memory,
+/// and not one process of it.
+///
+/// Of a client that says something in cgroup v2's own words (`unified`) it is
+/// what these say, and without a word about it the kernel's default, one
+/// process: so the kubelet means it, which names `memory.oom.group` unless its
+/// `singleProcessOOMKill` is set, and then only the limit of swap; and so it is
+/// with containerd. All others get what the kubelet asks for by default.
+pub(super) fn ends_as_a_whole(resources: Option<&LinuxResources>) -> bool {
+    let unified = resources.and_then(|resources| resources.unified().as_ref());
+    unified.is_none_or(|files| files.is_empty())
 }
 
 /// A file of the cgroup's own directory that holds a limit: `cgroup.*` moves
@@ -199,6 +218,26 @@ mod tests {
                 "{bad}"
             );
         }
+    }
+
+    /// What the kubelet sends for every container, by its configuration.
+    const GROUP: &str = r#"{"unified":{"memory.oom.group":"1","memory.swap.max":"0"}}"#;
+    const SINGLE_PROCESS: &str = r#"{"unified":{"memory.swap.max":"0"}}"#;
+
+    #[test]
+    fn limits_of_swap_need_no_swap() {
+        let settings = settings(&serde_json::from_str(GROUP).unwrap()).unwrap();
+        let optional = |file: &str| settings.iter().find(|s| s.file == file).unwrap().optional;
+        assert!(optional("memory.swap.max") && !optional("memory.oom.group"));
+    }
+
+    #[test]
+    fn a_client_that_says_nothing_has_its_containers_ended_whole() {
+        let whole = |json: &str| ends_as_a_whole(Some(&serde_json::from_str(json).unwrap()));
+        assert!(ends_as_a_whole(None) && whole("{}") && whole(r#"{"unified":{}}"#));
+        // Its file is among those that are written.
+        assert!(!whole(GROUP) && written(GROUP).contains(&("memory.oom.group".into(), "1".into())));
+        assert!(!whole(SINGLE_PROCESS));
     }
 
     #[test]

@@ -20,7 +20,7 @@ use tokio::io::Interest;
 use tokio::time::{Instant, timeout_at};
 
 use crate::sys;
-use limits::{Setting, settings};
+use limits::{Setting, ends_as_a_whole, settings};
 pub use usage::{Pressures, Usage, pod_pressures};
 
 pub const ROOT: &str = "/sys/fs/cgroup";
@@ -151,10 +151,13 @@ impl Cgroup {
         read_file(&self.path.join(file))
     }
 
-    /// What a new container's cgroup gets before its limits: the kernel ends
-    /// all of a container that is out of memory, not one process of it.
-    pub fn prepare(&self) -> Result<(), CgroupError> {
-        self.write_if_there("memory.oom.group", "1")
+    /// What a new container's cgroup gets: what holds unless `resources` say
+    /// otherwise, then their limits.
+    pub fn prepare(&self, resources: Option<&LinuxResources>) -> Result<(), CgroupError> {
+        if ends_as_a_whole(resources) {
+            self.write_if_there("memory.oom.group", "1")?;
+        }
+        resources.map_or(Ok(()), |resources| self.apply(resources))
     }
 
     /// Lets user and group `owner` make cgroups below and move processes into

@@ -135,8 +135,8 @@ impl Containers {
             wait: wish.terminal,
         };
         let pause;
-        let pid = match container.namespaces.pid {
-            Pids::Own => PidNamespace::Join(container.process.pidfd.as_fd()),
+        let pid = match &container.namespaces.pid {
+            Pids::Own | Pids::Of(_) => PidNamespace::Join(container.process.pidfd.as_fd()),
             Pids::Shared => {
                 pause = self.share_pid_namespace()?;
                 PidNamespace::Join(pause.pidfd())

@@ -129,10 +129,7 @@ impl Containers {
         let envp = Arc::new(spec.environment(&user)?);
 
         let cgroup = made.insert(Cgroup::create(PathBuf::from(POD).join(id))?);
-        cgroup.prepare()?;
-        if let Some(resources) = spec.resources() {
-            cgroup.apply(resources)?;
-        }
+        cgroup.prepare(spec.resources())?;
         if let Some(user) = self.user().filter(|_| spec.has_writable_cgroup()) {
             cgroup.delegate(user.ids().root())?;
         }
@@ -185,18 +182,30 @@ impl Containers {
             wait: true,
         };
         let namespaces = spec.namespaces();
-        let pause;
-        let pid = match namespaces.pid {
+        let (mut pause, mut target) = (None, None);
+        let pid = match &namespaces.pid {
             Pids::Own => PidNamespace::New,
+            // The process itself is what is joined: no number of it could have
+            // been given to another one meanwhile.
+            Pids::Of(id) => {
+                let target = target.insert(self.get(id)?);
+                target.check_running()?;
+                PidNamespace::Join(target.process.pidfd.as_fd())
+            }
             Pids::Guest if self.user().is_none() => PidNamespace::Guest,
             // In a user namespace the guest's own will not do: it could not
             // mount a proc of it.
             Pids::Shared | Pids::Guest => {
-                pause = self.share_pid_namespace()?;
+                let pause = pause.insert(self.share_pid_namespace()?);
                 PidNamespace::Join(pause.pidfd())
             }
         };
-        let process = launch::launch(plan, ours, pid, true, cgroup.dir().as_fd())?;
+        let launched = launch::launch(plan, ours, pid, true, cgroup.dir().as_fd());
+        let process = launched.map_err(|error| {
+            // A target that has ended meanwhile takes its namespace along.
+            let ended = target.and_then(|target| target.check_running().err());
+            ended.unwrap_or(error.into())
+        })?;
         let exit = self.inner.reaper.watch(process.pid);
 
         // The child sets itself up while the host is called.

@@ -1,7 +1,7 @@
 //! What a container has in /dev: device files, and links to what is in /proc.
 
 use std::ffi::CString;
-use std::path::Path;
+use std::os::unix::ffi::OsStrExt;
 
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceType};
 
@@ -9,11 +9,15 @@ use super::plan::DeviceNode;
 use super::spec::{SpecError, c_string};
 
 /// Files the pod's device list may name.
-const MAX_DEVICES: usize = 256;
+pub const MAX_DEVICES: usize = 256;
 
 /// The device files every container has (runtime spec, "Default Devices"),
-/// then those asked for.
-pub fn nodes(asked: &[LinuxDevice], defaults: bool) -> Result<Vec<DeviceNode>, SpecError> {
+/// those of `guest`, then those asked for: of two with one path the last.
+pub fn nodes(
+    asked: &[LinuxDevice],
+    guest: Vec<DeviceNode>,
+    defaults: bool,
+) -> Result<Vec<DeviceNode>, SpecError> {
     if asked.len() > MAX_DEVICES {
         let field = "linux.devices";
         return Err(SpecError::TooMany {
@@ -32,9 +36,6 @@ pub fn nodes(asked: &[LinuxDevice], defaults: bool) -> Result<Vec<DeviceNode>, S
     ];
     let mut nodes = Vec::new();
     for (path, major, minor) in DEFAULTS.into_iter().filter(|_| defaults) {
-        if asked.iter().any(|device| device.path() == Path::new(path)) {
-            continue;
-        }
         nodes.push(DeviceNode {
             path: c_string("linux.devices", path)?,
             mode: libc::S_IFCHR | 0o666,
@@ -43,7 +44,12 @@ pub fn nodes(asked: &[LinuxDevice], defaults: bool) -> Result<Vec<DeviceNode>, S
             gid: 0,
         });
     }
+    for device in guest {
+        nodes.retain(|known| known.path != device.path);
+        nodes.push(device);
+    }
     for device in asked {
+        nodes.retain(|known| known.path.as_bytes() != device.path().as_os_str().as_bytes());
         let path = device.path().to_string_lossy().into_owned();
         if !path.starts_with('/') {
             return Err(SpecError::NotAbsolute {

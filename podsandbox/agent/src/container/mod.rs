@@ -23,6 +23,7 @@ mod devices;
 mod error;
 pub mod exec;
 mod go_between;
+mod guest_devices;
 mod instance;
 mod launch;
 mod mounts;

@@ -18,6 +18,22 @@ use crate::sys::{self, MountAttr};
 /// A pod has tens of volumes; the kernel's own limit is 100000 in a namespace.
 const MAX_MOUNTS: usize = 1024;
 
+/// Files of /proc that a volume may take the place of, as the field's runtimes
+/// have it: they tell of the machine, and a container is told of its share of
+/// it (lxcfs). Nothing of them is about processes or grants a right.
+const PROC_FILES: [&str; 10] = [
+    "/proc/cpuinfo",
+    "/proc/diskstats",
+    "/proc/loadavg",
+    "/proc/meminfo",
+    "/proc/slabinfo",
+    "/proc/stat",
+    "/proc/swaps",
+    "/proc/sys/crypto/fips_enabled",
+    "/proc/sys/kernel/ns_last_pid",
+    "/proc/uptime",
+];
+
 /// The files the agent writes for the pod, one for each name in [`ETC_FILES`].
 pub const ETC_DIR: &str = "/run/drupe/etc";
 pub const ETC_FILES: [&str; 3] = ["hosts", "resolv.conf", "hostname"];
@@ -147,8 +163,12 @@ fn destination(mount: &Mount) -> Result<PathBuf, MountError> {
     if clean == Path::new("/") {
         return Err(refuse("is the root"));
     }
-    if clean.starts_with("/proc") && clean != Path::new("/proc") {
-        return Err(refuse("lies below /proc"));
+    let below_proc = clean.starts_with("/proc") && clean != Path::new("/proc");
+    let replaceable = PROC_FILES.iter().any(|file| clean == Path::new(file));
+    if below_proc && !(replaceable && is_bind(mount)) {
+        return Err(refuse(
+            "lies below /proc and is no bind of one of the files that may be replaced there",
+        ));
     }
     if clean.as_os_str().len() >= libc::PATH_MAX as usize {
         return Err(refuse("is too long"));
@@ -461,6 +481,11 @@ mod tests {
                 "{bad}"
             );
         }
+        // As lxcfs has it mounted, but no other file system and no other file.
+        let bind = |path: &str| destination(&mount(path, "bind", "/s", &["rbind"]));
+        assert!(bind("/proc/meminfo").is_ok() && bind("/proc/x/../uptime").is_ok());
+        assert!(clean("/proc/meminfo").is_err());
+        assert!(bind("/proc/sysrq-trigger").is_err() && bind("/proc/cpuinfo/x").is_err());
     }
 
     #[test]

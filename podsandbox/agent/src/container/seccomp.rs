@@ -25,6 +25,8 @@ const INSTRUCTION: usize = size_of::<libc::sock_filter>();
 pub enum SeccompError {
     #[error("seccomp action {action} is not supported")]
     Action { action: LinuxSeccompAction },
+    #[error("seccomp flag {flag} is not supported")]
+    Flag { flag: LinuxSeccompFilterFlag },
     #[error("seccomp argument index {index} of {syscall} is not 0 to 5")]
     Argument { syscall: String, index: usize },
     #[error("cannot compile the seccomp filter")]
@@ -118,7 +120,8 @@ pub fn compile(spec: &LinuxSeccomp) -> Result<SeccompFilter, SeccompError> {
             LinuxSeccompFilterFlag::SeccompFilterFlagSpecAllow => {
                 libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW
             }
-            _ => 0,
+            // The calls of a listener, and what this agent does not know.
+            other => return Err(SeccompError::Flag { flag: *other }),
         };
     }
     Ok(SeccompFilter {
@@ -192,6 +195,19 @@ mod tests {
             matches!(error, SeccompError::Argument { index: 6, .. }),
             "{error}"
         );
+    }
+
+    #[test]
+    fn a_flag_is_kept_or_refused() {
+        let compile = |flag: &str| {
+            compile(&parse(&format!(
+                r#"{{"defaultAction":"SCMP_ACT_ALLOW","flags":["{flag}"]}}"#
+            )))
+        };
+        let filter = compile("SECCOMP_FILTER_FLAG_LOG").unwrap();
+        assert_eq!(filter.flags, libc::SECCOMP_FILTER_FLAG_LOG);
+        let error = compile("SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV").unwrap_err();
+        assert!(matches!(error, SeccompError::Flag { .. }), "{error}");
     }
 
     #[test]

@@ -1,19 +1,22 @@
 //! An OCI runtime spec (1.2) as the parts of a [`Plan`](super::plan::Plan).
 
 use std::ffi::CString;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use agent_api::PID_OF;
 use oci_spec::runtime::{
-    LinuxDevice, LinuxDeviceCgroup, LinuxNamespaceType, Mount, PosixRlimitType, Process, Spec,
+    LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, LinuxNamespaceType, Mount, PosixRlimitType,
+    Process, Spec,
 };
 
 use super::capabilities::capabilities;
 use super::dev_tree::{self, DevError};
-use super::device_files;
 use super::mounts::{self, MountError};
 use super::plan::{Identity, Program, Rlimit, RootSetup, SeccompFilter, StringArray};
 use super::user::Resolved;
+use super::{device_files, guest_devices};
 use crate::rootfs::Trees;
 use crate::userns::IdRange;
 
@@ -41,6 +44,8 @@ pub enum SpecError {
     NotAbsolute { field: &'static str, value: String },
     #[error("device {path:?} is neither a character nor a block device nor a FIFO")]
     Device { path: String },
+    #[error("cannot look for the guest's devices in {path}")]
+    GuestDevices { path: PathBuf, source: io::Error },
     #[error("kernel parameter {name:?} is not a name with dots")]
     Sysctl { name: String },
     #[error(transparent)]
@@ -57,16 +62,18 @@ pub struct ContainerSpec {
 }
 
 /// Which namespaces a container has of its own, beside its mount namespace.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OwnNamespaces {
     pub pid: Pids,
     pub cgroup: bool,
 }
 
 /// Whose processes a container sees.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Pids {
     Own,
+    /// Those of the container with this id.
+    Of(String),
     /// Those of all of the pod's containers that share theirs.
     Shared,
     /// All of the guest's, the agent among them.
@@ -114,11 +121,14 @@ impl ContainerSpec {
             .and_then(|linux| linux.namespaces().as_ref());
         let find = |kind| listed.and_then(|all| all.iter().find(|ns| ns.typ() == kind));
         OwnNamespaces {
-            pid: match find(LinuxNamespaceType::Pid) {
-                None => Pids::Shared,
-                Some(pid) if pid.path().as_deref() == Some(Path::new(GUEST_PIDS)) => Pids::Guest,
-                Some(_) => Pids::Own,
-            },
+            pid: find(LinuxNamespaceType::Pid).map_or(Pids::Shared, |pid| {
+                let path = pid.path().as_deref().and_then(Path::to_str);
+                match (path, path.and_then(|path| path.strip_prefix(PID_OF))) {
+                    (_, Some(target)) => Pids::Of(target.to_owned()),
+                    (Some(GUEST_PIDS), None) => Pids::Guest,
+                    _ => Pids::Own,
+                }
+            }),
             cgroup: find(LinuxNamespaceType::Cgroup).is_some(),
         }
     }
@@ -157,6 +167,21 @@ impl ContainerSpec {
             .as_ref()
             .and_then(|linux| linux.devices().as_deref());
         (rules.unwrap_or_default(), files.unwrap_or_default())
+    }
+
+    /// Whether a rule allows whatever device there is: the container is
+    /// privileged.
+    fn may_use_every_device(&self) -> bool {
+        let (rules, _) = self.devices();
+        rules.iter().any(|rule| {
+            let has = |letter| rule.access().as_deref().unwrap_or("rwm").contains(letter);
+            let is_any = |number: Option<i64>| number.is_none_or(|number| number == -1);
+            rule.allow()
+                && matches!(rule.typ(), None | Some(LinuxDeviceType::A))
+                && is_any(rule.major())
+                && is_any(rule.minor())
+                && ['r', 'w', 'm'].into_iter().all(has)
+        })
     }
 
     /// Sources of its bind mounts, and whether what it mounts in one of them is
@@ -249,7 +274,11 @@ impl ContainerSpec {
             ));
         }
         let root = self.spec.root().as_ref();
-        let mut devices = device_files::nodes(asked, mounts.make_devices)?;
+        let guest = match self.may_use_every_device() && mounts.make_devices {
+            true => guest_devices::nodes(ids.is_some())?,
+            false => Vec::new(),
+        };
+        let mut devices = device_files::nodes(asked, guest, mounts.make_devices)?;
         if let Some(ids) = ids {
             dev_tree::replace(&mut mounts.steps, &mut devices, ids)?;
         }
@@ -455,6 +484,8 @@ mod tests {
         assert_eq!(pids(r#"[{"type":"pid"}]"#), Pids::Own);
         let named = r#"[{"type":"pid","path":"/proc/1/ns/pid"}]"#;
         assert_eq!(pids(named), Pids::Guest);
+        let target = r#"[{"type":"pid","path":"container:c1"}]"#;
+        assert_eq!(pids(target), Pids::Of("c1".to_owned()));
         let other = r#"[{"type":"pid","path":"/proc/2/ns/pid"}]"#;
         assert_eq!(pids(other), Pids::Own);
     }

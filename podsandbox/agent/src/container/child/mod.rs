@@ -92,6 +92,9 @@ fn execute(plan: &Plan) -> Result<Infallible> {
         } => Some(open_terminal(identity.uid, *rows, *columns, *console)?),
     };
     if let Entry::Create(root) = &plan.entry {
+        // A directory that is missing has to be made while the root can be
+        // written.
+        enter_cwd(identity)?;
         root::restrict(root)?;
     }
     set_limits(identity)?;
