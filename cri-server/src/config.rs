@@ -22,6 +22,7 @@ pub struct Config {
     pub vmm: PathBuf,
     pub shim: PathBuf,
     pub uid_base: u32,
+    pub cdi_spec_dirs: Vec<PathBuf>,
     pub default_runtime: String,
     pub runtimes: BTreeMap<String, RuntimeConfig>,
     pub network: NetworkConfig,
@@ -81,6 +82,7 @@ impl Default for Config {
             vmm: "/usr/lib/drupe/drupe-vmm".into(),
             shim: "/usr/lib/drupe/drupe-shim".into(),
             uid_base: 1_879_048_192,
+            cdi_spec_dirs: vec!["/etc/cdi".into(), "/var/run/cdi".into()],
             default_runtime: "microvm".to_owned(),
             runtimes: BTreeMap::from([
                 ("microvm".to_owned(), RuntimeConfig::default()),
@@ -142,11 +144,15 @@ impl Config {
                 format!("{:?} is not among runtimes", self.default_runtime),
             );
         }
+        let cdi = self.cdi_spec_dirs.iter().map(|dir| ("cdi_spec_dirs", dir));
         for (field, path) in [
             ("socket", &self.socket),
             ("root", &self.root),
             ("run_dir", &self.run_dir),
-        ] {
+        ]
+        .into_iter()
+        .chain(cdi)
+        {
             if !path.is_absolute() {
                 return fail(field, format!("{path:?} is not an absolute path"));
             }
@@ -317,6 +323,8 @@ mod tests {
         ] {
             load(&format!("runtimes: {{{fine}}}\n")).unwrap();
         }
+        let error = load("cdi_spec_dirs: [etc/cdi]\n").unwrap_err().to_string();
+        assert!(error.contains("cdi_spec_dirs"), "{error}");
         let error = load("streaming: {idle_timeout_seconds: 0}\n");
         let error = error.unwrap_err().to_string();
         assert!(error.contains("streaming.idle_timeout_seconds"), "{error}");

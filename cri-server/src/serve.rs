@@ -162,6 +162,7 @@ fn pod_config(
         vmm: config.vmm.clone(),
         shim: config.shim.clone(),
         uid_base: config.uid_base,
+        cdi_spec_dirs: config.cdi_spec_dirs.clone(),
         default_runtime: config.default_runtime.clone(),
         runtimes,
     }

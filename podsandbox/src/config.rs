@@ -39,7 +39,8 @@ pub struct RuntimeConfig {
     pub memory_headroom_mib: u32,
     /// Size of the disk that holds what containers write.
     pub scratch_gib: u32,
-    /// How many image disks, so containers, a pod can hold at once.
+    /// How many disks a pod can hold at once: one for each container, image
+    /// volume and block device of the node.
     pub disk_slots: u32,
     /// What each disk of a pod may move.
     pub disk_limit: RateLimit,
@@ -164,6 +165,8 @@ pub struct Config {
     pub shim: PathBuf,
     /// First of the 65,536 uids and gids that VMMs run under.
     pub uid_base: u32,
+    /// Where CDI files are; a later directory wins.
+    pub cdi_spec_dirs: Vec<PathBuf>,
     pub default_runtime: String,
     pub runtimes: BTreeMap<String, Runtime>,
 }
@@ -256,6 +259,7 @@ mod tests {
             vmm: path("vmm"),
             shim: path("shim"),
             uid_base: 1,
+            cdi_spec_dirs: Vec::new(),
             default_runtime: "microvm".to_owned(),
             runtimes,
         }

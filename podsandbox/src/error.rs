@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use crate::cdi::CdiError;
+use crate::devices::DeviceError;
 use crate::seccomp::ProfileError;
 use crate::spec::HostNamespaces;
 
@@ -138,7 +140,8 @@ pub enum Error {
     },
     #[error(
         "pod sandbox {id} has no free disk slot: it has {slots} (disk_slots of the runtime), \
-         {taken} of them taken, and the container needs {needed}, one for its image and one for each image volume"
+         {taken} of them taken, and the container needs {needed}, one for its image and one for each \
+         image volume and each block device that no other container of the pod has"
     )]
     NoDiskSlot {
         id: String,
@@ -170,6 +173,10 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    #[error(transparent)]
+    Cdi(#[from] CdiError),
     #[error("mount source {path:?}")]
     MountSource {
         path: PathBuf,
@@ -289,6 +296,8 @@ impl Error {
             Self::Start { source, .. } => source.kind(),
             Self::NoDiskSlot { .. } | Self::TooManyImages { .. } => ErrorKind::ResourceExhausted,
             Self::NoNetwork(_) => ErrorKind::Unavailable,
+            Self::Device(error) => error.kind(),
+            Self::Cdi(error) => error.kind(),
             Self::MountSource { source, .. }
                 if matches!(
                     source.kind(),

@@ -7,9 +7,11 @@
 #![forbid(unsafe_code)]
 
 mod agent;
+pub mod cdi;
 mod cgroup;
 pub mod config;
 mod context;
+pub mod devices;
 mod driver;
 mod error;
 pub mod events;

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::devices::DeviceSlot;
 use crate::error::Step;
 pub use crate::phase::PodPhase;
 use crate::spec::{ContainerSpec, PodSpec};
@@ -109,6 +110,10 @@ pub struct ContainerRecord {
     /// Those of its image volumes, likewise.
     #[serde(default)]
     pub volume_slots: Vec<u32>,
+    /// Those of the node's block devices that it has, likewise; containers with
+    /// the same device have the same slot.
+    #[serde(default)]
+    pub device_slots: Vec<DeviceSlot>,
     /// What StopContainer sends first: asked for, or the image's.
     pub stop_signal: String,
     pub log_file: Option<PathBuf>,

@@ -9,6 +9,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::devices::Device;
+
 /// The identity the kubelet gives a sandbox; unique on a node.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct PodName {
@@ -158,7 +160,13 @@ pub struct ContainerSpec {
     pub working_dir: String,
     /// In order; a later one wins.
     pub env: Vec<(String, String)>,
+    /// As asked for, and those of its CDI devices.
     pub mounts: Vec<Mount>,
+    #[serde(default)]
+    pub devices: Vec<Device>,
+    /// Names of CDI devices.
+    #[serde(default)]
+    pub cdi_devices: Vec<String>,
     pub labels: BTreeMap<String, String>,
     pub annotations: BTreeMap<String, String>,
     /// Below the pod's log directory; none: output is discarded.

@@ -1,5 +1,6 @@
 //! Containers: from `ContainerConfig`, to `Container` and its status.
 
+use std::collections::BTreeMap;
 use std::path::{Component, PathBuf};
 
 use cri_api::v1;
@@ -9,7 +10,7 @@ use podsandbox::spec::{
 };
 use tonic::Status;
 
-use super::{invalid, required, resources, signal, unsupported, userns};
+use super::{devices, invalid, required, resources, signal, unsupported, userns};
 
 /// `/proc` files that tell of or change the kernel; CRI states its own lists.
 pub fn parse(config: v1::ContainerConfig) -> Result<ContainerSpec, Status> {
@@ -21,12 +22,9 @@ pub fn parse(config: v1::ContainerConfig) -> Result<ContainerSpec, Status> {
     if image.image.is_empty() {
         return Err(invalid("config.image.image", "is empty"));
     }
-    if !config.devices.is_empty() {
-        return Err(unsupported("config.devices", "a device of the host"));
-    }
-    if !config.cdi_devices.is_empty() {
-        return Err(unsupported("config.CDI_devices", "a CDI device"));
-    }
+    let devices = devices::parse(config.devices)?;
+    let annotations: BTreeMap<_, _> = config.annotations.into_iter().collect();
+    let cdi_devices = devices::parse_cdi(&config.cdi_devices, &annotations)?;
     let linux = config.linux.unwrap_or_default();
     let context = linux.security_context.unwrap_or_default();
     let env = config
@@ -56,7 +54,9 @@ pub fn parse(config: v1::ContainerConfig) -> Result<ContainerSpec, Status> {
             .map(mount)
             .collect::<Result<_, _>>()?,
         labels: config.labels.into_iter().collect(),
-        annotations: config.annotations.into_iter().collect(),
+        devices,
+        cdi_devices,
+        annotations,
         log_path: log_path(&config.log_path)?,
         stdin: config.stdin,
         stdin_once: config.stdin_once,
@@ -545,18 +545,6 @@ mod tests {
             assert_eq!(refused.code(), tonic::Code::InvalidArgument);
             assert_eq!(refused.message(), why);
         }
-    }
-
-    #[test]
-    fn what_is_not_supported_is_refused_not_ignored() {
-        let device = v1::ContainerConfig {
-            devices: vec![v1::Device::default()],
-            ..config()
-        };
-        assert_eq!(
-            parse(device).unwrap_err().code(),
-            tonic::Code::Unimplemented
-        );
     }
 
     fn with_security(context: v1::LinuxContainerSecurityContext) -> v1::ContainerConfig {

@@ -1,6 +1,7 @@
 //! Between CRI's messages and the types of the crates below. Nothing here acts.
 
 pub mod container;
+pub mod devices;
 pub mod error;
 pub mod event;
 pub mod filter;

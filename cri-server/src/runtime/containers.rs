@@ -71,6 +71,7 @@ impl Runtime {
                 "pid": record.pid,
                 "diskSlot": record.slot,
                 "volumeDiskSlots": record.volume_slots,
+                "deviceDiskSlots": record.device_slots,
                 "stopSignal": record.stop_signal,
                 "spec": record.spec,
             }))

@@ -102,6 +102,7 @@ impl Runtime {
             crate::json_info(serde_json::json!({
                 "root": config.root,
                 "runDir": config.run_dir,
+                "cdiSpecDirs": config.cdi_spec_dirs,
                 "defaultRuntime": config.default_runtime,
                 "runtimes": config.runtimes,
                 "pods": self.pods.list().len(),

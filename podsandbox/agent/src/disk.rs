@@ -70,6 +70,16 @@ pub enum DiskError {
         number: usize,
         source: io::Error,
     },
+    #[error("disk {serial} has {actual} bytes, not the {wanted} of the device attached to it")]
+    Size {
+        serial: String,
+        actual: u64,
+        wanted: u64,
+    },
+    #[error("cannot make {disk} read-only or writable")]
+    ReadOnly { disk: String, source: io::Error },
+    #[error("cannot write {disk} back")]
+    WriteBack { disk: String, source: io::Error },
     #[error("cannot remove partition {number} of {disk}")]
     Remove {
         disk: String,
@@ -118,8 +128,33 @@ impl Disk {
         })
     }
 
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     pub fn device(&self) -> PathBuf {
         Path::new("/dev").join(&self.name)
+    }
+
+    /// Waits until it is as large as what was attached to it: no more, for it
+    /// may show the disk before for a moment.
+    pub async fn wait_for_size(&self, wanted: u64) -> Result<(), DiskError> {
+        let deadline = Instant::now() + ATTACH_TIMEOUT;
+        loop {
+            let actual = self.bytes()?;
+            if actual == wanted {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                let serial = self.serial.clone();
+                return Err(DiskError::Size {
+                    serial,
+                    actual,
+                    wanted,
+                });
+            }
+            sleep(ATTACH_INTERVAL).await;
+        }
     }
 
     /// Its size now; 0 while nothing is attached.
@@ -199,6 +234,8 @@ impl Partitions {
         disk.wait_for(wanted).await?;
         let path = disk.device();
         let file = File::open(&path).map_err(|source| DiskError::Read { path, source })?;
+        // The slot may have held a disk that could be written.
+        set_read_only(&file, disk.name(), true)?;
         let mut partitions = Self {
             disk,
             file,
@@ -242,28 +279,42 @@ impl Partitions {
     /// Removes them. They may be busy for a moment after their last mount went.
     pub async fn remove(&mut self) -> Result<(), DiskError> {
         let deadline = Instant::now() + RELEASE_TIMEOUT;
-        let mut interval = RELEASE_INTERVAL;
         while self.count > 0 {
-            let nothing = Range {
-                offset: 0,
-                length: 0,
-            };
-            match blkpg(&self.file, BLKPG_DEL_PARTITION, self.count, nothing) {
-                Ok(()) | Err(Errno::ENXIO) => self.count -= 1,
-                Err(Errno::EBUSY) if Instant::now() < deadline => {
-                    sleep(interval).await;
-                    interval *= 2;
-                }
-                Err(errno) => {
-                    return Err(DiskError::Remove {
-                        disk: self.disk.name.clone(),
-                        number: self.count,
-                        source: errno.into(),
-                    });
-                }
-            }
+            remove_partition(&self.file, self.disk.name(), self.count, deadline).await?;
+            self.count -= 1;
         }
         Ok(())
+    }
+}
+
+/// Removes a partition of the disk behind `file`, by `deadline` if it is busy.
+/// Fine with its being gone.
+async fn remove_partition(
+    file: &File,
+    disk: &str,
+    number: usize,
+    deadline: Instant,
+) -> Result<(), DiskError> {
+    let mut interval = RELEASE_INTERVAL;
+    let nothing = Range {
+        offset: 0,
+        length: 0,
+    };
+    loop {
+        match blkpg(file, BLKPG_DEL_PARTITION, number, nothing) {
+            Ok(()) | Err(Errno::ENXIO) => return Ok(()),
+            Err(Errno::EBUSY) if Instant::now() < deadline => {
+                sleep(interval).await;
+                interval *= 2;
+            }
+            Err(errno) => {
+                return Err(DiskError::Remove {
+                    disk: disk.to_owned(),
+                    number,
+                    source: errno.into(),
+                });
+            }
+        }
     }
 }
 
@@ -289,6 +340,56 @@ fn check(ranges: &[Range]) -> Result<u64, DiskError> {
         })?);
     }
     Ok(end)
+}
+
+/// Removes the partitions that a container has made, or has had the kernel find,
+/// on a disk of its own.
+pub(crate) async fn remove_all_partitions(file: &File, disk: &Disk) -> Result<(), DiskError> {
+    let path = Path::new("/sys/block").join(&disk.name);
+    let failed = |source| DiskError::Read {
+        path: path.clone(),
+        source,
+    };
+    let deadline = Instant::now() + RELEASE_TIMEOUT;
+    for entry in fs::read_dir(&path).map_err(failed)? {
+        // What else is there has no such file.
+        let number = fs::read_to_string(entry.map_err(failed)?.path().join("partition"));
+        if let Some(number) = number.ok().and_then(|text| text.trim().parse().ok()) {
+            remove_partition(file, &disk.name, number, deadline).await?;
+        }
+    }
+    Ok(())
+}
+
+// linux/fs.h.
+const BLKFLSBUF: libc::c_ulong = 0x1261;
+
+/// Forgets what the guest has cached of the disk behind `file`.
+pub(crate) fn drop_cache(file: &File, disk: &Disk) -> Result<(), DiskError> {
+    // SAFETY: BLKFLSBUF takes no argument.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), BLKFLSBUF, 0) };
+    Errno::result(result)
+        .map(drop)
+        .map_err(|errno| DiskError::WriteBack {
+            disk: disk.name.clone(),
+            source: errno.into(),
+        })
+}
+
+const BLKROSET: libc::c_ulong = 0x125d;
+
+/// Has the guest's kernel refuse writing to the disk behind `file`, which the
+/// VMM does in any case, or take it.
+pub(crate) fn set_read_only(file: &File, disk: &str, read_only: bool) -> Result<(), DiskError> {
+    let value = c_int::from(read_only);
+    // SAFETY: BLKROSET reads one int, which lives.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), BLKROSET, &raw const value) };
+    Errno::result(result)
+        .map(drop)
+        .map_err(|errno| DiskError::ReadOnly {
+            disk: disk.to_owned(),
+            source: errno.into(),
+        })
 }
 
 // linux/blkpg.h.

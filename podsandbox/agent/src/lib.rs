@@ -18,6 +18,7 @@ mod disk;
 mod network;
 mod oom;
 mod power;
+mod raw_disk;
 pub mod reaper;
 mod rootfs;
 pub mod sandbox;

@@ -15,13 +15,14 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use agent_api::{ImageVolume, Layer, RootDisk, image_serial};
+use agent_api::{BlockDisk, ImageVolume, Layer, RootDisk, image_serial};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 use nix::unistd::chown;
 
 use crate::disk::{Disk, DiskError, Partitions, Range};
+use crate::raw_disk::RawDisk;
 use crate::sys;
 use crate::tree;
 use crate::userns::UserNamespace;
@@ -72,6 +73,8 @@ pub enum RootfsError {
 #[derive(Debug)]
 pub struct Rootfs {
     partitions: Vec<Partitions>,
+    /// Disks that it has as device files.
+    raw: Vec<RawDisk>,
     dir: PathBuf,
 }
 
@@ -94,6 +97,7 @@ impl Rootfs {
         let dir = Path::new(SCRATCH).join("containers").join(id);
         let mut rootfs = Self {
             partitions: Vec::new(),
+            raw: Vec::new(),
             dir,
         };
         match rootfs.try_mount(disk, volumes, user).await {
@@ -231,15 +235,27 @@ impl Rootfs {
         finish().map_err(|errno| failed(Some(&fs), errno))
     }
 
+    /// Takes a disk for the container to have as a device file; its numbers.
+    pub async fn take_disk(&mut self, disk: &BlockDisk) -> Result<(u64, u64), RootfsError> {
+        let raw = RawDisk::take(disk).await?;
+        let number = (raw.major, raw.minor);
+        self.raw.push(raw);
+        Ok(number)
+    }
+
     /// Where the container's own files are: its writable layer.
     pub fn upper(&self) -> PathBuf {
         self.dir.join("upper")
     }
 
-    /// Gives the image disks back and deletes the writable layer, the latter in
+    /// Gives the disks back and deletes the writable layer, the latter in
     /// the background: it may hold a million files. Every mount of the root
     /// must have gone.
     pub async fn remove(&mut self) -> Result<(), RootfsError> {
+        while let Some(raw) = self.raw.last() {
+            raw.release().await?;
+            self.raw.pop();
+        }
         while let Some(partitions) = self.partitions.last_mut() {
             partitions.remove().await?;
             self.partitions.pop();

@@ -246,7 +246,9 @@ fn sandbox_code(error: &SandboxError) -> Code {
 }
 
 fn container_status(error: Error) -> Status {
-    use crate::container::{DeviceError, LaunchError, MountError, SpecError};
+    use crate::container::{
+        DevError, DeviceError, LaunchError, MountError, NodeDeviceError, SpecError,
+    };
     use crate::disk::DiskError;
     use crate::rootfs::RootfsError;
     let code = match &error {
@@ -256,6 +258,7 @@ fn container_status(error: Error) -> Status {
         | Error::NotConfigured
         | Error::Session(SessionError::NoTerminal)
         | Error::Cgroup(CgroupError::Absent { .. } | CgroupError::InUse { .. })
+        | Error::NodeDevices(NodeDeviceError::NotThere { .. })
         | Error::Rootfs(RootfsError::Disk(DiskError::InUse { .. })) => Code::FailedPrecondition,
         Error::TooMany | Error::TooManyExecs | Error::TooManyAttached | Error::TooSlow { .. } => {
             Code::ResourceExhausted
@@ -271,6 +274,9 @@ fn container_status(error: Error) -> Status {
             Code::NotFound
         }
         Error::Launch(LaunchError::Exec(_)) => Code::PermissionDenied,
+        Error::Spec(SpecError::Dev(DevError::Place { .. } | DevError::Owner { .. })) => {
+            Code::InvalidArgument
+        }
         Error::Spec(
             SpecError::Mount(MountError::Bind { .. })
             | SpecError::Dev(_)
@@ -284,6 +290,7 @@ fn container_status(error: Error) -> Status {
         | Error::User(_)
         | Error::Seccomp(_)
         | Error::Devices(_)
+        | Error::NodeDevices(NodeDeviceError::TooMany { .. } | NodeDeviceError::NoSource { .. })
         | Error::Unmapped { .. }
         | Error::Rootfs(
             RootfsError::TooManyLayers { .. }

@@ -91,7 +91,9 @@ impl Control {
                 Request::CloseLog { container } => {
                     self.on_logs(move |logs| logs.close(&container)).await
                 }
-                Request::AttachDisk { .. } | Request::DetachDisk { .. } => {
+                Request::AttachDisk { .. }
+                | Request::AttachDevice { .. }
+                | Request::DetachDisk { .. } => {
                     refused("a pod on the host's kernel has no disks".to_owned())
                 }
                 Request::SetBalloon { .. } => {

@@ -11,6 +11,7 @@ use tokio::task::JoinError;
 use vmm_client::Control;
 
 use super::Driver;
+use super::devices::Devices;
 use super::disks::{Disk, Disks, slots_of};
 use crate::context::now_nanos;
 use crate::record::{ContainerPhase, ContainerRecord, ExitReason, ExitRecord, PodPhase};
@@ -55,10 +56,11 @@ impl Driver {
         self.check_pid_target(&spec)?;
         check_huge_pages(self.is_on_host(), &spec.resources.hugepage_limits)?;
         id_mapping::check(self.record.spec.user_namespace, &spec)?;
-        let slots = self.await_slots(&spec).await?;
+        let (spec, devices) = self.resolve_devices(spec).await?;
+        let slots = self.await_slots(&spec, &devices).await?;
         let binds = self.plan_volumes(&spec).await?;
         let id = ids::new_id();
-        let Disks { root, volumes } = self.lease_disks(&spec, &id, slots).await?;
+        let Disks { root, volumes } = self.lease_disks(&spec, &id, &slots).await?;
         let lease = &root.lease;
         let names = [&lease.image.repo_tags, &lease.image.repo_digests];
         let record = ContainerRecord {
@@ -80,6 +82,7 @@ impl Driver {
             phase: ContainerPhase::Creating,
             slot: Some(root.slot),
             volume_slots: volumes.iter().map(|volume| volume.slot).collect(),
+            device_slots: slots.devices,
             stop_signal: spec
                 .stop_signal
                 .clone()
@@ -99,9 +102,10 @@ impl Driver {
         let log_file = record.log_file.clone();
         let outcome = match self.context.store.put_container(&record).await {
             Ok(()) if self.is_on_host() => {
-                self.put_together_on_host(&record, &root, &volumes).await
+                self.put_together_on_host(&record, &root, &volumes, &devices)
+                    .await
             }
-            Ok(()) => self.put_together(&record, &root, &volumes).await,
+            Ok(()) => self.put_together(&record, &root, &volumes, &devices).await,
             Err(error) => Err(error.into()),
         };
         self.containers.insert(
@@ -182,18 +186,28 @@ impl Driver {
         record: &ContainerRecord,
         root: &Disk,
         volumes: &[Disk],
+        devices: &Devices,
     ) -> Result<Option<agent_api::ContainerState>> {
         let lease = &root.lease;
         let (id, spec) = (record.id.as_str(), &record.spec);
         let profile = seccomp_profile(spec).await?;
-        let oci = oci::runtime_spec(
+        let mut oci = oci::runtime_spec(
             spec,
             &lease.config,
             &self.record.spec.hostname,
             oci::guest_volumes(spec, &record.binds)?,
             profile.as_ref(),
         )?;
+        devices.add_extras(&mut oci)?;
         self.bind_volumes(record).await?;
+        let image_user = lease
+            .config
+            .config()
+            .as_ref()
+            .and_then(|c| c.user().clone())
+            .unwrap_or_default();
+        let user = user(spec, &image_user);
+        let devices = self.attach_devices(record, devices, &user).await?;
         let machine = self.machine_mut()?;
         if let Some(path) = &record.log_file {
             open_log(&mut machine.control, id, path).await?;
@@ -207,22 +221,17 @@ impl Driver {
                 container_path: mount.container_path.to_string_lossy().into_owned(),
             });
         }
-        let image_user = lease
-            .config
-            .config()
-            .as_ref()
-            .and_then(|c| c.user().clone())
-            .unwrap_or_default();
         let request = agent_api::CreateContainerRequest {
             id: id.to_owned(),
             oci_spec: serde_json::to_vec(&oci).map_err(oci_spec::OciSpecError::SerDe)?,
             root: Some(root),
-            user: Some(user(spec, &image_user)),
+            user: Some(user),
             provide_etc_files: true,
             stdin: spec.stdin,
             stdin_once: spec.stdin_once,
             log: record.log_file.is_some(),
             image_volumes,
+            devices,
         };
         machine.agent.create(request).await
     }
@@ -317,18 +326,26 @@ impl Driver {
         if !holds_slots(record) {
             return Ok(());
         }
-        let slots: Vec<u32> = slots_of(record).collect();
+        // A disk that another container has too goes with the last of them.
+        let slots: Vec<u32> = slots_of(record)
+            .filter(|&slot| !self.is_shared(slot, id))
+            .collect();
         if self.is_on_host() {
             self.free_on_host(id).await?;
         } else if let Some(machine) = &mut self.machine {
             for slot in slots {
                 machine.control.detach_disk(slot).await?;
             }
+            // Nobody may take them for attached.
+            if let Some(record) = self.containers.get_mut(id) {
+                record.device_slots.clear();
+            }
             machine.control.close_log(id).await?;
         }
         if let Some(record) = self.containers.get_mut(id) {
             record.slot = None;
             record.volume_slots.clear();
+            record.device_slots.clear();
         }
         Ok(())
     }

@@ -1,6 +1,8 @@
 //! The disks that a container's images are: its own and those of its image
-//! volumes, each leased from the image store and attached to a slot.
+//! volumes, each leased from the image store and attached to a slot. The node's
+//! block devices take slots of the same ones.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -8,6 +10,9 @@ use imagesvc::Lease;
 use vmm_client::Control;
 
 use super::Driver;
+use super::devices::Devices;
+use crate::devices::DeviceSlot;
+use crate::devices::guest::Wanted;
 use crate::record::ContainerRecord;
 use crate::spec::{ContainerSpec, image_volumes};
 use crate::{Error, Result};
@@ -18,10 +23,12 @@ const MAX_IMAGES_ON_HOST: u32 = 128;
 /// Layers begin on this boundary of their disk.
 const LAYER_ALIGN: u64 = 4096;
 
-/// Free slots, for a container's own image and for its image volumes.
+/// Free slots, for a container's own image and for its image volumes; those for
+/// block devices may be other containers' with the same ones.
 pub(super) struct Slots {
     root: u32,
     volumes: Vec<u32>,
+    pub(super) devices: Vec<DeviceSlot>,
 }
 
 /// A container's own image, and its image volumes.
@@ -61,12 +68,16 @@ pub(crate) fn lease_holder(owner: &str) -> &str {
 }
 
 impl Driver {
-    /// Slots for the image of `spec` and its image volumes. Those of containers
-    /// that have ended are about to be free.
-    pub(super) async fn await_slots(&mut self, spec: &ContainerSpec) -> Result<Slots> {
+    /// Slots for the image of `spec`, its image volumes and its block devices.
+    /// Those of containers that have ended are about to be free.
+    pub(super) async fn await_slots(
+        &mut self,
+        spec: &ContainerSpec,
+        devices: &Devices,
+    ) -> Result<Slots> {
         let volumes = image_volumes(&spec.mounts).count();
         loop {
-            let slots = self.free_slots(volumes);
+            let slots = self.free_slots(volumes, devices);
             if slots.is_ok() {
                 return slots;
             }
@@ -77,32 +88,56 @@ impl Driver {
         }
     }
 
-    fn free_slots(&self, volumes: usize) -> Result<Slots> {
+    fn free_slots(&self, volumes: usize, devices: &Devices) -> Result<Slots> {
+        let disks = if self.is_on_host() {
+            Vec::new()
+        } else {
+            devices.disks()
+        };
+        let held = disks.iter().map(|disk| self.slot_of_device(disk));
+        let held: Vec<Option<DeviceSlot>> = held.collect::<Result<_>>()?;
+        let new_devices = held.iter().filter(|slot| slot.is_none()).count();
+        let needed = 1 + volumes + new_devices;
         let slots = if self.is_on_host() {
             MAX_IMAGES_ON_HOST
         } else {
             let (_, runtime) = self.context.config.runtime(&self.record.handler)?;
             runtime.settings.disk_slots
         };
-        let taken: Vec<u32> = self.containers.values().flat_map(slots_of).collect();
-        let mut free = (0..slots).filter(|slot| !taken.contains(slot));
-        let (root, rest) = (free.next(), free.take(volumes).collect::<Vec<u32>>());
-        match root {
-            Some(root) if rest.len() == volumes => Ok(Slots {
-                root,
-                volumes: rest,
-            }),
+        let taken: BTreeSet<u32> = self.containers.values().flat_map(slots_of).collect();
+        let free = (0..slots).filter(|slot| !taken.contains(slot));
+        let free: Vec<u32> = free.take(needed).collect();
+        match free.split_first() {
+            Some((&root, rest)) if free.len() == needed => {
+                let (volumes, rest) = rest.split_at(volumes);
+                let mut rest = rest.iter().copied();
+                let device = |(disk, held): (&Wanted<'_>, &Option<DeviceSlot>)| {
+                    held.or_else(|| {
+                        Some(DeviceSlot {
+                            slot: rest.next()?,
+                            major: disk.node.major,
+                            minor: disk.node.minor,
+                            read_only: disk.read_only,
+                        })
+                    })
+                };
+                Ok(Slots {
+                    root,
+                    volumes: volumes.to_vec(),
+                    devices: disks.iter().zip(&held).filter_map(device).collect(),
+                })
+            }
             _ if self.is_on_host() => Err(Error::TooManyImages {
                 id: self.record.id.clone(),
                 max: slots,
                 taken: taken.len(),
-                needed: volumes + 1,
+                needed,
             }),
             _ => Err(Error::NoDiskSlot {
                 id: self.record.id.clone(),
                 slots,
                 taken: taken.len(),
-                needed: volumes + 1,
+                needed,
             }),
         }
     }
@@ -113,7 +148,7 @@ impl Driver {
         &self,
         spec: &ContainerSpec,
         id: &str,
-        slots: Slots,
+        slots: &Slots,
     ) -> Result<Disks> {
         match self.try_lease(spec, id, slots).await {
             Ok(disks) => Ok(disks),
@@ -126,7 +161,7 @@ impl Driver {
         }
     }
 
-    async fn try_lease(&self, spec: &ContainerSpec, id: &str, slots: Slots) -> Result<Disks> {
+    async fn try_lease(&self, spec: &ContainerSpec, id: &str, slots: &Slots) -> Result<Disks> {
         let images = &self.context.images;
         let root = Disk {
             slot: slots.root,
@@ -134,7 +169,7 @@ impl Driver {
         };
         let mut volumes = Vec::with_capacity(slots.volumes.len());
         let asked = image_volumes(&spec.mounts).enumerate();
-        for ((number, (mount, volume)), slot) in asked.zip(slots.volumes) {
+        for ((number, (mount, volume)), &slot) in asked.zip(&slots.volumes) {
             let leased = images.lease(&volume.image, &volume_owner(id, number)).await;
             let lease = leased.map_err(|source| Error::ImageVolume {
                 container_path: mount.container_path.display().to_string(),
@@ -157,7 +192,8 @@ impl Driver {
 
 pub(super) fn slots_of(container: &ContainerRecord) -> impl Iterator<Item = u32> {
     let volumes = container.volume_slots.iter().copied();
-    container.slot.into_iter().chain(volumes)
+    let devices = container.device_slots.iter().map(|device| device.slot);
+    container.slot.into_iter().chain(volumes).chain(devices)
 }
 
 /// The image's layer files, opened, and where each lies on the disk they form.

@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use vmm_client::Control;
 
 use super::containers::{mounting, open_log, seccomp_profile, user};
+use super::devices::Devices;
 use super::disks::Disk;
 use super::start::{Timeline, log_file};
 use super::{Driver, Machine, watch_vm};
@@ -206,6 +207,7 @@ impl Driver {
         record: &ContainerRecord,
         root: &Disk,
         volumes: &[Disk],
+        devices: &Devices,
     ) -> Result<Option<agent_api::ContainerState>> {
         let lease = &root.lease;
         let (id, spec) = (record.id.as_str(), &record.spec);
@@ -232,7 +234,7 @@ impl Driver {
         let hostname = host::hostname(&self.record.spec);
         let base = oci::runtime_spec(spec, &lease.config, &hostname, mounts, profile.as_ref())?;
         let group = cgroup::group(self.cgroup_parent(), &self.record.id)?;
-        let oci = mounting(spec, {
+        let mut oci = mounting(spec, {
             let (spec, id) = (spec.clone(), id.to_owned());
             let (dir, shm) = (self.paths.dir.clone(), self.paths.shm.clone());
             let namespaces = self.record.spec.host_namespaces;
@@ -248,23 +250,26 @@ impl Driver {
             }
         })
         .await?;
+        let config = lease.config.config().as_ref();
+        let image_user = config.and_then(|c| c.user().clone()).unwrap_or_default();
+        let user = user(spec, &image_user);
+        devices.add_on_host(&mut oci, &user)?;
         let machine = self.machine_mut()?;
         if let Some(path) = &record.log_file {
             open_log(&mut machine.control, id, path).await?;
         }
-        let config = lease.config.config().as_ref();
-        let image_user = config.and_then(|c| c.user().clone()).unwrap_or_default();
         let request = agent_api::CreateContainerRequest {
             id: id.to_owned(),
             oci_spec: serde_json::to_vec(&oci).map_err(oci_spec::OciSpecError::SerDe)?,
             root: None,
-            user: Some(user(spec, &image_user)),
+            user: Some(user),
             provide_etc_files: true,
             stdin: spec.stdin,
             stdin_once: spec.stdin_once,
             log: record.log_file.is_some(),
             // They are mounts as any other by now.
             image_volumes: Vec::new(),
+            devices: Vec::new(),
         };
         machine.agent.create(request).await
     }

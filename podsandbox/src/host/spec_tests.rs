@@ -19,6 +19,8 @@ fn container() -> ContainerSpec {
         working_dir: String::new(),
         env: Vec::new(),
         mounts: Vec::new(),
+        devices: Vec::new(),
+        cdi_devices: Vec::new(),
         labels: Default::default(),
         annotations: Default::default(),
         log_path: None,

@@ -89,6 +89,17 @@ impl Control {
             .await
     }
 
+    /// Backs disk slot `slot` by a block device.
+    pub async fn attach_device(
+        &mut self,
+        slot: u32,
+        device: BorrowedFd<'_>,
+        read_only: bool,
+    ) -> Result<(), ControlError> {
+        let request = Request::AttachDevice { slot, read_only };
+        self.order("attach-device", &request, &[device]).await
+    }
+
     pub async fn detach_disk(&mut self, slot: u32) -> Result<(), ControlError> {
         self.order("detach-disk", &Request::DetachDisk { slot }, &[])
             .await

@@ -34,6 +34,12 @@ pub enum Request {
     AttachDisk {
         slot: u32,
     },
+    /// Back disk slot `slot` by the block device sent beside this message,
+    /// which is open for writing too unless the disk is to be read-only.
+    AttachDevice {
+        slot: u32,
+        read_only: bool,
+    },
     DetachDisk {
         slot: u32,
     },

@@ -248,6 +248,12 @@ impl Supervisor {
                 None
             }
             Request::AttachDisk { slot } => self.attach(client, slot, fds),
+            Request::AttachDevice { slot, read_only } => match <[OwnedFd; 1]>::try_from(fds) {
+                Ok([device]) => self.attach_device(client, slot, device, read_only),
+                Err(fds) => Some(Reply::Error {
+                    message: format!("attach-device with {} descriptors, one belongs", fds.len()),
+                }),
+            },
             Request::DetachDisk { slot } => self.detach(client, slot),
             Request::OpenLog { container } => match <[OwnedFd; 1]>::try_from(fds) {
                 Ok([fd]) => self.on_logs(client, move |logs| logs.open(&container, fd.into())),
@@ -280,6 +286,20 @@ impl Supervisor {
         self.on_disk(client, slot, move |disk, io| {
             let files = fds.into_iter().map(Into::into).collect();
             disk.attach(files, io)
+                .map_err(|e| format!("disk slot {slot}: {}", chain(&e)))
+        })
+    }
+
+    /// `None` when the answer comes as a notice.
+    fn attach_device(
+        &self,
+        client: ClientId,
+        slot: u32,
+        device: OwnedFd,
+        read_only: bool,
+    ) -> Option<Reply> {
+        self.on_disk(client, slot, move |disk, io| {
+            disk.attach_device(device.into(), read_only, io)
                 .map_err(|e| format!("disk slot {slot}: {}", chain(&e)))
         })
     }

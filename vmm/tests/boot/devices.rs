@@ -50,9 +50,10 @@ async fn images_come_and_go_while_the_guest_runs() {
     let setup = Setup {
         script: r#"
             d=$(disk image1); s=/sys/block/${d##*/}/size
-            echo empty=$(cat $s) ro=$(cat /sys/block/${d##*/}/ro)
+            echo empty=$(cat $s)
             while [ $(cat $s) = 0 ]; do usleep 10000; done
             echo size=$(cat $s) sum=$(md5sum < $d)
+            dd if=/dev/zero of=$d bs=4k count=1 conv=fsync 2>/dev/null || echo write=refused
             while [ $(cat $s) != 0 ]; do usleep 10000; done
             echo detached
             while [ $(cat $s) = 0 ]; do usleep 10000; done
@@ -62,7 +63,7 @@ async fn images_come_and_go_while_the_guest_runs() {
         ..Setup::default()
     };
     let mut pod = Pod::start(&kernel, setup).await;
-    pod.expect("empty=0 ro=1").await;
+    pod.expect("empty=0").await;
     let mut control = pod.control().await;
 
     // Two layers, neither a multiple of 4096 long.
@@ -80,6 +81,9 @@ async fn images_come_and_go_while_the_guest_runs() {
     control.attach_disk(1, &fds).await.unwrap();
     pod.expect(&format!("size={} sum={}", disk.len() / 512, md5(&disk)))
         .await;
+
+    // Whatever the guest is told of the slot, an image is read-only.
+    pod.expect("write=refused").await;
 
     let refused = control.attach_disk(1, &fds).await.unwrap_err();
     assert!(

@@ -24,7 +24,10 @@ use super::stdio::{self, Source, StdioError};
 use super::supervise::{Vigil, supervise};
 use super::user::Resolved;
 use super::volumes::Held;
-use super::{Container, Containers, Error, MAX_CONTAINERS, Outputs, Slot, check_id, seccomp, user};
+use super::{
+    Container, Containers, Error, MAX_CONTAINERS, Outputs, Slot, check_id, node_devices, seccomp,
+    user,
+};
 use crate::cgroup::{Cgroup, POD};
 use crate::rootfs::{Rootfs, SCRATCH, Trees};
 use crate::stats::FsUsage;
@@ -83,7 +86,7 @@ impl Containers {
     }
 
     async fn build(&self, request: CreateContainerRequest) -> Result<Arc<Container>, Error> {
-        let spec = ContainerSpec::parse(&request.oci_spec)?;
+        let mut spec = ContainerSpec::parse(&request.oci_spec)?;
         let user = self.user().map(Arc::as_ref);
         let (mut rootfs, trees) = Rootfs::mount(
             &request.id,
@@ -93,9 +96,14 @@ impl Containers {
         )
         .await?;
         let mut made = None;
-        let result = self
-            .build_on(&request, &spec, &rootfs, trees, &mut made)
-            .await;
+        let result = match node_devices::resolve(&request.devices, &mut rootfs).await {
+            Ok(devices) => {
+                spec.add_devices(devices);
+                self.build_on(&request, &spec, &rootfs, trees, &mut made)
+                    .await
+            }
+            Err(error) => Err(error.into()),
+        };
         let failed = match result {
             Ok(parts) => return Ok(self.follow(request.id, parts, rootfs)),
             Err(error) => error,

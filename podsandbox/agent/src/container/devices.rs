@@ -90,7 +90,15 @@ pub fn rules(
             access: rule.access().as_deref().map_or(Ok(ALL), access)?,
         });
     }
-    for device in devices {
+    // What a rule names is as the rule says.
+    let is_named = |device: &LinuxDevice| {
+        asked.iter().any(|rule| {
+            rule.typ() == Some(device.typ())
+                && rule.major() == Some(device.major())
+                && rule.minor() == Some(device.minor())
+        })
+    };
+    for device in devices.iter().filter(|device| !is_named(device)) {
         if let Some(kind) = kind(device.typ()) {
             let (major, minor) = (number(Some(device.major()))?, number(Some(device.minor()))?);
             rules.push(Rule::allow(kind, major, minor, ALL));
@@ -409,6 +417,23 @@ mod tests {
             serde_json::from_str(r#"[{"allow":true,"access":"rwm"}]"#).unwrap();
         let program = compile(&rules(&asked, &[]).unwrap());
         assert!(run(&program, BLOCK, 254, 0, READ | WRITE));
+    }
+
+    #[test]
+    fn a_device_file_may_be_used_as_the_rule_about_it_says() {
+        let read: Vec<LinuxDeviceCgroup> = serde_json::from_str(
+            r#"[{"allow":true,"type":"b","major":254,"minor":3,"access":"r"}]"#,
+        )
+        .unwrap();
+        let files: Vec<LinuxDevice> = serde_json::from_str(
+            r#"[{"path":"/dev/a","type":"b","major":254,"minor":3},
+                {"path":"/dev/b","type":"b","major":254,"minor":4}]"#,
+        )
+        .unwrap();
+        let program = compile(&rules(&read, &files).unwrap());
+        assert!(run(&program, BLOCK, 254, 3, READ));
+        assert!(!run(&program, BLOCK, 254, 3, READ | WRITE));
+        assert!(run(&program, BLOCK, 254, 4, READ | WRITE));
     }
 
     #[test]

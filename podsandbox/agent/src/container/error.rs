@@ -5,6 +5,7 @@ use super::command::MAX_EXECS;
 use super::devices::DeviceError;
 use super::launch::LaunchError;
 use super::mounts::MountError;
+use super::node_devices::NodeDeviceError;
 use super::seccomp::SeccompError;
 use super::session::SessionError;
 use super::spec::SpecError;
@@ -62,6 +63,8 @@ pub enum Error {
     Seccomp(#[from] SeccompError),
     #[error(transparent)]
     Devices(#[from] DeviceError),
+    #[error(transparent)]
+    NodeDevices(#[from] NodeDeviceError),
     #[error(transparent)]
     Rootfs(#[from] RootfsError),
     #[error(transparent)]

@@ -27,6 +27,7 @@ mod guest_devices;
 mod instance;
 mod launch;
 mod mounts;
+mod node_devices;
 mod pause;
 mod plan;
 mod seccomp;
@@ -52,11 +53,13 @@ use tokio::time::timeout;
 
 use attach::MAX_ATTACHED;
 use command::MAX_EXECS;
+pub use dev_tree::DevError;
 pub use devices::DeviceError;
 pub use error::Error;
 pub use instance::{Container, Outputs};
 pub use launch::LaunchError;
 pub use mounts::{ETC_DIR, ETC_FILES, MountError, SHM};
+pub use node_devices::NodeDeviceError;
 pub use spec::{SpecError, sysctl_path};
 
 use crate::oom::OomWatch;
@@ -300,6 +303,11 @@ impl Containers {
             return Ok(());
         };
         let mut rootfs = container.rootfs.lock().await;
+        // Another call has removed it while this one waited.
+        let is_there = |slot: &Slot| matches!(slot, Slot::Ready(c) if Arc::ptr_eq(c, &container));
+        if !self.slots().get(id).is_some_and(is_there) {
+            return Ok(());
+        }
         container.cgroup.kill().await?;
         let mut published = container.published.subscribe();
         if timeout(EXIT_PUBLISHED, published.wait_for(|done| *done))

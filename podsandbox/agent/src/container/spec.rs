@@ -14,6 +14,7 @@ use oci_spec::runtime::{
 use super::capabilities::capabilities;
 use super::dev_tree::{self, DevError};
 use super::mounts::{self, MountError};
+use super::node_devices::Devices;
 use super::plan::{Identity, Program, Rlimit, RootSetup, SeccompFilter, StringArray};
 use super::user::Resolved;
 use super::{device_files, guest_devices};
@@ -182,6 +183,22 @@ impl ContainerSpec {
                 && is_any(rule.minor())
                 && ['r', 'w', 'm'].into_iter().all(has)
         })
+    }
+
+    /// Adds device files and rules; a file takes the place of another one of
+    /// its path.
+    pub fn add_devices(&mut self, (more, allowed): Devices) {
+        let mut linux = self.spec.linux().clone().unwrap_or_default();
+        let mut files = linux.devices().clone().unwrap_or_default();
+        files.retain(|file| more.iter().all(|device| device.path() != file.path()));
+        files.extend(more);
+        linux.set_devices(Some(files));
+        let mut resources = linux.resources().clone().unwrap_or_default();
+        let mut rules = resources.devices().clone().unwrap_or_default();
+        rules.extend(allowed);
+        resources.set_devices(Some(rules));
+        linux.set_resources(Some(resources));
+        self.spec.set_linux(Some(linux));
     }
 
     /// Sources of its bind mounts, and whether what it mounts in one of them is

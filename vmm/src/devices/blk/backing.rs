@@ -1,16 +1,20 @@
 //! What a disk's sectors are made of.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, FileTypeExt};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
 
+use super::SECTOR;
 use crate::devices::iov::Iov;
 
 /// Layers start at multiples of this, the block size of EROFS.
 const ALIGN: u64 = 4096;
+/// Zeroes written at once to a device that cannot make them itself.
+const ZEROES: usize = 64 << 10;
 
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
@@ -20,6 +24,10 @@ pub enum AttachError {
     NoFiles,
     #[error("file {index} of the disk is no regular file")]
     NotRegular { index: usize },
+    #[error("what was sent to back the disk is no block device")]
+    NotBlock,
+    #[error("the block device is empty")]
+    EmptyDevice,
     #[error("file {index} of the disk is empty")]
     EmptyFile { index: usize },
     #[error("file {index} of the disk is not open for {wanted}")]
@@ -64,6 +72,13 @@ pub(super) enum Backing {
         file: File,
         len: u64,
     },
+    /// A block device of the host. One that goes away fails its requests; it
+    /// is not the machine's own as files are.
+    Device {
+        file: File,
+        len: u64,
+        read_only: bool,
+    },
 }
 
 pub(super) struct Extent {
@@ -104,12 +119,42 @@ impl Backing {
         Ok(Self::Disk { file, len })
     }
 
-    /// Bytes; a multiple of 4096.
+    pub(super) fn device(mut file: File, read_only: bool) -> Result<Self, AttachError> {
+        let failed = |source| AttachError::Io { index: 0, source };
+        if !file
+            .metadata()
+            .map_err(failed)?
+            .file_type()
+            .is_block_device()
+        {
+            return Err(AttachError::NotBlock);
+        }
+        check_mode(&file, 0, !read_only)?;
+        let len = file.seek(SeekFrom::End(0)).map_err(failed)?;
+        match len / SECTOR * SECTOR {
+            0 => Err(AttachError::EmptyDevice),
+            len => Ok(Self::Device {
+                file,
+                len,
+                read_only,
+            }),
+        }
+    }
+
+    pub(super) fn is_read_only(&self) -> bool {
+        match self {
+            Self::Empty | Self::Image(_) => true,
+            Self::Disk { .. } => false,
+            Self::Device { read_only, .. } => *read_only,
+        }
+    }
+
+    /// Bytes; a multiple of the sector's.
     pub(super) fn capacity(&self) -> u64 {
         match self {
             Self::Empty => 0,
             Self::Image(extents) => extents.last().map_or(0, |last| last.start + last.len),
-            Self::Disk { len, .. } => *len,
+            Self::Disk { len, .. } | Self::Device { len, .. } => *len,
         }
     }
 
@@ -127,10 +172,10 @@ impl Backing {
         &self,
         mut iov: Iov<'_>,
         mut offset: u64,
-        read: impl Fn(Iov<'_>, &File, u64) -> io::Result<()>,
+        read_at: impl Fn(Iov<'_>, &File, u64) -> io::Result<()>,
     ) -> Result<(), BackingError> {
         let read = |iov: Iov<'_>, index, file: &File, at, was| {
-            read(iov, file, at).map_err(|e| match e.kind() {
+            read_at(iov, file, at).map_err(|e| match e.kind() {
                 io::ErrorKind::UnexpectedEof => shrunk(file, index, was, e),
                 _ => e.into(),
             })
@@ -138,6 +183,7 @@ impl Backing {
         let extents = match self {
             Self::Empty => return Err(io::Error::from(io::ErrorKind::NotFound).into()),
             Self::Disk { file, len } => return read(iov, 0, file, offset, *len),
+            Self::Device { file, .. } => return Ok(read_at(iov, file, offset)?),
             Self::Image(extents) => extents,
         };
         let first = extents.partition_point(|e| e.start + e.len <= offset);
@@ -159,10 +205,17 @@ impl Backing {
     }
 
     /// The file of a disk that can be written, as long as it is whole: a
-    /// write would make a shrunken one look so again.
+    /// write would make a shrunken one look so again. A device does not grow
+    /// by being written.
     fn disk_file(&self) -> Result<&File, BackingError> {
-        let Self::Disk { file, len } = self else {
-            return Err(io::Error::from(io::ErrorKind::ReadOnlyFilesystem).into());
+        let (file, len) = match self {
+            Self::Disk { file, len } => (file, len),
+            Self::Device {
+                file,
+                read_only: false,
+                ..
+            } => return Ok(file),
+            _ => return Err(io::Error::from(io::ErrorKind::ReadOnlyFilesystem).into()),
         };
         let is = file.metadata()?.len();
         if is < *len {
@@ -178,8 +231,8 @@ impl Backing {
 
     pub(super) fn flush(&self) -> Result<(), BackingError> {
         match self {
-            Self::Disk { .. } => Ok(self.disk_file()?.sync_data()?),
-            _ => Ok(()),
+            _ if self.is_read_only() => Ok(()),
+            _ => Ok(self.disk_file()?.sync_data()?),
         }
     }
 
@@ -189,16 +242,37 @@ impl Backing {
         self.fallocate(flags, offset, count)
     }
 
+    /// Zeroes the range and gives it back where the host can do so.
+    pub(super) fn unmap(&self, offset: u64, count: u64) -> Result<(), BackingError> {
+        match self.punch(offset, count) {
+            Err(BackingError::Io(e)) if cannot(&e) => self.zero(offset, count),
+            other => other,
+        }
+    }
+
     /// Zeroes the range and keeps it allocated where the host's file system
     /// can do so.
     pub(super) fn zero(&self, offset: u64, count: u64) -> Result<(), BackingError> {
         let flags = FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        match self.fallocate(flags, offset, count) {
-            Err(BackingError::Io(e)) if e.raw_os_error() == Some(Errno::EOPNOTSUPP as i32) => {
-                self.punch(offset, count)
+        match (self.fallocate(flags, offset, count), self) {
+            (Err(BackingError::Io(e)), Self::Device { .. }) if cannot(&e) => {
+                self.write_zeroes(offset, count)
             }
-            other => other,
+            (Err(BackingError::Io(e)), _) if cannot(&e) => self.punch(offset, count),
+            (other, _) => other,
         }
+    }
+
+    /// For a device with blocks larger than the guest's, of which the range is
+    /// a part.
+    fn write_zeroes(&self, mut offset: u64, mut count: u64) -> Result<(), BackingError> {
+        let (file, zeroes) = (self.disk_file()?, [0; ZEROES]);
+        while count > 0 {
+            let part = count.min(ZEROES as u64);
+            file.write_all_at(&zeroes[..part as usize], offset)?;
+            (offset, count) = (offset + part, count - part);
+        }
+        Ok(())
     }
 
     fn fallocate(
@@ -214,6 +288,12 @@ impl Backing {
         }
         Ok(fallocate(self.disk_file()?, flags, offset, count).map_err(io::Error::from)?)
     }
+}
+
+/// Whether the host cannot do it at all, or not with a range like this.
+fn cannot(error: &io::Error) -> bool {
+    [Errno::EOPNOTSUPP, Errno::EINVAL]
+        .contains(&Errno::from_raw(error.raw_os_error().unwrap_or_default()))
 }
 
 /// What an early end of `file` means.
@@ -235,7 +315,18 @@ fn check(file: &File, index: usize, write: bool) -> Result<u64, AttachError> {
     if !meta.is_file() {
         return Err(AttachError::NotRegular { index });
     }
-    let flags = fcntl(file.as_fd(), FcntlArg::F_GETFL).map_err(|e| failed(e.into()))?;
+    check_mode(file, index, write)?;
+    match meta.len() {
+        0 => Err(AttachError::EmptyFile { index }),
+        len => Ok(len),
+    }
+}
+
+fn check_mode(file: &File, index: usize, write: bool) -> Result<(), AttachError> {
+    let flags = fcntl(file.as_fd(), FcntlArg::F_GETFL).map_err(|errno| AttachError::Io {
+        index,
+        source: errno.into(),
+    })?;
     let mode = OFlag::from_bits_retain(flags) & OFlag::O_ACCMODE;
     if write && mode != OFlag::O_RDWR {
         return Err(AttachError::Mode {
@@ -249,8 +340,5 @@ fn check(file: &File, index: usize, write: bool) -> Result<u64, AttachError> {
             wanted: "reading",
         });
     }
-    match meta.len() {
-        0 => Err(AttachError::EmptyFile { index }),
-        len => Ok(len),
-    }
+    Ok(())
 }

@@ -1,8 +1,11 @@
-//! Block device (virtio 1.2 §5.2): an image's layers, read-only and attached
-//! while the guest runs, or the pod's scratch disk.
+//! Block device (virtio 1.2 §5.2): the pod's scratch disk, or a slot for what
+//! is attached while the guest runs: an image's layers, read-only, or a block
+//! device of the node.
 //!
 //! A slot without a disk has capacity 0. Attaching one sets the capacity and
-//! raises a config-change interrupt.
+//! raises a config-change interrupt. What a driver may be told of a disk is
+//! settled when it probes the slot, so every slot offers writes, flushes and
+//! discards; those of a disk that is read-only are refused here.
 //!
 //! What the host has in its page cache is read at once, in the event loop; so
 //! is a request that comes alone and is small. All else is handed over to
@@ -26,8 +29,7 @@ use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
-    VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
@@ -72,6 +74,7 @@ pub struct State {
     /// The driver's choice of features.
     pub features: u64,
     pub serial: [u8; SERIAL_BYTES],
+    /// Of what is attached now; an empty slot is.
     pub read_only: bool,
     /// Bytes; 0 while no disk is attached.
     pub capacity: u64,
@@ -79,6 +82,8 @@ pub struct State {
 
 pub struct Blk {
     state: State,
+    /// Whether disks are attached to it and detached.
+    is_slot: bool,
     backing: Arc<Backing>,
     /// Whether the host's file system can say that a read would wait.
     tells_cached: bool,
@@ -95,7 +100,7 @@ struct Throttle {
 }
 
 impl Blk {
-    /// An empty slot for read-only disks; `serial` is cut to 20 bytes.
+    /// An empty slot; `serial` is cut to 20 bytes.
     pub fn empty(serial: &str) -> io::Result<Self> {
         Self::new(serial, true, Backing::Empty)
     }
@@ -105,7 +110,7 @@ impl Blk {
         Self::new(serial, false, Backing::disk(file)?).map_err(AttachError::Setup)
     }
 
-    fn new(serial: &str, read_only: bool, backing: Backing) -> io::Result<Self> {
+    fn new(serial: &str, is_slot: bool, backing: Backing) -> io::Result<Self> {
         let mut bytes = [0; SERIAL_BYTES];
         for (to, from) in bytes.iter_mut().zip(serial.bytes()) {
             *to = from;
@@ -114,9 +119,10 @@ impl Blk {
             state: State {
                 features: 0,
                 serial: bytes,
-                read_only,
+                read_only: backing.is_read_only(),
                 capacity: backing.capacity(),
             },
+            is_slot,
             backing: Arc::new(backing),
             tells_cached: true,
             flight: Flight::new(Workers::default())?,
@@ -151,23 +157,42 @@ impl Blk {
 
     /// Backs an empty slot by `files`, one after another.
     pub fn attach(&mut self, files: Vec<File>, io: &Io<'_>) -> Result<(), AttachError> {
+        self.fill_slot(|| Backing::image(files), io)
+    }
+
+    /// Backs an empty slot by a block device of the host.
+    pub fn attach_device(
+        &mut self,
+        device: File,
+        read_only: bool,
+        io: &Io<'_>,
+    ) -> Result<(), AttachError> {
+        self.fill_slot(|| Backing::device(device, read_only), io)
+    }
+
+    fn fill_slot(
+        &mut self,
+        backing: impl FnOnce() -> Result<Backing, AttachError>,
+        io: &Io<'_>,
+    ) -> Result<(), AttachError> {
         if !matches!(*self.backing, Backing::Empty) {
             return Err(AttachError::InUse);
         }
-        self.set_backing(Backing::image(files)?, io);
+        self.set_backing(backing()?, io);
         Ok(())
     }
 
     /// Takes the disk away; requests for it fail from now on. An empty slot
     /// stays empty.
     pub fn detach(&mut self, io: &Io<'_>) {
-        if self.state.read_only && !matches!(*self.backing, Backing::Empty) {
+        if self.is_slot && !matches!(*self.backing, Backing::Empty) {
             self.set_backing(Backing::Empty, io);
         }
     }
 
     fn set_backing(&mut self, backing: Backing, io: &Io<'_>) {
         self.state.capacity = backing.capacity();
+        self.state.read_only = backing.is_read_only();
         self.backing = Arc::new(backing);
         self.tells_cached = true;
         io.irq.config_changed();
@@ -177,15 +202,13 @@ impl Blk {
         let mut config = [0; 60];
         config[0..8].copy_from_slice(&(self.state.capacity / SECTOR).to_le_bytes());
         config[12..16].copy_from_slice(&SEG_MAX.to_le_bytes());
-        if !self.state.read_only {
-            for at in [36, 48] {
-                config[at..at + 4].copy_from_slice(&RANGE_SECTORS_MAX.to_le_bytes());
-                config[at + 4..at + 8].copy_from_slice(&RANGES_MAX.to_le_bytes());
-            }
-            // discard_sector_alignment, then write_zeroes_may_unmap.
-            config[44..48].copy_from_slice(&8u32.to_le_bytes());
-            config[56] = 1;
+        for at in [36, 48] {
+            config[at..at + 4].copy_from_slice(&RANGE_SECTORS_MAX.to_le_bytes());
+            config[at + 4..at + 8].copy_from_slice(&RANGES_MAX.to_le_bytes());
         }
+        // discard_sector_alignment, then write_zeroes_may_unmap.
+        config[44..48].copy_from_slice(&8u32.to_le_bytes());
+        config[56] = 1;
         config
     }
 
@@ -335,18 +358,13 @@ impl Device for Blk {
     }
 
     fn features(&self) -> u64 {
-        let common = 1 << VIRTIO_F_VERSION_1
+        1 << VIRTIO_F_VERSION_1
             | 1 << VIRTIO_RING_F_EVENT_IDX
             | 1 << VIRTIO_RING_F_INDIRECT_DESC
-            | 1 << VIRTIO_BLK_F_SEG_MAX;
-        if self.state.read_only {
-            common | 1 << VIRTIO_BLK_F_RO
-        } else {
-            common
-                | 1 << VIRTIO_BLK_F_FLUSH
-                | 1 << VIRTIO_BLK_F_DISCARD
-                | 1 << VIRTIO_BLK_F_WRITE_ZEROES
-        }
+            | 1 << VIRTIO_BLK_F_SEG_MAX
+            | 1 << VIRTIO_BLK_F_FLUSH
+            | 1 << VIRTIO_BLK_F_DISCARD
+            | 1 << VIRTIO_BLK_F_WRITE_ZEROES
     }
 
     fn set_features(&mut self, features: u64) {

@@ -11,7 +11,7 @@ use virtio_queue::DescriptorChain;
 use vm_memory::{GuestMemory, GuestMemoryMmap};
 
 use super::backing::{Backing, BackingError, Shrunk};
-use super::{RANGE_SECTORS_MAX, RANGES_MAX, SECTOR, State};
+use super::{RANGE_SECTORS_MAX, RANGES_MAX, SECTOR, State, unsupported};
 use crate::devices::iov::{Iov, OwnedIov, split};
 
 #[derive(Debug)]
@@ -45,8 +45,18 @@ pub(super) enum Op {
 pub(super) struct Range {
     offset: u64,
     count: u64,
-    /// It stays allocated.
-    keep: bool,
+    clear: Clear,
+}
+
+/// What clearing a range must come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Clear {
+    /// The range is given back, where that can be done.
+    Discard,
+    /// It reads as zeroes, given back where that can be done.
+    Unmap,
+    /// It reads as zeroes and stays allocated.
+    Keep,
 }
 
 impl Op {
@@ -173,10 +183,10 @@ fn execute(op: &Op, data: Iov<'_>, status: &Iov<'_>, backing: &Backing, state: &
         Op::Flush => backing.flush().map(|()| 0),
         Op::Identify => Ok(data.fill_from(&state.serial)),
         Op::Clear(ranges) => ranges.iter().try_fold(0, |_, range| {
-            let clear = if range.keep {
-                Backing::zero
-            } else {
-                Backing::punch
+            let clear = match range.clear {
+                Clear::Discard => Backing::punch,
+                Clear::Unmap => Backing::unmap,
+                Clear::Keep => Backing::zero,
             };
             clear(backing, range.offset, range.count).map(|()| 0)
         }),
@@ -193,6 +203,10 @@ fn finish(status: &Iov<'_>, done: Result<usize, Refusal>, state: &State) -> Outc
         Err(Refusal::Host(BackingError::Shrunk(shrunk))) => {
             failure = Some(shrunk);
             (VIRTIO_BLK_S_IOERR, 0)
+        }
+        // A device that cannot discard: its driver asks no more.
+        Err(Refusal::Host(BackingError::Io(error))) if unsupported(&error) => {
+            (VIRTIO_BLK_S_UNSUPP, 0)
         }
         Err(Refusal::Host(BackingError::Io(error))) => {
             let disk = String::from_utf8_lossy(&state.serial);
@@ -241,7 +255,11 @@ fn ranges(kind: u32, mut list: Iov<'_>, state: &State) -> Result<Vec<Range>, Ref
         ranges.push(Range {
             offset: state.place(sector, count)?,
             count,
-            keep: !unmap && kind != VIRTIO_BLK_T_DISCARD,
+            clear: match (kind, unmap) {
+                (VIRTIO_BLK_T_DISCARD, _) => Clear::Discard,
+                (_, true) => Clear::Unmap,
+                (_, false) => Clear::Keep,
+            },
         });
     }
     Ok(ranges)

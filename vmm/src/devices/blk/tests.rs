@@ -138,6 +138,21 @@ fn an_image_is_read_only_and_names_itself() {
 }
 
 #[test]
+fn only_a_block_device_backs_a_slot_as_one() {
+    let mut disk = Blk::empty("image0").unwrap();
+    let mut driver = Driver::new(&disk);
+    let mut attach = |device: File| {
+        driver
+            .with(&mut disk, |disk, io| disk.attach_device(device, true, io))
+            .unwrap_err()
+            .to_string()
+    };
+    assert!(attach(file(&[1; 4096])).contains("no block device"));
+    assert!(attach(File::open("/dev/null").unwrap()).contains("no block device"));
+    assert_eq!(capacity(&disk), 0);
+}
+
+#[test]
 fn requests_outside_of_the_disk_fail() {
     let mut disk = image(&[&[1; 4096]]);
     for (sector, room) in [

@@ -119,6 +119,7 @@ impl Container {
             stdin_once: self.stdin_once,
             log: self.log,
             image_volumes: self.image_volumes.clone(),
+            devices: Vec::new(),
         }
     }
 }
