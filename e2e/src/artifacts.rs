@@ -61,3 +61,9 @@ pub fn critest() -> Result<PathBuf> {
 pub fn deb(name: &str) -> Result<PathBuf> {
     artifact(&format!("debs/{name}.deb"), "setup")
 }
+
+/// The OCI runtime of pods on the node's kernel: another than runc is tried
+/// with E2E_OCI_RUNTIME.
+pub fn oci_runtime() -> String {
+    std::env::var("E2E_OCI_RUNTIME").unwrap_or_else(|_| "runc".to_owned())
+}

@@ -6,11 +6,13 @@
 //! beside it one for each container, which the OCI runtime makes, in every
 //! hierarchy that there is.
 
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Read, Seek};
+use std::os::fd::AsFd;
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -20,6 +22,8 @@ use crate::{Error, Result};
 const EMPTY_WITHIN: Duration = Duration::from_secs(5);
 const EMPTY_POLL: Duration = Duration::from_millis(5);
 const ROOT: &str = "/sys/fs/cgroup";
+/// Of v2, from Linux 5.14 on.
+const KILL: &str = "cgroup.kill";
 /// Below a pod's group; no container has this name.
 const SUPERVISOR: &str = "supervisor";
 /// Where the VMMs of pods without a `cgroup_parent` are charged.
@@ -84,6 +88,14 @@ pub async fn remove(parent: &Path, id: &str) -> Result<()> {
         return Ok(());
     };
     for dir in everywhere(&group) {
+        // Where the kernel does it: no process escapes by forking.
+        if dir.join(KILL).exists() {
+            let whole = dir.clone();
+            let work = tokio::task::spawn_blocking(move || kill_whole(&whole));
+            work.await
+                .map_err(|_| Error::Stopping)?
+                .map_err(|source| failed(&dir, source))?;
+        }
         loop {
             match remove_tree(&dir) {
                 Ok(()) => break,
@@ -100,6 +112,46 @@ pub async fn remove(parent: &Path, id: &str) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Kills all that is in a group of v2 and below, and waits for its end. Fine
+/// with the group being gone.
+fn kill_whole(dir: &Path) -> io::Result<()> {
+    let deadline = Instant::now() + EMPTY_WITHIN;
+    let gone = |error: &io::Error| {
+        error.kind() == io::ErrorKind::NotFound
+            || error.raw_os_error() == Some(nix::errno::Errno::ENODEV as i32)
+    };
+    let mut events = match File::open(dir.join("cgroup.events")) {
+        Err(error) if gone(&error) => return Ok(()),
+        events => events?,
+    };
+    match fs::write(dir.join(KILL), "1") {
+        Err(error) if gone(&error) => return Ok(()),
+        killed => killed?,
+    }
+    loop {
+        let mut text = String::new();
+        events.rewind()?;
+        match events.read_to_string(&mut text) {
+            Err(error) if gone(&error) => return Ok(()),
+            read => read?,
+        };
+        if text.lines().any(|line| line == "populated 0") {
+            return Ok(());
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        // The read above has taken the change before.
+        let mut fds = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        match poll(&mut fds, timeout) {
+            Ok(_) | Err(nix::Error::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
 }
 
 /// The directory and those below it, parents first; what vanishes meanwhile is
@@ -270,6 +322,27 @@ mod tests {
         for dir in everywhere(parent) {
             fs::remove_dir(dir).unwrap();
         }
+    }
+
+    #[test]
+    fn the_kernel_kills_a_whole_group_and_tells_when_it_is_empty() {
+        // Where there is v2, beside v1 perhaps.
+        let roots = [ROOT, "/sys/fs/cgroup/unified"];
+        let has_v2 = |root: &&str| Path::new(root).join("cgroup.controllers").exists();
+        let root = roots.into_iter().find(has_v2).expect("a v2 hierarchy");
+        let dir = Path::new(root).join("drupe-unit-test-kill");
+        fs::create_dir_all(dir.join("below")).unwrap();
+        kill_whole(&dir).unwrap();
+        let mut child = std::process::Command::new("sleep")
+            .arg("1000")
+            .spawn()
+            .unwrap();
+        fs::write(dir.join("below/cgroup.procs"), child.id().to_string()).unwrap();
+        let reaper = std::thread::spawn(move || child.wait().unwrap());
+        kill_whole(&dir).unwrap();
+        assert!(!reaper.join().unwrap().success());
+        remove_tree(&dir).unwrap();
+        kill_whole(&dir).unwrap();
     }
 
     #[test]

@@ -301,7 +301,9 @@ impl Error {
             Self::MountSource { source, .. }
                 if matches!(
                     source.kind(),
-                    io::ErrorKind::NotFound | io::ErrorKind::InvalidInput
+                    io::ErrorKind::NotFound
+                        | io::ErrorKind::NotADirectory
+                        | io::ErrorKind::InvalidInput
                 ) =>
             {
                 ErrorKind::InvalidArgument

@@ -36,6 +36,7 @@ mod snapshot;
 pub mod spec;
 mod store;
 mod sysctls;
+mod trash;
 mod volumes;
 
 pub use agent::AgentClient;

@@ -11,8 +11,9 @@ mod updates;
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use disk_usage::Cached;
 use imagesvc::ImageService;
 
 use crate::config::{Config, Engine};
@@ -25,10 +26,13 @@ use crate::sizing::Bounds;
 use crate::snapshot::PodSnapshot;
 use crate::spec::{PodName, PodSpec};
 use crate::store::Store;
-use crate::{Error, Result, cgroup, host, ids, sizing};
+use crate::{Error, Result, cgroup, host, ids, sizing, trash};
 pub use streams::ExecOutput;
 
 const UIDS: u32 = 65_536;
+/// How long a request waits for what pods on the host's kernel have written to
+/// be measured; beyond, it gets the number before.
+const TREES_PATIENCE: Duration = Duration::from_secs(1);
 
 /// What came of asking for a pod's name.
 enum Claim {
@@ -41,6 +45,8 @@ enum Claim {
 #[derive(Clone)]
 pub struct PodManager {
     context: Arc<Context>,
+    /// What pods on the host's kernel have written.
+    trees: Cached,
     pods: Arc<Mutex<HashMap<String, Handle>>>,
 }
 
@@ -58,8 +64,11 @@ impl PodManager {
             network,
             events: Events::default(),
         });
+        // What a predecessor had no time for.
+        trash::empty(&crate::paths::trash(&context.config));
         let manager = Self {
             context,
+            trees: Cached::default(),
             pods: Arc::default(),
         };
         manager.recover(found).await?;
@@ -297,11 +306,15 @@ impl PodManager {
         self.context.config.root.join("scratch")
     }
 
-    /// Bytes and files that the pods' scratch disks take on the host.
+    /// Bytes and files that what pods have written takes on the host.
     pub async fn scratch_usage(&self) -> Result<(u64, u64)> {
         let dir = self.scratch_dir();
-        let usage = tokio::task::spawn_blocking(move || crate::scratch::usage(&dir)).await;
-        usage.map_err(|_| Error::Stopping)?
+        let dirs = vec![dir.clone(), crate::paths::trash(&self.context.config)];
+        let disks = tokio::task::spawn_blocking(move || crate::scratch::disks(&dir)).await;
+        let disks = disks.map_err(|_| Error::Stopping)??;
+        let walk = move || crate::scratch::trees(&dirs);
+        let all = disks + self.trees.get(TREES_PATIENCE, walk).await;
+        Ok((all.bytes, all.inodes))
     }
 
     #[must_use]

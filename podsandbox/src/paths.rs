@@ -3,11 +3,19 @@
 
 use std::path::PathBuf;
 
+use agent_api::POD_ETC;
+
 use crate::config::Config;
 use crate::host::rootfs::Place;
 
 /// Unix socket paths hold 107 bytes; a 64-digit id would use most of them.
 const DIR_ID_DIGITS: usize = 16;
+
+/// Where what pods have written is moved, to be deleted in the background.
+#[must_use]
+pub fn trash(config: &Config) -> PathBuf {
+    config.root.join("trash")
+}
 
 #[derive(Clone, Debug)]
 pub struct PodPaths {
@@ -30,6 +38,10 @@ pub struct PodPaths {
     pub shm: PathBuf,
     /// There, what its containers write.
     pub writable: PathBuf,
+    /// Beside it, the files of /etc that they share and may write to.
+    pub etc: PathBuf,
+    /// On the same file system: what is to be deleted.
+    pub trash: PathBuf,
 }
 
 impl PodPaths {
@@ -47,6 +59,8 @@ impl PodPaths {
             shared: dir.join("shared"),
             stage: dir.join("stage"),
             scratch: config.root.join("scratch").join(format!("{short}.ext4")),
+            etc: config.root.join("scratch").join(short).join(POD_ETC),
+            trash: trash(config),
             writable: config.root.join("scratch").join(short),
             shm: dir.join("shm"),
             netns: config.netns_dir.join(&netns_name),
@@ -62,6 +76,7 @@ impl PodPaths {
         Place {
             bundle: self.dir.join("c").join(short),
             writable: self.writable.join(short),
+            trash: self.trash.clone(),
         }
     }
 }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 
+use disk_usage::Usage;
 use nix::unistd::{Whence, lseek};
 
 use crate::{Error, Result};
@@ -122,35 +123,64 @@ pub fn remove(path: &Path) -> Result<()> {
     }
 }
 
-/// What the disks below `dir` take on the host: bytes and files.
-pub fn usage(dir: &Path) -> Result<(u64, u64)> {
+/// What pods have written, as far as it is disks: files in `dir`.
+pub fn disks(dir: &Path) -> Result<Usage> {
     /// `st_blocks` counts in these, whatever the file system's own are.
     const BLOCK: u64 = 512;
-    let (mut bytes, mut files) = (0, 0);
-    // What pods on the host's kernel write is a tree of files.
-    let mut dirs = vec![dir.to_owned()];
-    while let Some(dir) = dirs.pop() {
-        let entries = match fs::read_dir(&dir) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            entries => entries.map_err(|e| failed(&dir, e))?,
-        };
-        for entry in entries {
-            let entry = entry.map_err(|e| failed(&dir, e))?;
-            match entry.metadata() {
-                Ok(metadata) => {
-                    if metadata.is_dir() {
-                        dirs.push(entry.path());
-                    }
-                    bytes += metadata.blocks() * BLOCK;
-                    files += 1;
-                }
-                // A pod was stopped in between.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(failed(&entry.path(), error)),
+    let mut usage = Usage::default();
+    for path in entries(dir).map_err(|e| failed(dir, e))? {
+        match fs::symlink_metadata(&path) {
+            Ok(metadata) if metadata.is_dir() => {}
+            Ok(metadata) => {
+                usage.bytes += metadata.blocks() * BLOCK;
+                usage.inodes += 1;
+            }
+            // A pod was stopped in between.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(failed(&path, error)),
+        }
+    }
+    Ok(usage)
+}
+
+/// As far as it is trees, of pods on the host's kernel: directories in `dirs`.
+/// One that cannot be measured does not keep the others from being.
+pub fn trees(dirs: &[PathBuf]) -> io::Result<Usage> {
+    let mut all = Usage::default();
+    for path in dirs
+        .iter()
+        .map(|dir| entries(dir))
+        .collect::<io::Result<Vec<_>>>()?
+        .concat()
+    {
+        match fs::symlink_metadata(&path).map(|metadata| metadata.is_dir()) {
+            Ok(true) => {}
+            // A disk, or one that has just gone.
+            Ok(false) | Err(_) => continue,
+        }
+        let (of_dir, usage) = (
+            Usage {
+                bytes: 0,
+                inodes: 1,
+            },
+            disk_usage::measure(&path),
+        );
+        match usage {
+            Ok(usage) => all = all + of_dir + usage,
+            Err(error) => {
+                tracing::warn!(?path, %error, "cannot measure what a pod has written");
             }
         }
     }
-    Ok((bytes, files))
+    Ok(all)
+}
+
+fn entries(dir: &Path) -> io::Result<Vec<PathBuf>> {
+    let entries = match fs::read_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries?,
+    };
+    entries.map(|entry| Ok(entry?.path())).collect()
 }
 
 #[cfg(test)]
@@ -180,5 +210,20 @@ mod tests {
             "{} blocks",
             metadata.blocks()
         );
+    }
+
+    #[test]
+    fn disks_and_trees_are_told_apart() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("a.ext4"), vec![1; 8192]).unwrap();
+        fs::create_dir_all(dir.path().join("pod/c/upper")).unwrap();
+        fs::write(dir.path().join("pod/c/upper/file"), vec![1; 100_000]).unwrap();
+        let disks = disks(dir.path()).unwrap();
+        assert_eq!((disks.bytes, disks.inodes), (8192, 1));
+        let missing = dir.path().join("none");
+        let trees = trees(&[dir.path().to_owned(), missing.clone()]).unwrap();
+        assert_eq!(trees.inodes, 4);
+        assert!((100_000..150_000).contains(&trees.bytes), "{trees:?}");
+        assert_eq!(super::disks(&missing).unwrap(), Usage::default());
     }
 }

@@ -1,10 +1,12 @@
 //! Seccomp profiles: `RuntimeDefault` here, the node's own in [`localhost`].
 //!
-//! A container's kernel is its pod's own, so a profile guards the pod's
-//! other containers and the guest's kernel, not the host. `RuntimeDefault`
-//! refuses what the field's default profiles refuse, each group unless the
-//! container holds the capability that the calls are for.
+//! In a microVM a container's kernel is its pod's own, so a profile guards the
+//! pod's other containers and the guest's kernel, not the host. `RuntimeDefault`
+//! there refuses what the field's default profiles refuse, each group unless the
+//! container holds the capability that the calls are for. On the host's kernel
+//! it is a list of what is allowed ([`host`]).
 
+mod host;
 mod localhost;
 
 use std::collections::HashSet;
@@ -13,11 +15,12 @@ use oci_spec::runtime::{
     Arch, Capability, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompBuilder, LinuxSyscallBuilder,
 };
 
+pub use host::host_default;
 pub use localhost::{Profile, ProfileError};
 
 use crate::Result;
 
-/// Calls refused to a container without the capability; None: to every one.
+/// Calls refused in a guest to a container without the capability; None: to every one.
 const REFUSED: [(Option<Capability>, &[&str]); 9] = [
     (
         None,
@@ -94,6 +97,7 @@ const REFUSED: [(Option<Capability>, &[&str]); 9] = [
 /// `EPERM`, as the field's default profiles answer.
 const EPERM: u32 = 1;
 
+/// Of a container in a microVM.
 pub fn runtime_default(held: &HashSet<Capability>) -> Result<LinuxSeccomp> {
     let names: Vec<String> = REFUSED
         .iter()

@@ -16,7 +16,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -44,8 +44,27 @@ pub fn prepare(shared: &Path, stage: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The binds that show `volumes`, for each one; `there` are the pod's. Looks at
-/// the node's files and makes nothing.
+/// Where a volume's host path leads: symlinks in it are the kubelet's and are
+/// followed. One that is not there becomes a directory, as with every runtime:
+/// a hostPath volume without a type promises no more than that.
+pub fn find_source(path: &Path) -> Result<PathBuf> {
+    let failed = |source| Error::MountSource {
+        path: path.to_owned(),
+        source,
+    };
+    match fs::canonicalize(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let mut make = fs::DirBuilder::new();
+            make.recursive(true).mode(0o755);
+            make.create(path).map_err(failed)?;
+            fs::canonicalize(path).map_err(failed)
+        }
+        found => found.map_err(failed),
+    }
+}
+
+/// The binds that show `volumes`, for each one; `there` are the pod's. Of the
+/// node's files it makes only sources that are not there.
 pub fn plan(there: &[Bind], volumes: &[Mount], uid: &str) -> Result<Vec<Bind>> {
     let mut binds: Vec<Bind> = Vec::with_capacity(volumes.len());
     let mut table = None;
@@ -63,9 +82,7 @@ fn source(volume: &Mount, table: &mut Option<Table>) -> Result<Source> {
         path: volume.host_path.clone(),
         source: error,
     };
-    // Symlinks in a volume's host path are the kubelet's and are followed, as
-    // every runtime does.
-    let path = fs::canonicalize(&volume.host_path).map_err(failed)?;
+    let path = find_source(&volume.host_path)?;
     let metadata = fs::metadata(&path).map_err(failed)?;
     let flags = statvfs(&path).map_err(|e| failed(e.into()))?.flags();
     let has_mounts = metadata.is_dir()
@@ -444,20 +461,25 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_source_is_named_and_leaves_nothing() {
+    fn a_missing_source_becomes_a_directory_and_what_cannot_is_named() {
+        use std::os::unix::fs::PermissionsExt;
         let pod = Pod::new();
         let good = pod.volume(false, Propagation::Private);
-        let (late, missing) = (pod.at("late"), pod.at("nowhere"));
-        fs::create_dir(&late).unwrap();
-        let bad = |path: &Path| Mount {
+        let (late, missing) = (pod.at("late"), pod.at("not/there"));
+        let of = |path: &Path| Mount {
             host_path: path.to_owned(),
             ..good.clone()
         };
         let is_named = |error: &Error, name: &str| matches!(error, Error::MountSource { path, .. } if path.ends_with(name));
-        let error = plan(&[], &[good.clone(), bad(&missing)], "u1").unwrap_err();
-        assert!(is_named(&error, "nowhere"), "{error}");
+        plan(&[], &[of(&missing)], "u1").unwrap();
+        let made = fs::metadata(&missing).unwrap();
+        assert!(made.is_dir());
+        assert_eq!(made.permissions().mode() & 0o777, 0o755);
+        fs::write(pod.at("file"), "").unwrap();
+        let error = plan(&[], &[of(&pod.at("file/below"))], "u1").unwrap_err();
+        assert!(is_named(&error, "file/below"), "{error}");
 
-        let volumes = [good.clone(), bad(&late)];
+        let volumes = [good.clone(), of(&late)];
         let binds = plan(&[], &volumes, "u1").unwrap();
         fs::remove_dir(&late).unwrap();
         let error = bind_all(&pod.at("stage"), &pod.at("shared"), &volumes, &binds).unwrap_err();

@@ -13,22 +13,18 @@ mod streaming;
 use cri_api::v1;
 use cri_api::v1::runtime_service_server::RuntimeService;
 use podsandbox::PodManager;
-use tokio::sync::OnceCell;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
 use crate::chunks::{self, Messages};
 use crate::convert;
 use crate::streaming::Streaming;
-use status::Features;
 
 pub struct Runtime {
     pods: PodManager,
     streaming: Streaming,
     /// Ends answers that would go on for ever.
     stopping: CancellationToken,
-    /// Asked for once: OCI runtimes tell theirs by a program.
-    features: OnceCell<Features>,
 }
 
 impl Runtime {
@@ -37,7 +33,6 @@ impl Runtime {
             pods,
             streaming,
             stopping,
-            features: OnceCell::new(),
         }
     }
 }
@@ -51,9 +46,9 @@ impl RuntimeService for Runtime {
     }
 
     async fn status(&self, request: Request<v1::StatusRequest>) -> Answer<v1::StatusResponse> {
-        let features = self.features().await?;
+        let features = self.features().await;
         Ok(Response::new(
-            self.show_status(request.into_inner().verbose, features),
+            self.show_status(request.into_inner().verbose, &features),
         ))
     }
 

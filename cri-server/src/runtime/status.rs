@@ -67,13 +67,9 @@ pub fn update_runtime_config(request: &v1::UpdateRuntimeConfigRequest) -> Result
 }
 
 impl Runtime {
-    pub(super) async fn features(&self) -> Result<&Features, Status> {
-        let ask = || async {
-            let config = self.pods.config().clone();
-            let asked = tokio::task::spawn_blocking(move || features(&config)).await;
-            asked.map_err(|error| Status::internal(error.to_string()))
-        };
-        self.features.get_or_try_init(ask).await
+    /// Asked each time: a runtime may be installed or replaced any time.
+    pub(super) async fn features(&self) -> Features {
+        features(self.pods.config()).await
     }
 
     pub(super) fn show_status(&self, verbose: bool, features: &Features) -> v1::StatusResponse {
@@ -134,22 +130,25 @@ impl Runtime {
 pub(super) type Features = BTreeMap<String, v1::RuntimeHandlerFeatures>;
 
 /// What pods of each handler can have. OCI runtimes are asked.
-fn features(config: &Config) -> Features {
-    let of = |runtime: &podsandbox::config::Runtime| match &runtime.engine {
-        Engine::Machine(_) => v1::RuntimeHandlerFeatures {
-            recursive_read_only_mounts: true,
-            user_namespaces: true,
-        },
-        Engine::Oci(program) => v1::RuntimeHandlerFeatures {
-            recursive_read_only_mounts: find_program(program)
-                .is_some_and(|found| mounts_read_only_recursively(&found)),
-            user_namespaces: false,
-        },
-    };
-    let runtimes = config.runtimes.iter();
-    runtimes
-        .map(|(name, runtime)| (name.clone(), of(runtime)))
-        .collect()
+async fn features(config: &Config) -> Features {
+    let mut all = Features::new();
+    for (name, runtime) in &config.runtimes {
+        let features = match &runtime.engine {
+            Engine::Machine(_) => v1::RuntimeHandlerFeatures {
+                recursive_read_only_mounts: true,
+                user_namespaces: true,
+            },
+            Engine::Oci(program) => v1::RuntimeHandlerFeatures {
+                recursive_read_only_mounts: match find_program(program) {
+                    Some(found) => mounts_read_only_recursively(&found).await,
+                    None => false,
+                },
+                user_namespaces: false,
+            },
+        };
+        all.insert(name.clone(), features);
+    }
+    all
 }
 
 #[cfg(test)]

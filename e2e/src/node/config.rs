@@ -63,7 +63,7 @@ pub(super) fn drupe(node: &Node) -> Result<Value> {
                 "initramfs": artifacts::initramfs()?,
                 "boot_timeout_seconds": BOOT_SECONDS * slowness(),
             },
-            "host": { "oci": "runc" },
+            "host": { "oci": artifacts::oci_runtime() },
         },
         "network": {
             "conf_dir": node.cni_dir(),

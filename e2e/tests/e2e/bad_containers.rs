@@ -18,25 +18,31 @@ pub(crate) fn assert_no_container(node: &Node) -> Result<()> {
 }
 
 #[test]
-fn a_missing_mount_source_is_named() -> Result<()> {
+fn a_mount_source_that_cannot_be_is_named_and_a_missing_one_is_made() -> Result<()> {
     with_drupe(|node| {
         let pod = node.run_pod("sourceless")?;
-        let mut config = pod.container_config("c", e2e::pod::IDLE);
-        let host_path = node.dir.join("no-source").display().to_string();
-        config.mounts = vec![Mount {
-            container_path: "/data".to_owned(),
-            host_path,
-            ..Default::default()
-        }];
+        let with = |name: &str, path: &str| {
+            let mut config = pod.container_config(name, e2e::pod::IDLE);
+            config.mounts = vec![Mount {
+                container_path: "/data".to_owned(),
+                host_path: node.dir.join(path).display().to_string(),
+                ..Default::default()
+            }];
+            config
+        };
+        std::fs::write(node.dir.join("file"), "")?;
         refused(
-            pod.create(config).map(|c| c.id),
+            pod.create(with("c", "file/below")).map(|c| c.id),
             Code::InvalidArgument,
-            &["no-source", "No such file"],
+            &["file/below", "Not a directory"],
         )?;
-        ensure!(!node.dir.join("no-source").exists(), "it was made");
         assert_no_container(node)?;
-        // The name is free again.
-        pod.start_idle("c").map(drop)
+        // The name is free again. As with every runtime, a path that is not
+        // there is a directory from here on.
+        let container = pod.start_with(with("c", "no-source"))?;
+        container.exec(&["touch", "/data/x"])?;
+        ensure!(node.dir.join("no-source/x").exists(), "it is elsewhere");
+        Ok(())
     })
 }
 

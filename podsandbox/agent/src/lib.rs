@@ -15,6 +15,7 @@ pub mod cgroup;
 pub mod clock;
 pub mod container;
 mod disk;
+pub mod log;
 mod network;
 mod oom;
 mod power;

@@ -18,7 +18,7 @@ use tokio_vsock::VsockListener;
 
 use crate::HOST_CID;
 use crate::container::session::{Connection, Sessions};
-use crate::sys;
+use crate::{log, sys};
 
 /// Connections that have not said yet what they are for, and for how long.
 pub const MAX_GREETINGS: usize = 256;
@@ -47,7 +47,7 @@ pub async fn serve(listener: VsockListener, sessions: Arc<Sessions>) {
                 tokio::spawn(greet(stream, place, sessions.clone(), forwards.clone()));
             }
             Err(error) => {
-                eprintln!("drupe-agent: cannot accept a stream: {error}");
+                log::warn(format_args!("cannot accept a stream: {error}"));
                 sleep(ACCEPT_RETRY).await;
             }
         }
@@ -98,7 +98,7 @@ async fn forward(mut host: impl Connection + AsFd, port: u16, forwards: &Arc<Sem
         return;
     }
     if let Err(error) = splice(host, target).await {
-        eprintln!("drupe-agent: port {port}: {error}");
+        log::warn(format_args!("port {port}: {error}"));
     }
 }
 

@@ -295,6 +295,7 @@ mod tests {
 
     #[tokio::test(flavor = "current_thread")]
     async fn a_group_is_killed_with_what_is_below_it() {
+        let _alone = crate::ALONE.lock().await;
         let layout = Layout::of_this_host().unwrap();
         let group = Group::new(layout, Path::new("/drupe-shim-unit-test"));
         group.kill().await.unwrap();

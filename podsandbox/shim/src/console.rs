@@ -9,7 +9,7 @@ use std::time::Duration;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use tokio::io::Interest;
 use tokio::net::UnixListener;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 
 use crate::error::Error;
 use crate::packet;
@@ -31,8 +31,9 @@ impl Console {
     }
 
     /// The master, which does not block.
-    pub async fn master(&self) -> Result<OwnedFd, Error> {
-        let received = timeout(WITHIN, self.receive()).await;
+    pub async fn master(&self, until: Instant) -> Result<OwnedFd, Error> {
+        let until = until.min(Instant::now() + WITHIN);
+        let received = timeout_at(until, self.receive()).await;
         received
             .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
             .map_err(Error::Console)

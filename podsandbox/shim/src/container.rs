@@ -11,6 +11,7 @@
 //! follows the process to its end; it kills what is left of the container,
 //! lets its output reach the log, and only then publishes the exit.
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -23,14 +24,13 @@ use drupe_agent::container::attach::Target;
 use drupe_agent::container::stdin::Stdin;
 use drupe_agent::container::user::Resolved;
 use drupe_agent::reaper::ExitCode;
-use drupe_agent::stats::FsUsage;
 use oci_spec::runtime::Process;
-use std::os::fd::OwnedFd;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 
 use crate::cgroup::Group;
 use crate::error::Error;
+use crate::layer::Layer;
 use crate::pod::Containers;
 
 /// What containerd answers for a process that never ran.
@@ -94,7 +94,11 @@ pub struct Container {
     pub execs: AtomicU64,
     /// What an update has made of the process's.
     pub oom_score: Mutex<Option<i32>>,
-    pub fs_usage: FsUsage,
+    pub layer: Layer,
+    /// The PID namespace that it joins, held for the path in its spec.
+    pub _joined: Option<OwnedFd>,
+    /// That of its process, once it runs.
+    pub namespace: OnceLock<OwnedFd>,
 }
 
 impl Container {
@@ -133,8 +137,9 @@ impl Container {
     pub fn to_api(&self) -> ContainerState {
         let state = self.state();
         let phase = match state.phase {
-            Phase::Created => ApiPhase::Created,
-            Phase::Starting | Phase::Running => ApiPhase::Running,
+            // Whether it comes to run is not known: a listing waits for that.
+            Phase::Created | Phase::Starting => ApiPhase::Created,
+            Phase::Running => ApiPhase::Running,
             Phase::Exited => ApiPhase::Exited,
         };
         ContainerState {

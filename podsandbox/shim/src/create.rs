@@ -1,20 +1,21 @@
 //! CreateContainer: the bundle that the runtime is given at the start. The
 //! daemon has mounted its root file system.
 
-use std::fs::File;
-use std::os::fd::AsFd;
+use std::fs::{self, File};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::process;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use agent_api::{ContainerState, CreateContainerRequest, PID_OF, PID_OF_POD, User};
 use drupe_agent::container::user::{self, Resolved};
-use drupe_agent::stats::FsUsage;
 use oci_spec::runtime::{LinuxNamespaceType, Process, Spec, UserBuilder};
 use tokio::sync::watch;
 
 use crate::container::{Container, Phase, State};
 use crate::error::Error;
+use crate::layer::Layer;
 use crate::pod::{Containers, MAX_CONTAINERS, Slot, write};
 
 /// What the runtime reads.
@@ -36,10 +37,10 @@ impl Drop for Reservation {
 }
 
 impl Containers {
-    pub fn create(&self, request: CreateContainerRequest) -> Result<ContainerState, Error> {
+    pub async fn create(&self, request: CreateContainerRequest) -> Result<ContainerState, Error> {
         check_id(&request.id)?;
         let reservation = self.reserve(&request.id)?;
-        let container = Arc::new(self.build(request)?);
+        let container = Arc::new(self.build(request).await?);
         let state = container.to_api();
         let slot = Slot::Ready(container);
         self.slots().insert(reservation.id.clone(), slot);
@@ -61,7 +62,7 @@ impl Containers {
         })
     }
 
-    fn build(&self, request: CreateContainerRequest) -> Result<Container, Error> {
+    async fn build(&self, request: CreateContainerRequest) -> Result<Container, Error> {
         let mut spec: Spec = serde_json::from_slice(&request.oci_spec)?;
         let process = spec.process().clone();
         let mut process = process.ok_or(Error::Missing { field: "process" })?;
@@ -81,10 +82,15 @@ impl Containers {
         let user = user::resolve_in(opened.as_fd(), &requested(&request))?;
         become_user(&mut process, &user)?;
         spec.set_process(Some(process.clone()));
-        self.place_pid_namespace(&mut spec)?;
+        let joined = self.place_pid_namespace(&mut spec).await?;
         write(&bundle.join(CONFIG), &serde_json::to_vec(&spec)?)?;
         // The layer that it writes to, for its size.
-        let upper = bundle.join(agent_api::UPPER_LINK);
+        let link = bundle.join(agent_api::UPPER_LINK);
+        let upper = fs::read_link(&link).map_err(|source| Error::File {
+            action: "read",
+            path: link,
+            source,
+        })?;
         Ok(Container {
             cgroup: self.inner.cgroup.below(&request.id),
             id: request.id,
@@ -108,42 +114,55 @@ impl Containers {
             supervisor: Mutex::default(),
             execs: AtomicU64::new(0),
             oom_score: Mutex::default(),
-            fs_usage: FsUsage::new(upper.clone(), upper),
+            layer: Layer::new(upper),
+            _joined: joined,
+            namespace: OnceLock::new(),
             bundle,
         })
     }
 
     /// The PID namespace of a spec may be the one that the pod's containers
-    /// share, or another container's.
-    fn place_pid_namespace(&self, spec: &mut Spec) -> Result<(), Error> {
+    /// share, or another container's. The one that is joined comes back, for
+    /// the path in the spec to be good until the start: a process's id may be
+    /// another's by then.
+    async fn place_pid_namespace(&self, spec: &mut Spec) -> Result<Option<OwnedFd>, Error> {
         let mut linux = spec.linux().clone().unwrap_or_default();
         let mut all = linux.namespaces().clone().unwrap_or_default();
         let listed = all.iter_mut().find(|n| n.typ() == LinuxNamespaceType::Pid);
         let Some(namespace) = listed else {
-            return Ok(());
+            return Ok(None);
         };
         let named = namespace.path().as_ref().and_then(|path| path.to_str());
-        let pid = match named {
-            Some(PID_OF_POD) => self.share_pid_namespace()?,
+        let joined = match named {
+            Some(PID_OF_POD) => self.share_pid_namespace().await?,
             Some(path) => {
                 let unknown = || Error::Unknown {
                     id: path.to_owned(),
                 };
                 let target = self.get(path.strip_prefix(PID_OF).ok_or_else(unknown)?)?;
                 target.check_running()?;
-                target.state().pid.unsigned_abs()
+                let of_target = target.namespace.get();
+                // One that ended at once has none to join.
+                let of_target =
+                    of_target.ok_or_else(|| target.in_phase(Phase::Exited, Phase::Running))?;
+                of_target.try_clone().map_err(|source| Error::File {
+                    action: "join the PID namespace of",
+                    path: target.id.clone().into(),
+                    source,
+                })?
             }
-            None => return Ok(()),
+            None => return Ok(None),
         };
-        namespace.set_path(Some(namespace_of(pid)));
+        namespace.set_path(Some(by_fd(&joined)));
         linux.set_namespaces(Some(all));
         spec.set_linux(Some(linux));
-        Ok(())
+        Ok(Some(joined))
     }
 }
 
-fn namespace_of(pid: u32) -> PathBuf {
-    PathBuf::from(format!("/proc/{pid}/ns/pid"))
+/// For other processes, the runtime's.
+fn by_fd(fd: &OwnedFd) -> PathBuf {
+    PathBuf::from(format!("/proc/{}/fd/{}", process::id(), fd.as_raw_fd()))
 }
 
 fn requested(request: &CreateContainerRequest) -> User {

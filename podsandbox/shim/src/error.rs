@@ -60,6 +60,8 @@ pub enum Error {
         path: PathBuf,
         source: io::Error,
     },
+    #[error("cannot make the PID namespace that the pod's containers share")]
+    Pause(#[source] io::Error),
     #[error("no terminal came from the runtime")]
     Console(#[source] io::Error),
     #[error("cannot take the container's output to its log")]

@@ -11,15 +11,14 @@ use drupe_agent::container::exec::{self, Ends, Output, Running};
 use drupe_agent::container::session::Events;
 use drupe_agent::container::stdio::{Source, StdioError};
 use drupe_agent::reaper::ExitCode;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use tokio::sync::{OwnedSemaphorePermit, oneshot, watch};
+use tokio::time::Instant;
 
 use crate::cgroup::Group;
 use crate::container::Container;
 use crate::error::Error;
 use crate::pod::{Containers, write};
-use crate::runtime::SubCgroup;
+use crate::runtime::{Deadline, SubCgroup, Terms, kill_unreaped};
 use crate::start::Wiring;
 
 /// Commands in the whole pod at once: probes of every container, and as many
@@ -99,17 +98,26 @@ impl Containers {
         wish: Wish<'_>,
         permit: OwnedSemaphorePermit,
     ) -> Result<Command, Error> {
+        let deadline = Deadline::of_request();
         container.check_running()?;
         let number = container.execs.fetch_add(1, Ordering::Relaxed);
         let name = format!("exec-{number}");
         let description = container.bundle.join(format!("{name}.json"));
         let unified = self.inner.layout == crate::cgroup::Layout::Unified;
-        let placed = match self.inner.runtime.sub_cgroup(unified).await? {
+        let placed = match self
+            .inner
+            .runtime
+            .sub_cgroup(unified, deadline.work)
+            .await?
+        {
             SubCgroup::Never => None,
             SubCgroup::Path | SubCgroup::InHierarchy => Some(container.cgroup.make_below(&name)?),
         };
         let word = placed.as_ref().map(|(_, word)| word.as_str());
-        let begun = self.begin(&container, &wish, &description, word).await;
+        let until = deadline.work;
+        let begun = self
+            .begin(&container, &wish, &description, word, until)
+            .await;
         if let Err(error) = fs::remove_file(&description) {
             tracing::debug!(?description, %error, "cannot remove a command's description");
         }
@@ -143,6 +151,7 @@ impl Containers {
         wish: &Wish<'_>,
         description: &Path,
         sub_cgroup: Option<&str>,
+        until: Instant,
     ) -> Result<(i32, oneshot::Receiver<ExitCode>, watch::Sender<bool>, Ends), Error> {
         let mut process = container.process.clone();
         process.set_args(Some(wish.argv.to_vec()));
@@ -150,6 +159,10 @@ impl Containers {
         if let Some(score) = *container.oom_score() {
             process.set_oom_score_adj(Some(score));
         }
+        let terms = Terms {
+            until,
+            oom_score: process.oom_score_adj(),
+        };
         let mut env = process.env().clone().unwrap_or_default();
         if wish.terminal && !env.iter().any(|entry| entry.starts_with("TERM=")) {
             env.push("TERM=xterm".to_owned());
@@ -166,6 +179,7 @@ impl Containers {
             sub_cgroup,
             wiring.socket(),
             files,
+            terms,
         );
         let made = made.await?;
         // Not every runtime heeds the description's.
@@ -177,7 +191,7 @@ impl Containers {
         }
         let ended = watch::Sender::new(false);
         let ends = async {
-            wiring.take_terminal(true).await?;
+            wiring.take_terminal(true, until).await?;
             let mut outputs = Vec::new();
             for (stream, fd) in wiring.outputs {
                 let source = Source::new(fd, ended.subscribe()).map_err(StdioError::Create)?;
@@ -192,17 +206,10 @@ impl Containers {
         match ends.await {
             Ok(ends) => Ok((made.pid, made.exit, ended, ends)),
             Err(error) => {
-                kill_one(made.pid);
+                made.kill();
                 Err(error)
             }
         }
-    }
-}
-
-/// A child that was not reaped: its id is its own.
-fn kill_one(pid: i32) {
-    if let Err(error) = kill(Pid::from_raw(pid), Signal::SIGKILL) {
-        tracing::debug!(%error, "a command ended before it was killed");
     }
 }
 
@@ -225,7 +232,7 @@ impl Running for Command {
         let code = match code {
             Some(code) => code,
             None => {
-                kill_one(self.pid);
+                kill_unreaped(self.pid, &self.exit);
                 if let Some(group) = &self.cgroup
                     && let Err(error) = group.kill().await
                 {

@@ -20,6 +20,7 @@ mod control;
 mod create;
 mod error;
 mod exec;
+mod layer;
 mod links;
 mod packet;
 mod pause;
@@ -35,8 +36,14 @@ mod update;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Mutex;
 
 use clap::Parser;
+use drupe_agent::server::sentence;
+use drupe_vmm::bounded::BoundedLog;
+
+/// Containers can make their supervisor say something as often as they like.
+const LOG_LIMIT_BYTES: u64 = 256 * 1024;
 
 /// Runs the containers of one pod; started by drupe only.
 #[derive(Parser)]
@@ -55,28 +62,39 @@ enum Cli {
         /// The pod's control group, from its hierarchy's root.
         #[arg(long)]
         cgroup: PathBuf,
+        /// Where the files of /etc that its containers share are made.
+        #[arg(long)]
+        etc: PathBuf,
         /// The pod is in the host's network and has the host's name.
         #[arg(long)]
         host_network: bool,
     },
-    /// Hold a PID namespace until standard input ends.
+    /// Hold a PID namespace until standard input ends; say on standard output
+    /// when that is ready to be joined.
     Pause,
 }
 
 fn main() -> ExitCode {
     end_on_panic();
     let filter = tracing_subscriber::EnvFilter::try_from_default_env();
+    // A file that the daemon has made in the pod's directory.
+    let Ok(stderr) = BoundedLog::new(std::io::stderr(), LOG_LIMIT_BYTES) else {
+        return ExitCode::FAILURE;
+    };
     tracing_subscriber::fmt()
         .with_env_filter(filter.unwrap_or_else(|_| "info".into()))
-        .with_writer(std::io::stderr)
+        .with_writer(Mutex::new(stderr))
         .with_ansi(false)
         .init();
+    // Streams are served by the agent's code.
+    drupe_agent::log::tell_to(|what| tracing::warn!("{what}"));
     let (doing, result) = match Cli::parse() {
         Cli::Supervise {
             pod,
             dir,
             runtime,
             cgroup,
+            etc,
             host_network,
         } => {
             let options = supervisor::Options {
@@ -84,16 +102,19 @@ fn main() -> ExitCode {
                 dir,
                 runtime,
                 cgroup,
+                etc,
                 host_network,
             };
-            ("supervise", supervisor::run(options))
+            (
+                "supervise",
+                supervisor::run(options).map_err(|e| sentence(&e)),
+            )
         }
-        Cli::Pause => ("pause", pause::hold()),
+        Cli::Pause => ("pause", pause::hold().map_err(|e| sentence(&e))),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let error = drupe_agent::server::sentence(&error);
             tracing::error!(error, "cannot {doing}");
             ExitCode::FAILURE
         }
@@ -109,3 +130,7 @@ fn end_on_panic() {
         std::process::abort();
     }));
 }
+
+/// A reaper takes every child of the process: one test that has some at a time.
+#[cfg(test)]
+static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());

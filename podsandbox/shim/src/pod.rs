@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -11,11 +12,11 @@ use std::time::Duration;
 use agent_api::{AttachRequest, ContainerState, Event};
 use drupe_agent::container::attach;
 use drupe_agent::container::session::{Events, Sessions};
-use drupe_agent::reaper::Reaper;
+use drupe_agent::reaper::{ExitCode, Reaper};
 use drupe_vmm::logs::LogHandle;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use tokio::sync::{Semaphore, broadcast};
+use tokio::sync::{Semaphore, broadcast, oneshot};
 use tokio::time::timeout;
 
 use crate::cgroup::{Group, Layout};
@@ -45,16 +46,17 @@ pub enum Slot {
 pub struct Inner {
     slots: Mutex<BTreeMap<String, Slot>>,
     events: broadcast::Sender<Event>,
-    /// Of the pod, on volatile storage.
-    pub dir: PathBuf,
     pub cgroup: Group,
+    /// The files of /etc that containers share. On disk: a container may write
+    /// to them as much as it likes.
+    pub etc: PathBuf,
     pub layout: Layout,
     pub host_network: bool,
     pub logs: LogHandle,
     pub reaper: Reaper,
     pub runtime: Runtime,
-    /// The process that holds the pod's PID namespace, once there is one.
-    pub pause: Mutex<Option<Pause>>,
+    /// The process that holds the pod's PID namespace, while there is one.
+    pub pause: tokio::sync::Mutex<Option<Pause>>,
     pub execs: Arc<Semaphore>,
     attached: Arc<Semaphore>,
     pub sessions: Arc<Sessions>,
@@ -70,6 +72,7 @@ pub struct Parts {
     pub dir: PathBuf,
     pub program: PathBuf,
     pub cgroup: PathBuf,
+    pub etc: PathBuf,
     pub host_network: bool,
     pub logs: LogHandle,
     pub reaper: Reaper,
@@ -96,12 +99,12 @@ impl Containers {
                 events,
                 cgroup: Group::new(layout, &parts.cgroup),
                 layout,
-                dir: parts.dir,
+                etc: parts.etc,
                 host_network: parts.host_network,
                 logs: parts.logs,
                 runtime: Runtime::new(parts.program, runtime_dir, parts.reaper.clone()),
                 reaper: parts.reaper,
-                pause: Mutex::default(),
+                pause: Default::default(),
                 execs: Arc::new(Semaphore::new(MAX_EXECS)),
                 attached: Arc::new(Semaphore::new(MAX_ATTACHED)),
                 sessions: Arc::default(),
@@ -131,8 +134,15 @@ impl Containers {
         ready.collect()
     }
 
-    pub fn list(&self) -> Vec<ContainerState> {
+    /// Starts under way are waited for, as long as they may take: nobody
+    /// hears of a container that comes to run unasked.
+    pub async fn list(&self) -> Vec<ContainerState> {
         let all = self.all();
+        for container in &all {
+            if container.state().phase == Phase::Starting {
+                drop(container.starting.lock().await);
+            }
+        }
         all.iter().map(|container| container.to_api()).collect()
     }
 
@@ -145,19 +155,33 @@ impl Containers {
         let _ = self.inner.events.send(event);
     }
 
-    /// The process that holds the PID namespace which the pod's containers
-    /// share, made for the first that asks.
-    pub fn share_pid_namespace(&self) -> Result<u32, Error> {
-        let mut pause = self.pause();
-        match &*pause {
-            Some(pause) => Ok(pause.pid),
-            None => Ok(pause.insert(Pause::start(&self.inner.reaper)?).pid),
-        }
+    /// The PID namespace that the pod's containers share, made for the first
+    /// that asks. When its holder ends, the kernel kills all that is in it; the
+    /// next container that asks then gets another.
+    pub async fn share_pid_namespace(&self) -> Result<OwnedFd, Error> {
+        let mut slot = self.inner.pause.lock().await;
+        let pause = match &mut *slot {
+            Some(pause) => pause,
+            empty => {
+                let (pause, exit) = Pause::start(&self.inner.reaper).await?;
+                tokio::spawn(self.clone().await_end_of_pause(pause.pid, exit));
+                empty.insert(pause)
+            }
+        };
+        pause.namespace.try_clone().map_err(Error::Pause)
     }
 
-    pub fn pause(&self) -> MutexGuard<'_, Option<Pause>> {
-        let pause = self.inner.pause.lock();
-        pause.unwrap_or_else(PoisonError::into_inner)
+    async fn await_end_of_pause(self, pid: i32, exit: oneshot::Receiver<ExitCode>) {
+        // The reaper never drops a sender before it has used it.
+        let code = exit.await.unwrap_or(ExitCode::KILLED);
+        let mut slot = self.inner.pause.lock().await;
+        // At the pod's end it was taken out before.
+        if slot.take_if(|pause| pause.pid == pid).is_some() {
+            tracing::warn!(
+                code = code.0,
+                "the holder of the shared PID namespace ended, and all that was in it"
+            );
+        }
     }
 
     /// A process that has ended is past signals: that is no error.

@@ -9,6 +9,7 @@ use tokio::time::timeout;
 use crate::container::Phase;
 use crate::error::Error;
 use crate::pod::{Containers, is_unknown};
+use crate::runtime::Deadline;
 
 /// How long a removal waits for the exit of a container that it has killed to
 /// be published, which waits for its output to be written.
@@ -28,6 +29,7 @@ impl Containers {
             }
             Err(_) => return Ok(()),
         };
+        let deadline = Deadline::of_request();
         let _removing = container.removing.lock().await;
         let _starting = container.starting.lock().await;
         container.cgroup.kill().await?;
@@ -52,7 +54,7 @@ impl Containers {
         }
         // The runtime has not heard of one that was never started.
         if pid != 0 {
-            match self.inner.runtime.delete(id).await {
+            match self.inner.runtime.delete(id, deadline.end).await {
                 Err(error) if is_unknown(&error) => {}
                 deleted => deleted?,
             }

@@ -12,6 +12,7 @@ use drupe_agent::server::sentence;
 use tokio::sync::Mutex;
 use tonic::{Code, Status};
 
+use crate::error::Error;
 use crate::pod::Containers;
 
 const HOSTS: &str = "/etc/hosts";
@@ -39,9 +40,14 @@ impl Sandbox {
                 Err(status(&SandboxError::Changed))
             };
         }
-        set_up(&request, containers).map_err(|error| status(&error))?;
+        // In the host's network its names are the host's.
+        let hosts = match containers.inner.host_network {
+            true => hosts_of_host()?,
+            false => None,
+        };
+        set_up(&request, hosts, containers).map_err(|error| status(&error))?;
         if request.share_process_namespace {
-            containers.share_pid_namespace()?;
+            drop(containers.share_pid_namespace().await?);
         }
         *configured = Some(request);
         Ok(())
@@ -52,32 +58,50 @@ impl Sandbox {
     }
 }
 
-fn set_up(request: &ConfigureSandboxRequest, containers: &Containers) -> Result<(), SandboxError> {
-    let host_network = containers.inner.host_network;
-    if !host_network {
+fn set_up(
+    request: &ConfigureSandboxRequest,
+    mut hosts: Option<String>,
+    containers: &Containers,
+) -> Result<(), SandboxError> {
+    if !containers.inner.host_network {
         set_hostname(&request.hostname)?;
     }
-    let dir = containers.inner.dir.join(agent_api::POD_ETC);
+    let dir = &containers.inner.etc;
     let write = |path: PathBuf, text: &str| {
         // For every user of every container, whatever the umask.
         fs::write(&path, text)
             .and_then(|()| fs::set_permissions(&path, Permissions::from_mode(0o644)))
             .map_err(|source| SandboxError::Write { path, source })
     };
-    match fs::create_dir(&dir) {
+    match fs::create_dir(dir) {
         Err(source) if source.kind() != io::ErrorKind::AlreadyExists => {
-            return Err(SandboxError::Write { path: dir, source });
+            let path = dir.clone();
+            return Err(SandboxError::Write { path, source });
         }
         _ => {}
     }
     for (name, text) in etc_files(request)? {
-        // In the host's network its names are the host's.
-        let of_host = (name == "hosts" && host_network)
-            .then(|| fs::read_to_string(HOSTS).ok())
-            .flatten();
-        write(dir.join(name), of_host.as_deref().unwrap_or(&text))?;
+        let text = match name {
+            "hosts" => hosts.take().unwrap_or(text),
+            _ => text,
+        };
+        write(dir.join(name), &text)?;
     }
     set_sysctls(request, None)
+}
+
+/// None on a node without the file.
+fn hosts_of_host() -> Result<Option<String>, Error> {
+    match fs::read(HOSTS) {
+        // Names of another encoding are of no use to anyone in there.
+        Ok(text) => Ok(Some(String::from_utf8_lossy(&text).into_owned())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(Error::File {
+            action: "read",
+            path: HOSTS.into(),
+            source,
+        }),
+    }
 }
 
 fn status(error: &SandboxError) -> Status {

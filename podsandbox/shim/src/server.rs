@@ -72,7 +72,7 @@ impl Agent for Service {
         if !self.sandbox.is_configured().await {
             return Err(Error::NotConfigured.into());
         }
-        let state = self.containers.create(request.into_inner())?;
+        let state = self.containers.create(request.into_inner()).await?;
         Ok(Response::new(CreateContainerResponse {
             state: Some(state),
         }))
@@ -116,7 +116,7 @@ impl Agent for Service {
         _: Request<ListContainersRequest>,
     ) -> Reply<ListContainersResponse> {
         Ok(Response::new(ListContainersResponse {
-            containers: self.containers.list(),
+            containers: self.containers.list().await,
         }))
     }
 

@@ -11,12 +11,13 @@ use drupe_vmm::logs::LogHandle;
 use std::os::fd::OwnedFd;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
+use tokio::time::Instant;
 
 use crate::console::Console;
 use crate::container::{Container, Phase, Terminals, Vigil, supervise};
 use crate::error::Error;
 use crate::pod::Containers;
-use crate::runtime::{Files, Made};
+use crate::runtime::{Deadline, Files, Made};
 
 /// This side's ends of a process's streams, and what its runtime is given.
 pub struct Wiring {
@@ -54,11 +55,11 @@ impl Wiring {
     }
 
     /// Takes the terminal that the runtime has sent by now.
-    pub async fn take_terminal(&mut self, reads: bool) -> Result<(), Error> {
+    pub async fn take_terminal(&mut self, reads: bool, until: Instant) -> Result<(), Error> {
         let Some(console) = self.console.take() else {
             return Ok(());
         };
-        let master = console.master().await?;
+        let master = console.master(until).await?;
         let copy = || master.try_clone().map_err(StdioError::Create);
         self.stdin = reads.then(copy).transpose()?;
         self.outputs.push(("stdout", copy()?));
@@ -72,6 +73,7 @@ impl Containers {
     pub async fn start(&self, id: &str) -> Result<i64, Error> {
         let container = self.get(id)?;
         let containers = self.clone();
+        let deadline = Deadline::of_request();
         tokio::spawn(async move {
             let _starting = container.starting.lock().await;
             let phase = container.state().phase;
@@ -79,10 +81,10 @@ impl Containers {
                 return Err(container.in_phase(phase, Phase::Created));
             }
             container.state().phase = Phase::Starting;
-            match containers.launch(&container).await {
+            match containers.launch(&container, deadline).await {
                 Ok(started_at) => Ok(started_at),
                 Err(error) => {
-                    containers.clear(&container).await;
+                    containers.clear(&container, deadline).await;
                     let why = drupe_agent::server::sentence(&error);
                     container.never_ran(&containers, None, why);
                     Err(error)
@@ -93,16 +95,17 @@ impl Containers {
     }
 
     /// What a start that failed has left.
-    async fn clear(&self, container: &Container) {
+    async fn clear(&self, container: &Container, deadline: Deadline) {
         if let Err(error) = container.cgroup.kill().await {
             tracing::warn!(container = container.id, %error, "processes are left");
         }
-        if let Err(error) = self.inner.runtime.delete(&container.id).await {
+        let runtime = &self.inner.runtime;
+        if let Err(error) = runtime.delete(&container.id, deadline.end).await {
             tracing::warn!(container = container.id, %error, "the runtime keeps something");
         }
     }
 
-    async fn launch(&self, container: &Arc<Container>) -> Result<i64, Error> {
+    async fn launch(&self, container: &Arc<Container>, deadline: Deadline) -> Result<i64, Error> {
         let socket = container.bundle.join("tty");
         let terminal = container.is_terminal().then_some(socket.as_path());
         let mut wiring = Wiring::lay(terminal, container.user.uid, container.stdin)?;
@@ -116,12 +119,19 @@ impl Containers {
             hosts.push(connect(&self.inner.logs, &container.id, stream).await?);
         }
         let files = wiring.files.take();
-        let made = self
-            .inner
-            .runtime
-            .run(&container.id, &container.bundle, wiring.socket(), files);
-        let Made { pid, exit } = made.await?;
-        wiring.take_terminal(container.stdin).await?;
+        let made = self.inner.runtime.run(
+            &container.id,
+            &container.bundle,
+            wiring.socket(),
+            files,
+            deadline.work,
+        );
+        let Made {
+            pid,
+            exit,
+            namespace,
+        } = made.await?;
+        wiring.take_terminal(container.stdin, deadline.work).await?;
         let started_at = clock::now_nanos();
         let once = container.stdin_once && terminal.is_none();
         let stdin = wiring.stdin.map(|fd| Stdin::new(fd, once).map(Arc::new));
@@ -137,6 +147,9 @@ impl Containers {
         };
         // A container is started once.
         drop(container.terminals.set(terminals));
+        if let Some(namespace) = namespace {
+            drop(container.namespace.set(namespace));
+        }
         let mut hosts = hosts.into_iter();
         let pumps = sources.into_iter().map(|(stream, source)| {
             let (id, host) = (container.id.clone(), hosts.next());

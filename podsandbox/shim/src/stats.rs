@@ -7,6 +7,7 @@ use std::sync::Arc;
 use agent_api::{ContainerStats, GuestStats, StatsRequest, StatsResponse};
 use drupe_agent::clock;
 use drupe_agent::stats::{container_stats, interfaces, meminfo_bytes, rss};
+use drupe_agent::tree::Size;
 
 use crate::container::Container;
 use crate::error::Error;
@@ -40,7 +41,11 @@ pub async fn collect(
 
 async fn of_container(container: &Container) -> Result<ContainerStats, Error> {
     let usage = container.cgroup.usage()?;
-    let layer = container.fs_usage.get().await;
+    let written = container.layer.usage().await;
+    let layer = Size {
+        bytes: written.bytes,
+        inodes: written.inodes,
+    };
     Ok(container_stats(&container.id, usage, layer))
 }
 

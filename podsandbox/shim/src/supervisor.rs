@@ -34,6 +34,7 @@ pub struct Options {
     pub dir: PathBuf,
     pub runtime: PathBuf,
     pub cgroup: PathBuf,
+    pub etc: PathBuf,
     pub host_network: bool,
 }
 
@@ -52,7 +53,10 @@ pub fn run(options: Options) -> Result<(), Error> {
         .enable_all()
         .build()
         .map_err(begin("start the runtime of"))?;
-    runtime.block_on(serve(options, control, streams))
+    let served = runtime.block_on(serve(options, control, streams));
+    // A walk over a container's files, or a disk that hangs, is not waited for.
+    runtime.shutdown_background();
+    served
 }
 
 /// The listening sockets, which came as standard input and output.
@@ -84,6 +88,7 @@ async fn serve(options: Options, control_socket: OwnedFd, streams: OwnedFd) -> R
         dir: options.dir.clone(),
         program: options.runtime.clone(),
         cgroup: options.cgroup.clone(),
+        etc: options.etc.clone(),
         host_network: options.host_network,
         logs: logs.clone(),
         reaper,
@@ -123,7 +128,7 @@ async fn serve(options: Options, control_socket: OwnedFd, streams: OwnedFd) -> R
     tracing::info!(pod = options.pod, reason, "the pod ends");
     // Nothing that the pod has started outlives it.
     containers.kill_all().await;
-    drop(containers.pause().take());
+    drop(containers.inner.pause.lock().await.take());
     status.send_modify(|status| status.state = VmState::Ended { reason });
     // Answers under way, and the word to subscribers.
     let rest = timeout(FAREWELL, status.closed());

@@ -18,7 +18,7 @@ use crate::record::{ContainerPhase, ContainerRecord, ExitReason, ExitRecord, Pod
 use crate::seccomp::Profile;
 use crate::spec::{self, ContainerSpec, Mount, PidNamespace, Seccomp};
 use crate::volumes::Bind;
-use crate::{Error, Result, id_mapping, ids, oci, volumes};
+use crate::{Error, Result, host, id_mapping, ids, oci, volumes};
 
 /// Mounting waits for nothing unless a file system of the node hangs.
 const MOUNT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -140,12 +140,13 @@ impl Driver {
         Ok(())
     }
 
-    /// What only a pod on the host's kernel can give.
+    /// What only a pod on the host's kernel can give, and there what the pod
+    /// itself has.
     fn check_namespaces(&self, spec: &ContainerSpec) -> Result<()> {
         if self.is_on_host() {
-            return Ok(());
+            return host::check_namespaces(spec, self.record.spec.host_namespaces);
         }
-        let options = "config.linux.security_context.namespace_options";
+        let options = host::NAMESPACE_OPTIONS;
         let host = spec.security.host_namespaces;
         for (wanted, name, what) in [
             (host.network, "network", "the host's network"),

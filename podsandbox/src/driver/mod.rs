@@ -144,6 +144,8 @@ pub(crate) struct Driver {
     paths: PodPaths,
     containers: BTreeMap<String, ContainerRecord>,
     machine: Option<Machine>,
+    /// Containers of a supervisor that has gone resist being ended.
+    has_orphans: bool,
     /// Containers that have ended and are being freed in the guest.
     freeing: JoinSet<containers::Freed>,
     publish: watch::Sender<PodSnapshot>,
@@ -189,6 +191,7 @@ impl Driver {
             paths,
             containers,
             machine: None,
+            has_orphans: false,
             freeing: JoinSet::new(),
             publish,
             told: Mutex::new(told),
@@ -319,9 +322,10 @@ impl Driver {
     }
 
     /// Whether a stop or removal of the pod or of a container was begun and
-    /// something resisted.
+    /// something resisted, or the end of a lost pod's containers did.
     fn is_unfinished(&self) -> bool {
         self.record.phase.is_unfinished()
+            || self.has_orphans
             || self
                 .containers
                 .values()
@@ -330,6 +334,9 @@ impl Driver {
 
     /// Tries again what was begun. Returns whether the pod is gone.
     async fn finish(&mut self) -> bool {
+        if self.has_orphans {
+            self.end_orphans().await;
+        }
         let result = match self.record.phase {
             PodPhase::Stopping => self.stop().await,
             PodPhase::Removing => self.remove().await,

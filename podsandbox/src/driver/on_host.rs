@@ -1,7 +1,7 @@
 //! What is different for a pod on the host's kernel: its start, the roots of
 //! its containers, and what a supervisor that has gone leaves to be ended.
 
-use std::fs::{self, DirBuilder};
+use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
@@ -14,20 +14,19 @@ use vmm_client::Control;
 use super::containers::{mounting, open_log, seccomp_profile, user};
 use super::devices::Devices;
 use super::disks::Disk;
-use super::start::{Timeline, log_file};
+use super::start::{Timeline, log_file, read_tail};
 use super::{Driver, Machine, watch_vm};
 use crate::agent::AgentClient;
 use crate::config::Engine;
 use crate::context::now_nanos;
 use crate::error::Step;
 use crate::host::features::mounts_read_only_recursively;
-use crate::host::rootfs::remove_dir;
 use crate::host::spec::{Host, Pod, changed_resources, for_host};
 use crate::host::supervisor::{self, Request};
 use crate::phase::PodEvent;
 use crate::record::{ContainerRecord, PodKind, PodNetworkRecord};
 use crate::spec::{ContainerSpec, Resources, image_volumes, node_volumes};
-use crate::{Error, Result, cgroup, host, network, oci, sysctls};
+use crate::{Error, Result, cgroup, host, network, oci, sysctls, trash};
 
 /// What a container finds in /dev/shm.
 const SHM_OPTIONS: &str = "mode=1777,size=65536k";
@@ -161,6 +160,7 @@ impl Driver {
             program: self.context.config.shim.clone(),
             pod: id.clone(),
             dir: self.paths.dir.clone(),
+            etc: self.paths.etc.clone(),
             runtime: runtime.to_owned(),
             cgroup: cgroup::group(parent, id)?,
             cgroup_procs: cgroup::make_for_supervisor(parent, id)?,
@@ -187,8 +187,8 @@ impl Driver {
             Ok::<_, Error>((control, events.subscribe().await?))
         };
         let (control, events) = connected.await.map_err(|error| {
-            let log = fs::read_to_string(&self.paths.vmm_log).unwrap_or_default();
-            match log.lines().last() {
+            let log = read_tail(&self.paths.vmm_log).unwrap_or_default();
+            match String::from_utf8_lossy(&log).lines().last() {
                 Some(line) => Error::SupervisorEnded(crate::agent::plain(line)),
                 None => error,
             }
@@ -236,17 +236,25 @@ impl Driver {
         let group = cgroup::group(self.cgroup_parent(), &self.record.id)?;
         let mut oci = mounting(spec, {
             let (spec, id) = (spec.clone(), id.to_owned());
-            let (dir, shm) = (self.paths.dir.clone(), self.paths.shm.clone());
+            let (etc, shm) = (self.paths.etc.clone(), self.paths.shm.clone());
             let namespaces = self.record.spec.host_namespaces;
             let root = place.root();
             move || {
                 let pod = Pod {
-                    dir: &dir,
+                    etc: &etc,
                     shm: &shm,
                     namespaces,
                     cgroup: &group,
                 };
-                for_host(base, &id, &spec, root, &pod, &Host::read())
+                for_host(
+                    base,
+                    &id,
+                    &spec,
+                    root,
+                    profile.as_ref(),
+                    &pod,
+                    &Host::read(),
+                )
             }
         })
         .await?;
@@ -289,17 +297,15 @@ impl Driver {
             Engine::Machine(_) => PathBuf::new(),
         };
         let container_path = mount.container_path.display().to_string();
-        mounting(spec, move || {
-            let found = host::find_program(&program);
-            if found.is_some_and(|found| mounts_read_only_recursively(&found)) {
-                return Ok(());
-            }
-            Err(Error::NoRecursiveReadOnly {
-                container_path,
-                program,
-            })
+        if let Some(found) = host::find_program(&program)
+            && mounts_read_only_recursively(&found).await
+        {
+            return Ok(());
+        }
+        Err(Error::NoRecursiveReadOnly {
+            container_path,
+            program,
         })
-        .await
     }
 
     /// Limits of a container; there is no machine that would have to grow.
@@ -331,25 +337,29 @@ impl Driver {
             return Ok(());
         };
         let place = self.paths.place(id);
-        mounting(&record.spec, move || place.remove()).await
+        mounting(&record.spec, move || place.remove()).await?;
+        trash::empty(&self.paths.trash);
+        Ok(())
     }
 
-    /// Without their supervisor containers would run on unseen.
-    pub(super) async fn end_orphans(&self) {
+    /// Without their supervisor containers would run on unseen. What resists is
+    /// tried again.
+    pub(super) async fn end_orphans(&mut self) {
         if !self.is_on_host() {
             return;
         }
-        if let Err(error) = cgroup::remove(self.cgroup_parent(), &self.record.id).await {
-            // Tried again when the pod is stopped.
-            tracing::error!(pod = %self.record.id, error = %error.sentence(), "cannot end containers without a supervisor");
+        let ended = cgroup::remove(self.cgroup_parent(), &self.record.id).await;
+        self.has_orphans = ended.is_err();
+        if let Err(error) = ended {
+            tracing::error!(pod = %self.record.id, error = %error.sentence(), "cannot end containers without a supervisor yet");
         }
     }
 
     /// Part of undoing: what is outside of the pod's volatile directory.
     pub(super) async fn remove_written(&self) -> Result<()> {
-        let dir = self.paths.writable.clone();
-        let work = tokio::task::spawn_blocking(move || remove_dir(&dir));
-        work.await.map_err(|_| Error::Stopping)?
+        trash::discard(&self.paths.trash, &self.paths.writable)?;
+        trash::empty(&self.paths.trash);
+        Ok(())
     }
 
     /// What the loss of the machine is called.

@@ -482,7 +482,7 @@ fn net_queues(settings: &RuntimeConfig, vcpus: u32) -> NonZeroU32 {
     NonZeroU32::new(vcpus.min(settings.net_queues)).unwrap_or(NonZeroU32::MIN)
 }
 
-fn read_tail(path: &Path) -> std::io::Result<Vec<u8>> {
+pub(super) fn read_tail(path: &Path) -> std::io::Result<Vec<u8>> {
     let file = fs::File::open(path)?;
     let length = file.metadata()?.len();
     let start = length.saturating_sub(CONSOLE_TAIL_BYTES);

@@ -44,6 +44,7 @@ impl Driver {
         self.end_containers(ExitReason::Error, "the pod was stopped")
             .await;
         self.undo().await?;
+        self.has_orphans = false;
         self.record.failure = None;
         self.advance(PodEvent::Freed).await
     }

@@ -43,6 +43,8 @@ impl Driver {
 
     async fn reconnect(&mut self) -> Result<()> {
         if self.record.failure.is_some() {
+            // The daemon's end may have come before theirs.
+            self.end_orphans().await;
             self.publish();
             return Ok(());
         }

@@ -1,11 +1,16 @@
 //! What an OCI runtime says of itself (`runtime features`, OCI runtime spec,
 //! "Features Structure").
 
+use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
-use std::process::{Command, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use serde::Deserialize;
+use tokio::process::Command;
+use tokio::time::timeout;
 
 /// Linux has `mount_setattr`, which it takes, from this version on.
 const RECURSIVE_SINCE: (u32, u32) = (5, 12);
@@ -16,25 +21,56 @@ struct Features {
     mount_options: Vec<String>,
 }
 
+/// A program that hangs must not hold up who asks.
+const WITHIN: Duration = Duration::from_secs(2);
+/// Programs remembered: a node has one or two.
+const MAX_KNOWN: usize = 16;
+
+/// What a program has said, for as long as it is the same file.
+static KNOWN: Mutex<BTreeMap<(PathBuf, SystemTime), bool>> = Mutex::new(BTreeMap::new());
+
 /// Whether this runtime can mount a volume read-only with all that is below
-/// it. Runs the program, which takes milliseconds; one without the command has
-/// said no.
-#[must_use]
-pub fn mounts_read_only_recursively(program: &Path) -> bool {
-    let output = Command::new(program)
+/// it. Runs the program once, which takes milliseconds; one without the command
+/// has said no, one that hangs says no for now.
+pub async fn mounts_read_only_recursively(program: &Path) -> bool {
+    let changed = fs::metadata(program).and_then(|metadata| metadata.modified());
+    let key = changed.ok().map(|changed| (program.to_owned(), changed));
+    if let Some(known) = key.as_ref().and_then(|key| known().get(key).copied()) {
+        return known && is_kernel_able();
+    }
+    let asked = Command::new(program)
         .arg("features")
         .stdin(Stdio::null())
         .stderr(Stdio::null())
+        .kill_on_drop(true)
         .output();
-    let output = match output {
-        Ok(output) if output.status.success() => output.stdout,
-        Ok(_) => return false,
-        Err(error) => {
+    let told = match timeout(WITHIN, asked).await {
+        Ok(Ok(output)) => output.status.success() && is_told(&output.stdout),
+        Ok(Err(error)) => {
             tracing::debug!(?program, %error, "cannot ask an OCI runtime for its features");
             return false;
         }
+        Err(_) => {
+            tracing::warn!(
+                ?program,
+                "an OCI runtime does not tell its features in time"
+            );
+            return false;
+        }
     };
-    is_told(&output) && is_kernel_able()
+    if let Some(key) = key {
+        let mut known = known();
+        if known.len() >= MAX_KNOWN {
+            known.clear();
+        }
+        known.insert(key, told);
+    }
+    told && is_kernel_able()
+}
+
+fn known() -> MutexGuard<'static, BTreeMap<(PathBuf, SystemTime), bool>> {
+    // Every change is one call.
+    KNOWN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn is_told(features: &[u8]) -> bool {
@@ -43,9 +79,13 @@ fn is_told(features: &[u8]) -> bool {
 }
 
 fn is_kernel_able() -> bool {
-    let release = fs::read_to_string("/proc/sys/kernel/osrelease").ok();
-    let release = release.and_then(|release| version(&release));
-    release.is_some_and(|release| release >= RECURSIVE_SINCE)
+    kernel_version().is_some_and(|release| release >= RECURSIVE_SINCE)
+}
+
+/// The first two numbers of the host's.
+pub fn kernel_version() -> Option<(u32, u32)> {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").ok()?;
+    version(&release)
 }
 
 /// `6.1.0-18-amd64`
@@ -64,8 +104,35 @@ mod tests {
         for features in [&br#"{"mountOptions":["ro"]}"#[..], b"{}", b"no json", b""] {
             assert!(!is_told(features));
         }
-        assert!(!mounts_read_only_recursively(Path::new("/no/such/runtime")));
-        assert!(!mounts_read_only_recursively(Path::new("false")));
+    }
+
+    fn script(dir: &Path, text: &str) -> PathBuf {
+        use std::os::unix::fs::PermissionsExt;
+        let path = dir.join("runtime");
+        fs::write(&path, text).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        path
+    }
+
+    #[tokio::test]
+    async fn a_program_is_asked_once_and_not_waited_for() {
+        for program in ["/no/such/runtime", "/bin/false"] {
+            assert!(!mounts_read_only_recursively(Path::new(program)).await);
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let count = dir.path().join("count");
+        let told = r#"{"mountOptions":["rro"]}"#;
+        let text = format!("#!/bin/sh\necho x >> {}\necho '{told}'\n", count.display());
+        let program = script(dir.path(), &text);
+        for _ in 0..3 {
+            assert!(mounts_read_only_recursively(&program).await);
+        }
+        assert_eq!(fs::read_to_string(&count).unwrap(), "x\n");
+
+        let dir = tempfile::tempdir().unwrap();
+        let program = script(dir.path(), "#!/bin/sh\nexec sleep 1000\n");
+        let answer = timeout(WITHIN * 5, mounts_read_only_recursively(&program)).await;
+        assert!(!answer.unwrap());
     }
 
     #[test]

@@ -23,7 +23,8 @@ use std::path::{Path, PathBuf};
 
 pub use sysctl::check as check_sysctls;
 
-use crate::spec::PodSpec;
+use crate::spec::{ContainerSpec, HostNamespaces, PodSpec};
+use crate::{Error, Result};
 
 /// Searched beside PATH, which services often have without the last two.
 const PROGRAM_DIRS: [&str; 5] = [
@@ -36,6 +37,27 @@ const PROGRAM_DIRS: [&str; 5] = [
 
 /// Linux takes no longer host name (`__NEW_UTS_LEN`).
 const MAX_HOSTNAME: usize = 64;
+
+pub(crate) const NAMESPACE_OPTIONS: &str = "config.linux.security_context.namespace_options";
+
+/// Fails if a container is to be in a namespace of the host's that its pod is
+/// not in: it would silently be in the pod's.
+pub(crate) fn check_namespaces(spec: &ContainerSpec, pod: HostNamespaces) -> Result<()> {
+    let asked = spec.security.host_namespaces;
+    for (wanted, has, name) in [
+        (asked.network, pod.network, "network"),
+        (asked.ipc, pod.ipc, "ipc"),
+        (asked.pid, pod.pid, "pid"),
+    ] {
+        if wanted && !has {
+            return Err(Error::Invalid {
+                field: format!("{NAMESPACE_OPTIONS}.{name}"),
+                why: "is NODE, which the pod's is not".to_owned(),
+            });
+        }
+    }
+    Ok(())
+}
 
 /// The program of this name or path; none if it is not there.
 #[must_use]

@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::spec::{Mount, Propagation};
-use crate::volumes::unescape;
+use crate::volumes::{find_source, unescape};
 use crate::{Error, Result};
 
 /// Fails for a volume whose mounts would not travel: a promise to a storage
@@ -24,10 +24,7 @@ pub fn check(volumes: &[Mount]) -> Result<()> {
         source,
     })?;
     for volume in volumes.iter().filter(asks) {
-        let path = fs::canonicalize(&volume.host_path).map_err(|source| Error::MountSource {
-            path: volume.host_path.clone(),
-            source,
-        })?;
+        let path = find_source(&volume.host_path)?;
         let mount = mount_of(&text, &path);
         let (fits, wanted) = match volume.propagation {
             Propagation::Private => continue,

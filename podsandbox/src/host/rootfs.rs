@@ -19,7 +19,7 @@ use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::volumes::unmount_below;
-use crate::{Error, Result};
+use crate::{Error, Result, trash};
 
 /// In the bundle.
 const ROOT: &str = "rootfs";
@@ -37,6 +37,8 @@ pub struct Place {
     pub bundle: PathBuf,
     /// On disk: what the container writes.
     pub writable: PathBuf,
+    /// Where that goes, to be deleted by whoever empties it.
+    pub trash: PathBuf,
 }
 
 impl Place {
@@ -93,12 +95,13 @@ impl Place {
         below(&at, sub_path, container_path)
     }
 
-    /// Unmounts and removes everything, however far [`Place::mount`] came.
+    /// Unmounts and removes everything, however far [`Place::mount`] came. What
+    /// the container has written, which may be much, is in the trash then.
     pub fn remove(&self) -> Result<()> {
         // Nothing may be removed through a mount.
         unmount_below(&self.bundle)?;
         remove_dir(&self.bundle)?;
-        remove_dir(&self.writable)
+        trash::discard(&self.trash, &self.writable)
     }
 }
 
@@ -174,7 +177,7 @@ fn below(image: &Path, path: &str, container_path: &Path) -> Result<PathBuf> {
 }
 
 /// One that is gone is no error.
-pub fn remove_dir(dir: &Path) -> Result<()> {
+fn remove_dir(dir: &Path) -> Result<()> {
     match fs::remove_dir_all(dir) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed(dir, error)),
         _ => Ok(()),
@@ -249,6 +252,7 @@ mod tests {
         Place {
             bundle: dir.join("run/c"),
             writable: dir.join("disk/c"),
+            trash: dir.join("trash"),
         }
     }
 

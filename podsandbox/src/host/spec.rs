@@ -5,16 +5,18 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use agent_api::{PID_OF, PID_OF_POD, POD_ETC};
+use agent_api::{PID_OF, PID_OF_POD};
 use oci_spec::runtime::{
     Capabilities, Capability, LinuxDeviceCgroupBuilder, LinuxMemoryBuilder, LinuxNamespaceBuilder,
-    LinuxNamespaceType, LinuxResources, Mount, MountBuilder, RootBuilder, Spec,
+    LinuxNamespaceType, LinuxResources, LinuxSeccomp, Mount, MountBuilder, RootBuilder, Spec,
 };
 
 use super::{devices, propagation};
 use crate::oci::bind_mount;
 use crate::resize::explicit;
-use crate::spec::{ContainerSpec, HostNamespaces, PidNamespace, Resources};
+use crate::seccomp::{self, Profile};
+use crate::spec::{ContainerSpec, HostNamespaces, PidNamespace, Resources, Seccomp};
+use crate::volumes::find_source;
 use crate::{Error, Result, cgroup};
 
 /// What older runtimes take as well; nothing newer is used.
@@ -71,8 +73,8 @@ impl Host {
 
 /// The pod that a container is put into.
 pub struct Pod<'a> {
-    /// Volatile, with the files that its containers share.
-    pub dir: &'a Path,
+    /// With the files of /etc that its containers share.
+    pub etc: &'a Path,
     pub shm: &'a Path,
     pub namespaces: HostNamespaces,
     /// Its control group, from the hierarchy's root.
@@ -93,12 +95,7 @@ pub fn volumes(container: &ContainerSpec, images: &[PathBuf]) -> Result<Vec<Moun
             return bind_mount(volume, images.next().ok_or_else(missing)?, "ro");
         }
         let path = &volume.host_path;
-        // Symlinks in it are the kubelet's and are followed, as every runtime
-        // does.
-        let found = fs::canonicalize(path).map_err(|source| Error::MountSource {
-            path: path.clone(),
-            source,
-        })?;
+        let found = find_source(path)?;
         let access = match (volume.read_only, volume.recursive_read_only) {
             (false, _) => "rw",
             (true, false) => "ro",
@@ -116,6 +113,7 @@ pub fn for_host(
     id: &str,
     container: &ContainerSpec,
     root: PathBuf,
+    profile: Option<&Profile>,
     pod: &Pod<'_>,
     host: &Host,
 ) -> Result<Spec> {
@@ -139,8 +137,28 @@ pub fn for_host(
     if container.security.privileged {
         linux.set_devices(Some(devices::of_host()?));
     }
+    let process = spec.process().as_ref();
+    let sets = process.and_then(|process| process.capabilities().as_ref());
+    let held = sets.and_then(|sets| sets.bounding().clone());
+    linux.set_seccomp(filter(container, profile, &held.unwrap_or_default())?);
     spec.set_linux(Some(linux));
     Ok(spec)
+}
+
+fn filter(
+    container: &ContainerSpec,
+    profile: Option<&Profile>,
+    held: &Capabilities,
+) -> Result<Option<LinuxSeccomp>> {
+    if container.security.privileged {
+        return Ok(None);
+    }
+    match (&container.security.seccomp, profile) {
+        (Seccomp::RuntimeDefault, _) => Ok(Some(seccomp::host_default(held)?)),
+        (Seccomp::Localhost(_), Some(profile)) => Ok(Some(profile.for_host(held)?)),
+        // Without its profile it was refused before.
+        (Seccomp::Localhost(_) | Seccomp::Unconfined, _) => Ok(None),
+    }
 }
 
 /// Network, IPC and host name are inherited from the supervisor, and the host's
@@ -190,10 +208,7 @@ fn host_mounts(mounts: Vec<Mount>, container: &ContainerSpec, pod: &Pod<'_>) -> 
         &["nosuid", "nodev", "noexec", "rw"],
     )?];
     for name in ETC_FILES {
-        let (from, to) = (
-            pod.dir.join(POD_ETC).join(name),
-            Path::new("/etc").join(name),
-        );
+        let (from, to) = (pod.etc.join(name), Path::new("/etc").join(name));
         shared.push(bind(&from, &to, &[mode])?);
     }
     // A volume in their place is what was asked for.
@@ -204,6 +219,9 @@ fn host_mounts(mounts: Vec<Mount>, container: &ContainerSpec, pod: &Pod<'_>) -> 
     });
     kernel.extend(shared);
     kernel.extend(volumes);
+    // A mount hides what is mounted below it before: a volume at /dev or /etc
+    // must come before what the pod has there.
+    kernel.sort_by_key(|mount| mount.destination().components().count());
     Ok(kernel)
 }
 

@@ -50,12 +50,12 @@ fn made(container: &ContainerSpec, namespaces: HostNamespaces, host: &Host) -> S
     let volumes = volumes(container, &[PathBuf::from("/run/images/0/etc")]).unwrap();
     let base = crate::oci::runtime_spec(container, &image, "web", volumes, None).unwrap();
     let pod = Pod {
-        dir: Path::new("/run/pod"),
+        etc: Path::new("/lib/pod/etc"),
         shm: Path::new("/run/pod/shm"),
         namespaces,
         cgroup: Path::new("/kubepods/drupe-p"),
     };
-    for_host(base, "id", container, "/run/root".into(), &pod, host).unwrap()
+    for_host(base, "id", container, "/run/root".into(), None, &pod, host).unwrap()
 }
 
 fn kinds(spec: &Spec) -> Vec<LinuxNamespaceType> {
@@ -98,7 +98,7 @@ fn a_container_has_what_is_its_own_and_inherits_the_rest() {
     );
     assert_eq!(
         source_at(&spec, "/etc/hosts"),
-        Some(Path::new("/run/pod/etc/hosts"))
+        Some(Path::new("/lib/pod/etc/hosts"))
     );
 
     let unified = Host {
@@ -300,4 +300,62 @@ fn limits_are_those_that_the_host_can_keep() {
     let memory = changed(&Resources::default()).memory().unwrap();
     assert_eq!((memory.limit(), memory.swap()), (Some(-1), Some(-1)));
     assert_eq!(able.hugepage_limits().as_ref().unwrap().len(), 1);
+}
+
+#[test]
+fn a_volume_comes_before_what_the_pod_mounts_below_it() {
+    let mut container = container();
+    let volume = |at: &str| crate::spec::Mount {
+        host_path: "/proc".into(),
+        container_path: at.into(),
+        read_only: false,
+        recursive_read_only: false,
+        propagation: Propagation::Private,
+        id_mapping: None,
+        image: None,
+    };
+    container.mounts = vec![volume("/etc/hosts/deep"), volume("/etc"), volume("/dev")];
+    let spec = made(&container, HostNamespaces::default(), &all_capabilities());
+    let mounts = spec.mounts().clone().unwrap();
+    let at = |path: &str| {
+        let is = |mount: &Mount| mount.destination() == Path::new(path);
+        mounts.iter().position(is).unwrap()
+    };
+    for (first, then) in [
+        ("/etc", "/etc/hosts"),
+        ("/etc/hosts", "/etc/hosts/deep"),
+        ("/dev", "/dev/shm"),
+        ("/dev", "/dev/pts"),
+        ("/sys", "/sys/fs/cgroup"),
+    ] {
+        assert!(at(first) < at(then), "{first} {then}");
+    }
+}
+
+#[test]
+fn the_default_filter_is_the_hosts_and_follows_what_is_held() {
+    let mut container = container();
+    container.security.seccomp = Seccomp::RuntimeDefault;
+    container.security.add_capabilities = vec!["SYS_ADMIN".into()];
+    let filter = |container: &ContainerSpec, host: &Host| {
+        let spec = made(container, HostNamespaces::default(), host);
+        spec.linux().as_ref().unwrap().seccomp().clone()
+    };
+    let allows = |filter: &LinuxSeccomp, name: &str| {
+        let rules = filter.syscalls().clone().unwrap();
+        rules
+            .iter()
+            .any(|rule| rule.names().iter().any(|n| n == name))
+    };
+    let held = filter(&container, &all_capabilities()).unwrap();
+    assert_eq!(
+        held.default_action(),
+        oci_spec::runtime::LinuxSeccompAction::ScmpActErrno
+    );
+    assert!(allows(&held, "mount") && !allows(&held, "keyctl"));
+    // What this host cannot grant is not held.
+    let none = filter(&container, &Host::default()).unwrap();
+    assert!(!allows(&none, "mount"));
+    container.security.privileged = true;
+    assert!(filter(&container, &all_capabilities()).is_none());
 }

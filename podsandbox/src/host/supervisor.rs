@@ -8,7 +8,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 
@@ -17,8 +17,12 @@ use tokio::process::Child;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
+use super::spec::Host;
 use crate::spec::HostNamespaces;
 use crate::{Error, Result};
+
+/// Next to that of the node's own daemons, which the kubelet gives -999.
+const OOM_SCORE: i32 = -998;
 
 /// What a supervisor is given.
 pub struct Request {
@@ -26,6 +30,8 @@ pub struct Request {
     pub program: PathBuf,
     pub pod: String,
     pub dir: PathBuf,
+    /// Where it makes the files of /etc.
+    pub etc: PathBuf,
     pub runtime: PathBuf,
     /// The pod's control group, from its hierarchy's root.
     pub cgroup: PathBuf,
@@ -45,6 +51,7 @@ pub async fn spawn(request: Request) -> Result<Child> {
         program,
         pod,
         dir,
+        etc,
         runtime,
         cgroup,
         cgroup_procs,
@@ -58,6 +65,8 @@ pub async fn spawn(request: Request) -> Result<Child> {
     command
         .args(["supervise", &pod, "--dir"])
         .arg(&dir)
+        .arg("--etc")
+        .arg(&etc)
         .arg("--runtime")
         .arg(&runtime)
         .arg("--cgroup")
@@ -87,25 +96,39 @@ pub async fn spawn(request: Request) -> Result<Child> {
         source,
     };
     let mut child = spawn_in(command, netns, namespaces).await.map_err(failed)?;
+    let settled = settle(&child, &cgroup_procs);
+    if settled.is_err()
+        // Killed and reaped: nothing was asked of it yet.
+        && let Err(error) = child.kill().await
+    {
+        tracing::warn!(%error, "cannot end a supervisor given up");
+    }
+    settled.map(|()| child)
+}
+
+/// What is the process's own on the node, before it does anything.
+fn settle(child: &Child, cgroup_procs: &[PathBuf]) -> Result<()> {
     let id = child.id().unwrap_or(0).to_string();
     for path in cgroup_procs {
-        let joined = fs::OpenOptions::new()
-            .write(true)
-            .open(&path)
-            .and_then(|mut file| file.write_all(id.as_bytes()));
-        if let Err(source) = joined {
-            // Killed and reaped: nothing was asked of it yet.
-            if let Err(error) = child.kill().await {
-                tracing::warn!(%error, "cannot end a supervisor given up");
-            }
-            return Err(Error::File {
-                what: "control group",
-                path,
-                source,
-            });
-        }
+        write(path, &id).map_err(|source| Error::File {
+            what: "control group",
+            path: path.clone(),
+            source,
+        })?;
     }
-    Ok(child)
+    // The pod ends with it, so it goes after everything else of the pod. What
+    // it starts has a preference of its own.
+    let score = Host::read().oom_score(OOM_SCORE);
+    let path = PathBuf::from(format!("/proc/{id}/oom_score_adj"));
+    if let Err(error) = write(&path, &score.to_string()) {
+        tracing::warn!(%error, "cannot keep the OOM killer from a supervisor");
+    }
+    Ok(())
+}
+
+fn write(path: &Path, text: &str) -> io::Result<()> {
+    let mut file = fs::OpenOptions::new().write(true).open(path)?;
+    file.write_all(text.as_bytes())
 }
 
 /// Spawns on a thread made for it, which is in the namespaces that the child

@@ -16,12 +16,20 @@ use oci_spec::runtime::{
 use serde::Deserialize;
 
 use crate::Result;
+use crate::host::features::kernel_version;
 
 /// Default profiles of the field have 20 KiB.
 const MAX_BYTES: u64 = 1 << 20;
 
-/// The guest's architecture, as profiles write it.
+/// The architecture of guests and hosts, as profiles write it.
 const ARCH: (&str, Arch) = ("amd64", Arch::ScmpArchX86_64);
+
+/// What a host runs, each by its name in profiles.
+const HOST_ARCHES: [(&str, Arch); 3] = [
+    ("SCMP_ARCH_X86_64", Arch::ScmpArchX86_64),
+    ("SCMP_ARCH_X86", Arch::ScmpArchX86),
+    ("SCMP_ARCH_X32", Arch::ScmpArchX32),
+];
 
 /// The oldest kernel that the agent runs on: it hands overlayfs all its
 /// directories as descriptors. A rule for a later one is taken as not met.
@@ -64,10 +72,18 @@ pub struct Profile {
     default_errno: Option<String>,
     architectures: Option<Vec<Arch>>,
     /// The older kinds of machine that each architecture can also run.
-    arch_map: Option<serde_json::Value>,
+    arch_map: Option<Vec<ArchMap>>,
     flags: Option<Vec<LinuxSeccompFilterFlag>>,
     listener_path: Option<PathBuf>,
     syscalls: Option<Vec<Rule>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct ArchMap {
+    architecture: String,
+    /// Profiles know more of them than this program does.
+    sub_architectures: Option<Vec<String>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -143,16 +159,52 @@ impl Profile {
         Ok(profile)
     }
 
-    /// What of it holds for a container with these capabilities.
+    /// What of it holds in a guest for a container with these capabilities.
     pub fn for_container(&self, held: &HashSet<Capability>) -> Result<LinuxSeccomp> {
+        // A guest runs no programs of other kinds.
+        self.resolve(held, OLDEST_GUEST, vec![ARCH.1])
+    }
+
+    /// The same on the host's kernel.
+    pub fn for_host(&self, held: &HashSet<Capability>) -> Result<LinuxSeccomp> {
+        // One that is not known is older than any.
+        let kernel = kernel_version().unwrap_or_default();
+        self.resolve(held, kernel, self.architectures())
+    }
+
+    /// This host's with the older kinds that go with it, or those that are
+    /// listed: programs of a kind that is not are killed.
+    fn architectures(&self) -> Vec<Arch> {
+        let maps = self.arch_map.iter().flatten();
+        let mapped = maps.filter(|map| map.architecture == HOST_ARCHES[0].0);
+        let older = mapped.flat_map(|map| map.sub_architectures.iter().flatten());
+        let older: Vec<&String> = older.collect();
+        let listed = self.architectures.iter().flatten();
+        let listed: Vec<&Arch> = listed.collect();
+        let has = |(name, arch): &&(&str, Arch)| {
+            *arch == ARCH.1 || listed.contains(&arch) || older.iter().any(|older| older == name)
+        };
+        HOST_ARCHES
+            .iter()
+            .filter(has)
+            .map(|(_, arch)| *arch)
+            .collect()
+    }
+
+    fn resolve(
+        &self,
+        held: &HashSet<Capability>,
+        kernel: (u32, u32),
+        architectures: Vec<Arch>,
+    ) -> Result<LinuxSeccomp> {
         let rules = self.syscalls.iter().flatten();
         let syscalls = rules
-            .filter(|rule| rule.applies(held))
+            .filter(|rule| rule.applies(held, kernel))
             .map(Rule::to_oci)
             .collect::<Result<Vec<_>>>()?;
         let mut seccomp = LinuxSeccompBuilder::default()
             .default_action(self.default_action)
-            .architectures(vec![ARCH.1])
+            .architectures(architectures)
             .syscalls(syscalls)
             .build()?;
         seccomp.set_default_errno_ret(self.default_errno_ret);
@@ -162,15 +214,15 @@ impl Profile {
 }
 
 impl Rule {
-    fn applies(&self, held: &HashSet<Capability>) -> bool {
+    fn applies(&self, held: &HashSet<Capability>, kernel: (u32, u32)) -> bool {
         let included = self
             .includes
             .as_ref()
-            .is_none_or(|condition| condition.all_met(held));
+            .is_none_or(|condition| condition.all_met(held, kernel));
         let excluded = self
             .excludes
             .as_ref()
-            .is_some_and(|condition| condition.any_met(held));
+            .is_some_and(|condition| condition.any_met(held, kernel));
         included && !excluded
     }
 
@@ -197,22 +249,28 @@ impl Condition {
         }
     }
 
+    /// None without such a condition.
+    fn has_kernel(&self, kernel: (u32, u32)) -> Option<bool> {
+        let least = self.min_kernel.as_deref()?;
+        Some(version(least).is_some_and(|least| least <= kernel))
+    }
+
     /// As an inclusion: each capability, one of the architectures, the kernel.
-    fn all_met(&self, held: &HashSet<Capability>) -> bool {
+    fn all_met(&self, held: &HashSet<Capability>, kernel: (u32, u32)) -> bool {
         let mut caps = self.caps.iter().flatten();
         let arches = self.arches.as_deref().unwrap_or_default();
         caps.all(|name| holds(held, name))
             && (arches.is_empty() || arches.iter().any(|arch| arch == ARCH.0))
-            && self.min_kernel.as_deref().is_none_or(has_kernel)
+            && self.has_kernel(kernel).unwrap_or(true)
     }
 
     /// As an exclusion: any of them.
-    fn any_met(&self, held: &HashSet<Capability>) -> bool {
+    fn any_met(&self, held: &HashSet<Capability>, kernel: (u32, u32)) -> bool {
         let mut caps = self.caps.iter().flatten();
         let mut arches = self.arches.iter().flatten();
         caps.any(|name| holds(held, name))
             || arches.any(|arch| arch == ARCH.0)
-            || self.min_kernel.as_deref().is_some_and(has_kernel)
+            || self.has_kernel(kernel).unwrap_or(false)
     }
 }
 
@@ -220,10 +278,6 @@ fn holds(held: &HashSet<Capability>, name: &str) -> bool {
     let capability = serde_json::from_value(serde_json::Value::String(name.to_owned()));
     // One that this Linux does not have is held by nobody.
     capability.is_ok_and(|capability: Capability| held.contains(&capability))
-}
-
-fn has_kernel(least: &str) -> bool {
-    version(least).is_some_and(|least| least <= OLDEST_GUEST)
 }
 
 /// Of `5.10` or `5.10.1`, the first two numbers.
@@ -298,6 +352,11 @@ mod tests {
             ],
         }))
         .unwrap();
+        let on_host = profile.for_host(&HashSet::new()).unwrap();
+        assert_eq!(
+            on_host.architectures().clone().unwrap(),
+            [Arch::ScmpArchX86_64, Arch::ScmpArchX86]
+        );
         assert_eq!(names(&profile, &[]), ["always", "no-admin", "here", "old"]);
         assert_eq!(
             names(&profile, &[Capability::SysAdmin]),

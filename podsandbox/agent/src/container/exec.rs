@@ -17,6 +17,7 @@ use super::session::{Client, Connections, Events, SessionError, deliver};
 use super::stdin::Stdin;
 use super::stdio::{CHUNK, Source, StdioError};
 use super::{Containers, Error};
+use crate::log;
 use crate::reaper::ExitCode;
 
 /// Chunks of output that wait for the host before the command's writes do.
@@ -188,7 +189,7 @@ fn report(joined: Result<(), tokio::task::JoinError>) {
     if let Err(error) = joined
         && !error.is_cancelled()
     {
-        eprintln!("drupe-agent: a stream of a command: {error}");
+        log::warn(format_args!("a stream of a command: {error}"));
     }
 }
 
@@ -251,7 +252,7 @@ async fn pump(mut source: Source, wrap: fn(Vec<u8>) -> Event, events: mpsc::Send
             Ok(0) => return,
             Ok(length) => length,
             Err(error) => {
-                eprintln!("drupe-agent: cannot read the output of a command: {error}");
+                log::warn(format_args!("cannot read the output of a command: {error}"));
                 return;
             }
         };

@@ -21,7 +21,7 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use super::stdio::{CHUNK, Source};
-use crate::sys;
+use crate::{log, sys};
 
 /// How long the streams of a session may take to come: milliseconds, unless
 /// hundreds are opened at once.
@@ -242,7 +242,7 @@ pub async fn deliver(mut source: Source, mut client: Option<Host>) {
             Ok(0) => break,
             Ok(length) => length,
             Err(error) => {
-                eprintln!("drupe-agent: cannot read the output of a command: {error}");
+                log::warn(format_args!("cannot read the output of a command: {error}"));
                 break;
             }
         };

@@ -21,7 +21,7 @@ use tokio::time::timeout;
 use tokio_vsock::{VsockAddr, VsockStream};
 
 use super::tee::Tee;
-use crate::sys;
+use crate::{log, sys};
 
 /// vsock address and port of the host that take output (the VMM's `LOG_PORT`).
 const HOST_CID: u32 = 2;
@@ -192,7 +192,9 @@ pub async fn pump(
             Ok(0) => break,
             Ok(length) => length,
             Err(error) => {
-                eprintln!("drupe-agent: container {id}: cannot read {stream}: {error}");
+                log::warn(format_args!(
+                    "container {id}: cannot read {stream}: {error}"
+                ));
                 break;
             }
         };
@@ -200,7 +202,9 @@ pub async fn pump(
         if let Some(connection) = &mut host
             && let Err(error) = send(connection, bytes, &source.ended).await
         {
-            eprintln!("drupe-agent: container {id}: {stream} is lost from here: {error}");
+            log::warn(format_args!(
+                "container {id}: {stream} is lost from here: {error}"
+            ));
             host = None;
         }
         tee.give(bytes).await;
@@ -209,7 +213,9 @@ pub async fn pump(
     if let Some(mut connection) = host
         && let Err(error) = finish(&mut connection).await
     {
-        eprintln!("drupe-agent: container {id}: the host may lack the end of {stream}: {error}");
+        log::warn(format_args!(
+            "container {id}: the host may lack the end of {stream}: {error}"
+        ));
     }
 }
 
