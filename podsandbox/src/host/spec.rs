@@ -248,6 +248,8 @@ fn limit_process(spec: &mut Spec, host: &Host) {
         sets.set_bounding(limit(sets.bounding()));
         sets.set_effective(limit(sets.effective()));
         sets.set_permitted(limit(sets.permitted()));
+        sets.set_inheritable(limit(sets.inheritable()));
+        sets.set_ambient(limit(sets.ambient()));
         process.set_capabilities(Some(sets));
     }
     let asked = process.oom_score_adj().unwrap_or(0);
