@@ -60,21 +60,33 @@ fn make_all(dirs: &[PathBuf]) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Removes the parent that is nobody else's, unless some pod is in it.
+/// Removes the parent that is nobody else's, unless some pod is in it. Where
+/// only OCI runtimes make groups it may be empty though a pod is there: its
+/// runtime is about to.
 pub fn remove_own_parent() {
-    for dir in everywhere(Path::new(OWN_PARENT)) {
-        match fs::remove_dir(&dir) {
-            Ok(()) => {}
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::NotFound
-                        | io::ErrorKind::ResourceBusy
-                        | io::ErrorKind::DirectoryNotEmpty
-                ) => {}
-            Err(error) => {
+    let parent = Path::new(OWN_PARENT);
+    let is_gone = dirs_of(parent).iter().all(|dir| remove_empty(dir));
+    if is_gone {
+        for dir in everywhere(parent) {
+            remove_empty(&dir);
+        }
+    }
+}
+
+/// Whether it is gone.
+fn remove_empty(dir: &Path) -> bool {
+    match fs::remove_dir(dir) {
+        Ok(()) => true,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => true,
+        Err(error) => {
+            let in_use = [
+                io::ErrorKind::ResourceBusy,
+                io::ErrorKind::DirectoryNotEmpty,
+            ];
+            if !in_use.contains(&error.kind()) {
                 tracing::warn!(path = %dir.display(), %error, "cannot remove an empty control group");
             }
+            false
         }
     }
 }

@@ -157,7 +157,7 @@ fn a_container_that_joins_one_that_has_ended_does_not_join_another() -> Result<(
         assert_eq!(debugger.wait_exit()?.exit_code, 128);
         refused(
             pod.create(config("later")).map(|container| container.id),
-            Code::NotFound,
+            Code::FailedPrecondition,
             &[&target.id],
         )?;
         Ok(())

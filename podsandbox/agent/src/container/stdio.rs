@@ -27,8 +27,8 @@ use crate::{log, sys};
 const HOST_CID: u32 = 2;
 const LOG_PORT: u32 = 2;
 
-/// What one read takes: half a pipe.
-pub const CHUNK: usize = 32 * 1024;
+/// What one read takes: all that a pipe holds.
+pub const CHUNK: usize = 64 * 1024;
 
 /// How long a pipe may stay silent after its process ended before it is given
 /// up: a process of another container may hold it, having been given it.

@@ -13,7 +13,7 @@ use futures_util::future::join_all;
 use tokio::sync::{mpsc, watch};
 
 /// Chunks that wait for one client: 256 KiB.
-const QUEUE: usize = 8;
+const QUEUE: usize = 4;
 
 /// How long a client may take nothing while its queue is full.
 pub const STALL: Duration = Duration::from_secs(10);
