@@ -8,6 +8,7 @@ pub mod filter;
 pub mod metrics;
 pub mod pod;
 pub mod resources;
+pub mod security;
 pub mod signal;
 pub mod stats;
 pub mod userns;

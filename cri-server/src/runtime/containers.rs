@@ -6,7 +6,7 @@ use cri_api::v1;
 use tonic::Status;
 
 use super::Runtime;
-use crate::convert::{container, error, filter, invalid, required};
+use crate::convert::{container, error, filter, invalid, required, security};
 use crate::json_info as info;
 
 impl Runtime {
@@ -15,7 +15,7 @@ impl Runtime {
         request: v1::CreateContainerRequest,
     ) -> Result<v1::CreateContainerResponse, Status> {
         let config = required("config", request.config)?;
-        container::check_privileged(&config, request.sandbox_config.as_ref())?;
+        security::check_privileged(&config, request.sandbox_config.as_ref())?;
         let spec = container::parse(config)?;
         let container_id = self
             .pods

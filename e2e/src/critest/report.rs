@@ -84,6 +84,19 @@ impl Report {
         reasons
     }
 
+    /// Specs that did not run, for a reason that none of `lacking` is in or,
+    /// chosen by the command line, without a name that one of `left_out` is in.
+    #[must_use]
+    pub fn unexpected(&self, lacking: &[&str], left_out: &[&str]) -> Vec<&str> {
+        let has = |text: &str, any: &[&str]| any.iter().any(|word| text.contains(word));
+        let not_run = self.specs.iter().filter(|spec| match &spec.outcome {
+            Outcome::Skipped(reason) => !has(reason, lacking),
+            Outcome::NotSelected => !has(&spec.name, left_out),
+            Outcome::Passed | Outcome::Failed(_) => false,
+        });
+        not_run.map(|spec| spec.name.as_str()).collect()
+    }
+
     fn count(&self, of: impl Fn(&Outcome) -> bool) -> usize {
         self.specs.iter().filter(|spec| of(&spec.outcome)).count()
     }
@@ -205,6 +218,12 @@ mod tests {
         assert_eq!(failed.name, "[k8s.io] Pods b");
         assert_eq!(why, "Expected 1\nfailed at b.go:7");
         assert_eq!(report.skipped()["no AppArmor"], ["[k8s.io] Pods d"]);
+        assert!(report.unexpected(&["AppArmor"], &["Pods e"]).is_empty());
+        assert_eq!(
+            report.unexpected(&["SELinux"], &["Pods e"]),
+            ["[k8s.io] Pods d"]
+        );
+        assert_eq!(report.unexpected(&["AppArmor"], &[]), ["[k8s.io] Pods e"]);
     }
 
     #[test]

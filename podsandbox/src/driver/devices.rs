@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use vmm_client::Control;
 
 use super::Driver;
-use super::containers::mounting;
+use super::create::mounting;
 use crate::Result;
 use crate::cdi::{self, CdiError, Extras, Name};
 use crate::devices::guest::{self, Wanted};

@@ -8,6 +8,7 @@
 //! [`PodSnapshot`]. Called by [`crate::manager`] only.
 
 mod containers;
+mod create;
 mod devices;
 mod disks;
 mod on_host;

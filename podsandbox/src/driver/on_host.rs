@@ -11,7 +11,8 @@ use nix::sys::socket::SockType;
 use tokio_util::sync::CancellationToken;
 use vmm_client::Control;
 
-use super::containers::{mounting, open_log, seccomp_profile, user};
+use super::containers::open_log;
+use super::create::{mounting, seccomp_profile, user};
 use super::devices::Devices;
 use super::disks::Disk;
 use super::start::{Timeline, log_file, read_tail};

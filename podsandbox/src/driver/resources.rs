@@ -5,7 +5,8 @@
 //! not to have lies in the balloon. See [`crate::sizing`] for how much that is.
 //! A pod on the host's kernel has limits only.
 
-use super::containers::{check_huge_pages, state_error};
+use super::containers::state_error;
+use super::create::check_huge_pages;
 use super::{Driver, max_vcpus};
 use crate::config::Engine;
 use crate::phase::PodPhase;

@@ -99,7 +99,7 @@ fn commands_terminals_and_ports_are_streamed() -> Result<()> {
         );
 
         let line = format!(
-            "stty rows 33 cols 111; exec {} exec -it {} sh -c 'sleep 1; stty size; tty'",
+            "stty rows 33 cols 111; exec {} exec -it {} sh -c 'n=0; until stty size | grep -q 111 || [ $n = 200 ]; do n=$((n+1)); sleep 0.05; done; stty size; tty'",
             crictl(node)?,
             container.id
         );

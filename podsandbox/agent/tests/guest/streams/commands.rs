@@ -54,12 +54,12 @@ async fn a_command_has_its_streams_and_its_exit_code() {
     let done = converse(session.unwrap(), b"").await;
     assert_eq!((done.text().as_str(), done.exit), ("left\n", Ok(0)));
     let left = held(&mut guest).await;
-    assert!(left.text.contains("sleep 100\n"), "{left:?}");
+    assert!(left.rest.contains("sleep 100\n"), "{left:?}");
     guest.signal("web", libc::SIGKILL, true).await;
     guest.remove("web").await;
     let left = held(&mut guest).await;
     assert!(
-        !left.text.contains("sleep 100\n") && left.text.ends_with("\n1\n1\n"),
+        !left.rest.contains("sleep 100\n") && left.rest.ends_with("\n1\n1\n"),
         "{left:?}"
     );
     guest.shut_down().await;
