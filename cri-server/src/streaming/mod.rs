@@ -48,7 +48,7 @@ use session::Backend;
 use token::{Ticket, Tokens};
 
 /// What the largest piece of a stream is that is held in memory as one.
-const PIECE: usize = 32 << 10;
+const PIECE: usize = 64 << 10;
 /// A client has this long to open the streams it announced, as the kubelet
 /// gives it.
 const STREAM_CREATION: Duration = Duration::from_secs(30);

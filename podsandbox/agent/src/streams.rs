@@ -28,6 +28,10 @@ const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
 pub const MAX_FORWARDS: usize = 512;
 const BUFFER: usize = 16 * 1024;
 
+/// Bytes of a stream of the host's that the guest holds before they are read.
+/// It tells the host of room only once a quarter of Linux' own size is left.
+const VSOCK_BUFFER: u64 = 1 << 20;
+
 /// On loopback it is answered at once, unless the listener's queue is full.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -36,6 +40,9 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
 /// Serves for as long as the runtime lives.
 pub async fn serve(listener: VsockListener, sessions: Arc<Sessions>) {
+    if let Err(error) = sys::set_vsock_buffer(listener.as_fd(), VSOCK_BUFFER) {
+        log::warn(format_args!("streams have small buffers: {error}"));
+    }
     let greetings = Arc::new(Semaphore::new(MAX_GREETINGS));
     let forwards = Arc::new(Semaphore::new(MAX_FORWARDS));
     // The semaphore is never closed.

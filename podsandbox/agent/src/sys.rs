@@ -374,3 +374,27 @@ pub fn seccomp_filter(program: &[libc::sock_filter], flags: u64) -> Result<()> {
     };
     Errno::result(result).map(drop)
 }
+
+/// How many bytes of its peer's a vsock socket, or each that it accepts, takes
+/// before they are read.
+pub fn set_vsock_buffer(socket: BorrowedFd<'_>, bytes: u64) -> Result<()> {
+    // Of linux/vm_sockets.h.
+    const BUFFER_SIZE: c_int = 0;
+    const BUFFER_MAX_SIZE: c_int = 2;
+    // Above the largest there may be, the size would be cut.
+    for option in [BUFFER_MAX_SIZE, BUFFER_SIZE] {
+        // SAFETY: setsockopt reads the given number of bytes of `bytes`
+        // (vsock(7)), which lives.
+        let set = unsafe {
+            libc::setsockopt(
+                socket.as_raw_fd(),
+                libc::AF_VSOCK,
+                option,
+                (&raw const bytes).cast(),
+                size_of_val(&bytes) as libc::socklen_t,
+            )
+        };
+        Errno::result(set)?;
+    }
+    Ok(())
+}

@@ -72,7 +72,6 @@ fn add_mounts(spec: &mut Spec, extras: &Extras) -> Result<(), OciSpecError> {
     Ok(())
 }
 
-#[allow(deprecated)] // `prestart`, which a CDI file may still name.
 fn add_hooks(spec: &mut Spec, hooks: &[file::Hook]) -> Result<(), OciSpecError> {
     let mut all = spec.hooks().clone().unwrap_or_default();
     for hook in hooks {

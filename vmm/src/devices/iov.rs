@@ -83,6 +83,17 @@ impl<'m> Iov<'m> {
         Ok(())
     }
 
+    /// Adds another list behind this one; false, and nothing added, where one
+    /// call could not take both.
+    pub fn extend(&mut self, more: &Self) -> bool {
+        if self.slices.len() + more.slices.len() > MAX_SLICES {
+            return false;
+        }
+        self.slices.extend_from_slice(&more.slices);
+        self.len += more.len;
+        true
+    }
+
     /// Bytes in all.
     pub fn len(&self) -> usize {
         self.len

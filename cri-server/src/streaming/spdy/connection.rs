@@ -11,6 +11,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+use super::credit::Credit;
 use super::frame::{self, Control, FrameError, HEADER_LEN, Header, Reset};
 use super::headers::{EmptyBlocks, HeaderError, Inflater};
 use super::stream::{Reading, Sender, Shared, State, Stream};
@@ -76,7 +77,7 @@ impl Connection {
                 windows: Windows::default(),
                 gone: gone.clone(),
                 blocks: Mutex::new(EmptyBlocks::default()),
-                credit: Default::default(),
+                credit: Credit::default(),
             }),
         };
         let ended = gone.clone();
@@ -200,6 +201,7 @@ impl<R: AsyncRead + Unpin> Reader<R> {
     }
 
     async fn data(&mut self, id: u32, fin: bool, mut left: usize) -> Result<(), ReadError> {
+        self.shared.credit.received(left);
         // Of a stream that was open once, data may be under way still.
         let unknown = id > self.last_stream.load(Ordering::Relaxed);
         if unknown {

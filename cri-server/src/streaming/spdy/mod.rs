@@ -3,9 +3,11 @@
 //!
 //! [`frame`] and [`headers`] are pure functions over bytes; [`connection`]
 //! reads frames and owns the streams' inboxes; [`stream`] is what a protocol
-//! holds of one stream; [`window`] is flow control.
+//! holds of one stream; [`window`] and [`credit`] are flow control of what is
+//! sent and received.
 
 mod connection;
+mod credit;
 mod dictionary;
 pub mod frame;
 pub mod headers;

@@ -1,22 +1,18 @@
 //! One stream, as the protocol above holds it.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 
+use super::credit::{self, Credit};
 use super::frame::{self, Reset};
 use super::headers::{EmptyBlocks, Headers};
 use super::window::{StreamWindow, Windows};
 use crate::streaming::PIECE;
 use crate::streaming::inbox::Inbox;
 use crate::streaming::outbox::{Closed, Frame, Outbox};
-
-/// Read bytes are told to a client that counts in steps of this, half of the
-/// window that it starts with.
-const CREDIT_STEP: usize = 32 << 10;
 
 /// What the streams of a connection have in common.
 pub struct Shared {
@@ -25,8 +21,7 @@ pub struct Shared {
     pub gone: CancellationToken,
     /// Locked until the block it gave is queued: blocks go out in order.
     pub blocks: Mutex<EmptyBlocks>,
-    /// Read on all streams and not told yet.
-    pub credit: AtomicUsize,
+    pub credit: Credit,
 }
 
 impl Shared {
@@ -42,15 +37,13 @@ impl Shared {
     }
 
     pub fn consumed(&self, bytes: usize) {
-        if self.credit.fetch_add(bytes, Ordering::Relaxed) + bytes >= CREDIT_STEP {
-            let bytes = self.credit.swap(0, Ordering::Relaxed);
-            self.open_window(0, bytes);
-        }
+        let bytes = self.credit.read(bytes);
+        self.open_window(0, bytes);
     }
 
     fn open_window(&self, stream: u32, bytes: usize) {
         let delta = u32::try_from(bytes).unwrap_or(0).min(i32::MAX as u32);
-        if delta == 0 {
+        if delta == 0 || !self.credit.is_kept() {
             return;
         }
         let frame = Frame::new(frame::window_update(stream, delta));
@@ -150,7 +143,7 @@ impl Reading {
     pub fn taken(&mut self, bytes: usize) {
         self.state.shared.consumed(bytes);
         self.credit += bytes;
-        if self.credit >= CREDIT_STEP {
+        if self.credit >= credit::STEP {
             self.state.shared.open_window(self.state.id, self.credit);
             self.credit = 0;
         }

@@ -307,6 +307,17 @@ async fn we_open_windows_for_what_was_read() {
 }
 
 #[tokio::test]
+async fn a_client_that_does_not_keep_to_windows_is_not_told_of_them() {
+    let server = server(&Pods::default()).await;
+    let mut client = spdy_exec(&server, &["cat"], "i").await;
+    let [_, stdin] = [client.open("error").await, client.open("stdin").await];
+    // More at once than it was let.
+    client.data(stdin, &[0; 65 << 10]).await;
+    client.send(frame::ping(7)).await;
+    assert_eq!(client.next().await, Some(Got::Ping(7)));
+}
+
+#[tokio::test]
 async fn an_idle_session_ends_and_a_busy_one_does_not() {
     let pods = Pods::default();
     let config = StreamingConfig {

@@ -23,8 +23,8 @@ use super::packet::{Header, Ports, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, op};
 use super::rx::Rx;
 use crate::devices::iov::Iov;
 
-/// Payload of one packet to the guest; Linux drops larger ones.
-const MAX_PAYLOAD: usize = 64 * 1024;
+/// Buffers of the guest (4 KiB each, from Linux) that one read fills at most.
+const MAX_GATHERED: usize = 32;
 
 /// Bytes one connection may send before the next one has its turn.
 const TURN_BYTES: usize = 256 * 1024;
@@ -380,6 +380,8 @@ impl Connection {
 
     fn pump_data(&mut self, rx: &mut Rx<'_>) -> io::Result<Pumped> {
         let mut turn = TURN_BYTES;
+        // Few bytes wait most of the time: more buffers once one was filled.
+        let mut gathered = 1;
         let mut reset_seen = false;
         while self.readable && !self.source_ended {
             let credit = self.credit();
@@ -396,32 +398,27 @@ impl Connection {
                 self.readable = false;
                 break;
             }
-            let most = credit.min(turn).min(MAX_PAYLOAD);
-            let Some(buffer) = rx.take(most)? else {
+            let Some(batch) = rx.gather(gathered, credit.min(turn))? else {
                 return Ok(Pumped::Starved);
             };
-            let room = buffer.payload.len();
-            match buffer.payload.receive(&self.stream) {
-                Ok(0) => {
-                    rx.put_back(buffer);
-                    self.source_ended = true;
-                }
-                Ok(n) => {
-                    let len = u32::try_from(n).map_err(io::Error::other)?;
-                    let header = Header {
-                        len,
-                        ..self.header(op::RW, 0)
-                    };
-                    rx.put(&buffer, self.ports, header)?;
+            gathered = MAX_GATHERED;
+            let header = self.header(op::RW, 0);
+            let room = batch.room.len();
+            let received = batch.room.receive(&self.stream);
+            let count = received.as_ref().map_or(0, |&count| count);
+            rx.put_batch(batch, count, self.ports, header)?;
+            match received {
+                Ok(0) => self.source_ended = true,
+                Ok(count) => {
+                    let len = u32::try_from(count).map_err(io::Error::other)?;
                     self.sent = self.sent.wrapping_add(len);
                     self.told(&header);
-                    turn -= n.min(turn);
+                    turn -= count.min(turn);
                     // A short read emptied the socket, most likely; if not,
                     // epoll says so.
-                    self.readable = n == room;
+                    self.readable = count == room;
                 }
                 Err(e) => {
-                    rx.put_back(buffer);
                     if is_retry(&e) {
                         self.readable = false;
                     } else if e.kind() == ErrorKind::ConnectionReset && !reset_seen {

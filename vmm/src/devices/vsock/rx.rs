@@ -14,6 +14,9 @@ use crate::devices::queue::{broken, next_chain};
 /// before the driver counts as broken. A sane driver makes none.
 const MAX_BAD_BUFFERS: u32 = 1024;
 
+/// Payload of one packet to the guest; Linux drops larger ones.
+const MAX_PAYLOAD: usize = 64 * 1024;
+
 pub(super) struct Rx<'a> {
     mem: &'a GuestMemoryMmap,
     queue: &'a mut Queue,
@@ -23,11 +26,18 @@ pub(super) struct Rx<'a> {
 
 /// A buffer of the guest that was taken from the queue; it must go through
 /// [`Rx::put`] or [`Rx::put_back`].
-pub(super) struct RxBuffer<'a> {
+struct RxBuffer<'a> {
     index: u16,
     header: Iov<'a>,
     /// Room for a payload.
-    pub(super) payload: Iov<'a>,
+    payload: Iov<'a>,
+}
+
+/// Buffers in a row, for one read of a socket.
+pub(super) struct Batch<'a> {
+    buffers: Vec<RxBuffer<'a>>,
+    /// All their room for payload.
+    pub(super) room: Iov<'a>,
 }
 
 impl<'a> Rx<'a> {
@@ -42,7 +52,7 @@ impl<'a> Rx<'a> {
 
     /// The next buffer, its payload room cut to `most`. `None` when the guest
     /// has given no more: it will kick the queue once it has.
-    pub(super) fn take(&mut self, most: usize) -> io::Result<Option<RxBuffer<'a>>> {
+    fn take(&mut self, most: usize) -> io::Result<Option<RxBuffer<'a>>> {
         if !self.queue.ready() {
             return Ok(None);
         }
@@ -71,14 +81,53 @@ impl<'a> Rx<'a> {
         Ok(None)
     }
 
+    /// The next `count` buffers, or as many as there are, until they have room
+    /// for `most` bytes. `None` when there is none.
+    pub(super) fn gather(&mut self, count: usize, most: usize) -> io::Result<Option<Batch<'a>>> {
+        let mut batch = Batch {
+            buffers: Vec::with_capacity(count),
+            room: Iov::default(),
+        };
+        while batch.buffers.len() < count && batch.room.len() < most {
+            let left = most - batch.room.len();
+            let Some(buffer) = self.take(left.min(MAX_PAYLOAD))? else {
+                break;
+            };
+            if !batch.room.extend(&buffer.payload) {
+                self.put_back(buffer);
+                break;
+            }
+            batch.buffers.push(buffer);
+        }
+        Ok((!batch.buffers.is_empty()).then_some(batch))
+    }
+
+    /// Hands as many of the buffers to the guest as the `len` bytes of payload
+    /// in them fill, each with `header`, and takes the others back.
+    pub(super) fn put_batch(
+        &mut self,
+        batch: Batch<'a>,
+        len: usize,
+        ports: Ports,
+        header: Header,
+    ) -> io::Result<()> {
+        let mut left = len;
+        for buffer in batch.buffers {
+            if left == 0 {
+                self.put_back(buffer);
+                continue;
+            }
+            let here = left.min(buffer.payload.len());
+            left -= here;
+            let len = u32::try_from(here).map_err(io::Error::other)?;
+            self.put(&buffer, ports, Header { len, ..header })?;
+        }
+        Ok(())
+    }
+
     /// Hands a buffer to the guest: `header` (addresses and type are filled
     /// in) and `header.len` bytes of payload that are in it already.
-    pub(super) fn put(
-        &mut self,
-        buffer: &RxBuffer<'_>,
-        ports: Ports,
-        mut header: Header,
-    ) -> io::Result<()> {
+    fn put(&mut self, buffer: &RxBuffer<'_>, ports: Ports, mut header: Header) -> io::Result<()> {
         header.src_cid = HOST_CID;
         header.dst_cid = self.guest_cid;
         header.src_port = ports.host;
@@ -92,7 +141,7 @@ impl<'a> Rx<'a> {
     }
 
     /// Returns the buffer taken last, unused.
-    pub(super) fn put_back(&mut self, _buffer: RxBuffer<'_>) {
+    fn put_back(&mut self, _buffer: RxBuffer<'_>) {
         self.queue.go_to_previous_position();
     }
 
