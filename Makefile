@@ -17,10 +17,10 @@ export DRUPE_TEST_KERNEL := $(CURDIR)/out/guest/kernel-uml
 export DRUPE_TEST_INITRAMFS := $(CURDIR)/out/guest/initramfs
 export DRUPE_TEST_VMM := $(CURDIR)/out/bin/drupe-vmm
 
-.PHONY: help setup build demo test e2e critest test-kvm fuzz bench bench-kvm lint clean
+.PHONY: help setup build demo test e2e critest test-kvm test-cluster fuzz bench bench-kvm lint clean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Install the Debian packages, build the guest kernel and the test tools (kept in a cache)
 	@deploy/install-packages.sh $(SETUP_EXTRA)
@@ -51,6 +51,13 @@ e2e: setup build ## Only the end-to-end tests
 critest: ## Kubernetes' conformance tests of CRI; PARALLEL=2 at once, FOCUS='...' and SKIP='...' choose by name
 critest: setup build
 	@$(TARGET_DIR)/release/critest record
+
+test-cluster: setup build out/kubernetes ## What users of a cluster do, on a real control plane and kubelet; TEST='...' chooses by name
+	@$(TIMED) "tests in a cluster" $(CARGO) test --release --workspace --test cluster -- $(TEST)
+
+.PHONY: out/kubernetes
+out/kubernetes:
+	@$(TIMED) "Kubernetes' programs" e2e/tools/kubernetes/build.sh $@
 
 test-kvm: setup build out/node ## End-to-end tests on kvm, in an emulated bare-metal node
 	@$(EMULATED_NODE)

@@ -57,6 +57,11 @@ pub fn critest() -> Result<PathBuf> {
     artifact("tools/critest", "setup")
 }
 
+/// A program of Kubernetes, or etcd.
+pub fn kubernetes(program: &str) -> Result<PathBuf> {
+    artifact(&format!("kubernetes/{program}"), "out/kubernetes")
+}
+
 /// The package `name` of `image-packages.txt`.
 pub fn deb(name: &str) -> Result<PathBuf> {
     artifact(&format!("debs/{name}.deb"), "setup")

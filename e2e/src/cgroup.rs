@@ -126,17 +126,21 @@ impl Cgroup {
             Ok::<_, anyhow::Error>(())
         })?;
         for path in &self.everywhere {
-            // A process that was just reaped may hold its cgroup a moment more.
-            eventually("the cgroup to be empty", KILL_WITHIN, || {
-                for dir in tree(path)?.iter().rev() {
-                    fs::remove_dir(dir)
-                        .with_context(|| format!("remove cgroup {}", dir.display()))?;
-                }
-                Ok::<_, anyhow::Error>(())
-            })?;
+            remove_tree(path)?;
         }
         Ok(())
     }
+}
+
+/// Removes groups without processes.
+pub fn remove_tree(path: &Path) -> Result<()> {
+    // A process that was just reaped may hold its cgroup a moment more.
+    eventually("the cgroup to be empty", KILL_WITHIN, || {
+        for dir in tree(path)?.iter().rev() {
+            fs::remove_dir(dir).with_context(|| format!("remove cgroup {}", dir.display()))?;
+        }
+        Ok::<_, anyhow::Error>(())
+    })
 }
 
 /// `path` and the directories below it, parents first; nothing when it is gone.

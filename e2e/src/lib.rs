@@ -10,7 +10,9 @@
 
 pub mod artifacts;
 pub mod bench;
+pub mod certificates;
 pub mod cgroup;
+pub mod cluster;
 pub mod cri;
 pub mod critest;
 pub mod debian;

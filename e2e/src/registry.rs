@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
+use crate::certificates::Authority;
 use crate::cgroup::Cgroup;
 use crate::image::{Image, Manifest};
 use crate::layer::digest;
@@ -207,50 +208,15 @@ fn configuration(dir: &Path, address: &str, access: &Access) -> Result<String> {
             ));
         }
         Access::Tls => {
-            let tls = dir.join("tls");
-            make_certificates(&tls)?;
+            let names = "IP:127.0.0.1,DNS:localhost";
+            let signed =
+                Authority::in_dir(&dir.join("tls"))?.sign("registry", "/CN=registry", names)?;
             config.push_str(&format!(
                 "  tls:\n    certificate: {}\n    key: {}\n",
-                tls.join("registry.crt").display(),
-                tls.join("registry.key").display()
+                signed.certificate.display(),
+                signed.key.display()
             ));
         }
     }
     Ok(config)
-}
-
-/// A CA and a certificate for 127.0.0.1 and localhost signed by it.
-fn make_certificates(dir: &Path) -> Result<()> {
-    if dir.join("registry.crt").exists() {
-        return Ok(());
-    }
-    fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
-    let openssl = |args: &str| -> Result<()> {
-        let output = Command::new("openssl")
-            .args(args.split(' '))
-            .current_dir(dir)
-            .output()
-            .context("openssl")?;
-        ensure!(
-            output.status.success(),
-            "openssl {args}: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        Ok(())
-    };
-    fs::write(
-        dir.join("san.ext"),
-        "subjectAltName=IP:127.0.0.1,DNS:localhost\n",
-    )
-    .context("san.ext")?;
-    let key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes";
-    openssl(&format!(
-        "req -x509 {key} -keyout ca.key -out ca.crt -days 2 -subj /CN=e2e-ca"
-    ))?;
-    openssl(&format!(
-        "req -new {key} -keyout registry.key -out registry.csr -subj /CN=registry"
-    ))?;
-    openssl(
-        "x509 -req -in registry.csr -CA ca.crt -CAkey ca.key -CAcreateserial -out registry.crt -days 2 -extfile san.ext",
-    )
 }

@@ -1,0 +1,163 @@
+//! A cluster of one node: Kubernetes' own control plane, its kubelet and drupe,
+//! in the network namespace of a [`Node`].
+//!
+//! What talks to what: kubectl and the kubelet to the API server by
+//! certificates of the cluster's own authority, the API server to etcd on
+//! loopback and to the kubelet, the kubelet to drupe by its socket.
+
+mod control_plane;
+mod files;
+mod kubectl;
+mod kubelet;
+mod program;
+mod sysctls;
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+
+use crate::{Node, Server, cgroup, eventually};
+use control_plane::ControlPlane;
+use files::Files;
+use kubelet::Kubelet;
+use sysctls::Sysctls;
+
+pub use kubectl::Namespace;
+
+/// The node's name in the cluster.
+pub const NODE: &str = "node-1";
+/// The node's own address, on a link of its own: pods reach it by their
+/// gateway.
+pub const NODE_ADDRESS: &str = "192.0.2.1";
+const NODE_LINK: &str = "node0";
+
+/// The RuntimeClass of pods in a microVM, and drupe's handler.
+pub const HANDLER: &str = "microvm";
+/// What a microVM takes beyond its containers, generously: the kubelet's limit
+/// of the pod is that of its containers and this.
+const OVERHEAD: &str = "64Mi";
+/// What pods that are resized may grow by.
+const HEADROOM_MIB: u32 = 512;
+
+const READY_WITHIN: Duration = Duration::from_secs(60);
+
+pub struct Cluster {
+    // In the order in which they end.
+    kubelet: Option<Kubelet>,
+    control_plane: Option<ControlPlane>,
+    files: Files,
+    node: Option<Node>,
+    _sysctls: Sysctls,
+}
+
+impl Cluster {
+    /// A cluster whose node is ready.
+    pub fn start(server: Server) -> Result<Self> {
+        let sysctls = Sysctls::save()?;
+        let node = Node::builder()
+            .server(server)
+            .config(|config| {
+                config["runtimes"][HANDLER]["memory_headroom_mib"] = HEADROOM_MIB.into()
+            })
+            .start()?;
+        node.pull_busybox()?;
+        node.netns.run(|| {
+            for args in [
+                format!("link add {NODE_LINK} type bridge"),
+                format!("addr add {NODE_ADDRESS}/24 dev {NODE_LINK}"),
+                format!("link set {NODE_LINK} up"),
+            ] {
+                ip(&args)?;
+            }
+            Ok(())
+        })?;
+        let files = Files::write(&node)?;
+        let mut cluster = Self {
+            kubelet: None,
+            control_plane: Some(ControlPlane::start(&node, &files)?),
+            files,
+            node: Some(node),
+            _sysctls: sysctls,
+        };
+        cluster.start_kubelet()?;
+        eventually("the node to be ready", READY_WITHIN, || {
+            let status = cluster.kubectl(&[
+                "get",
+                "node",
+                NODE,
+                "-o",
+                "jsonpath={.status.conditions[?(@.type==\"Ready\")]['status','message']}",
+            ])?;
+            ensure!(status.starts_with("True"), "{status}");
+            Ok::<_, anyhow::Error>(())
+        })?;
+        cluster.apply(&json!({
+            "apiVersion": "node.k8s.io/v1",
+            "kind": "RuntimeClass",
+            "metadata": { "name": HANDLER },
+            "handler": HANDLER,
+            "overhead": { "podFixed": { "memory": OVERHEAD } },
+        }))?;
+        Ok(cluster)
+    }
+
+    pub fn node(&self) -> Result<&Node> {
+        self.node.as_ref().context("the node has ended")
+    }
+
+    pub fn start_kubelet(&mut self) -> Result<()> {
+        let kubelet = Kubelet::start(self.node()?, &self.files)?;
+        self.kubelet = Some(kubelet);
+        Ok(())
+    }
+
+    /// Asks the kubelet to end, and waits for it. Its pods run on.
+    pub fn stop_kubelet(&mut self) -> Result<()> {
+        match self.kubelet.take() {
+            Some(kubelet) => kubelet.stop(),
+            None => Ok(()),
+        }
+    }
+
+    /// Ends everything, and fails unless nothing is left on the machine.
+    pub fn finish(mut self) -> Result<()> {
+        self.kubectl(&["delete", "pods", "--all-namespaces", "--all", "--now"])?;
+        self.stop_kubelet()?;
+        if let Some(control_plane) = self.control_plane.take() {
+            control_plane.stop()?;
+        }
+        let node = self.node.take().context("the node has ended")?;
+        // Pods that the kubelet had no time to remove.
+        node.remove_all_pods()?;
+        self.files.clear()?;
+        // The kubelet keeps its groups of pods for the next one.
+        let kubepods = format!("{}/kubepods", node.pods_cgroup());
+        for group in cgroup::groups(kubepods.trim_start_matches('/'))? {
+            cgroup::remove_tree(&group)?;
+        }
+        node.netns.run(|| ip(&format!("link delete {NODE_LINK}")))?;
+        node.finish()
+    }
+
+    /// Where the logs of everything are.
+    #[must_use]
+    pub fn logs(&self) -> PathBuf {
+        self.files.dir.clone()
+    }
+}
+
+fn ip(args: &str) -> Result<()> {
+    let output = Command::new("ip")
+        .args(args.split(' '))
+        .output()
+        .context("ip")?;
+    ensure!(
+        output.status.success(),
+        "ip {args}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(())
+}
