@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use podsandbox::config::{HostPods, RuntimeConfig};
 use serde::{Deserialize, Serialize};
 
+use crate::prometheus::MetricsConfig;
 use crate::streaming::StreamingConfig;
 
 /// What `drupe config` prints; a test holds it to [`Config::default`].
@@ -27,6 +28,7 @@ pub struct Config {
     pub runtimes: BTreeMap<String, RuntimeConfig>,
     pub network: NetworkConfig,
     pub streaming: StreamingConfig,
+    pub metrics: MetricsConfig,
     pub images: imagesvc::ImageServiceConfig,
 }
 
@@ -90,6 +92,7 @@ impl Default for Config {
             ]),
             network: NetworkConfig::default(),
             streaming: StreamingConfig::default(),
+            metrics: MetricsConfig::default(),
             images: imagesvc::ImageServiceConfig::default(),
         }
     }
@@ -162,6 +165,10 @@ impl Config {
                 "streaming.idle_timeout_seconds",
                 "must be positive".to_owned(),
             );
+        }
+        if self.metrics.address.is_some_and(|at| at.port() == 0) {
+            let why = "has port 0, which no scraper can know: name one";
+            return fail("metrics.address", why.to_owned());
         }
         for (name, runtime) in &self.runtimes {
             let field = |key: &str| format!("runtimes.{name}.{key}");
@@ -328,6 +335,13 @@ mod tests {
         let error = load("streaming: {idle_timeout_seconds: 0}\n");
         let error = error.unwrap_err().to_string();
         assert!(error.contains("streaming.idle_timeout_seconds"), "{error}");
+        for bad in ["127.0.0.1:0", "127.0.0.1", "localhost:9750"] {
+            let error = load(&format!("metrics: {{address: '{bad}'}}\n"));
+            let error = error.unwrap_err().to_string();
+            assert!(error.contains("metrics.address"), "{error}");
+        }
+        let fine = load("metrics: {address: '[::1]:9750'}\n").unwrap();
+        assert_eq!(fine.metrics.address, "[::1]:9750".parse().ok());
         let limit = "runtimes: {microvm: {disk_limit: {bytes_per_second: 0}}}\n";
         let error = load(limit).unwrap_err().to_string();
         assert!(error.contains("disk_limit"), "{error}");

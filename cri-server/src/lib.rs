@@ -8,6 +8,7 @@ pub mod config;
 mod convert;
 mod deadline;
 mod images;
+pub mod prometheus;
 mod runtime;
 pub mod serve;
 pub mod streaming;

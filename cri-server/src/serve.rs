@@ -5,6 +5,7 @@ use std::fs;
 use std::io::ErrorKind;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -23,6 +24,7 @@ use tonic::transport::Server;
 use crate::config::Config;
 use crate::deadline::Deadlines;
 use crate::images::Images;
+use crate::prometheus::{self, Metrics, Requests};
 use crate::runtime::Runtime;
 use crate::streaming::Streaming;
 
@@ -57,9 +59,15 @@ async fn serve(config: Config) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
 
-    let images = ImageService::open(config.images.clone(), &config.root.join("images"))
-        .await
-        .context("image store")?;
+    let scrapes = prometheus::listen(&config.metrics).await?;
+    let metrics = Arc::new(Metrics::new(config.runtimes.keys()));
+    let images = ImageService::open(
+        config.images.clone(),
+        &config.root.join("images"),
+        metrics.clone(),
+    )
+    .await
+    .context("image store")?;
     let network = Network::open(NetworkOptions {
         conf_dir: config.network.conf_dir.clone(),
         bin_dirs: config.network.bin_dirs.clone(),
@@ -69,9 +77,15 @@ async fn serve(config: Config) -> Result<()> {
     .await
     .context("network")?;
     let runtimes = decide(&config);
-    let pods = PodManager::open(pod_config(&config, runtimes), images.clone(), network)
+    let pods = pod_config(&config, runtimes);
+    let pods = PodManager::open(pods, images.clone(), network, metrics.clone())
         .await
         .context("pods")?;
+    // Serves until it is dropped.
+    let _scrapes = scrapes.map(|listener| {
+        tracing::info!(address = ?config.metrics.address, "metrics are served");
+        prometheus::Server::start(listener, metrics.registry(pods.clone()))
+    });
 
     let listener = listen(&config.socket).await?;
     tracing::info!(
@@ -93,6 +107,9 @@ async fn serve(config: Config) -> Result<()> {
         .max_encoding_message_size(MAX_ANSWER_BYTES);
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = Server::builder()
+        .layer(tower::layer::layer_fn(move |service| {
+            Requests::new(service, Arc::clone(&metrics))
+        }))
         .layer(tower::layer::layer_fn(Deadlines))
         .add_service(runtime)
         .add_service(images)

@@ -31,6 +31,21 @@ pub enum ErrorKind {
     Internal,
 }
 
+impl ErrorKind {
+    pub const ALL: [Self; 10] = [
+        Self::InvalidArgument,
+        Self::NotFound,
+        Self::Unauthorized,
+        Self::Unavailable,
+        Self::Corrupt,
+        Self::Unsupported,
+        Self::ResourceExhausted,
+        Self::DeadlineExceeded,
+        Self::Cancelled,
+        Self::Internal,
+    ];
+}
+
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Error {
     #[error("image service configuration: {0}")]

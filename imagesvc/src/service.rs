@@ -17,7 +17,8 @@ use crate::{
     flight::Flights,
     image::{FsInfo, Image, Lease},
     layer::Limits,
-    pull::{Layers, Pull, blocking},
+    observer::{Observer, PullOutcome},
+    pull::{Layers, Pull, Run, blocking},
     reference::Reference,
     store::{Store, record::Stored},
 };
@@ -39,6 +40,7 @@ struct Inner {
     store: Arc<Store>,
     layers: Arc<Layers>,
     pulls: Flights<PullKey, Result<Digest, Error>>,
+    observer: Arc<dyn Observer>,
 }
 
 /// An image that is here whole.
@@ -53,7 +55,11 @@ impl ImageService {
     ///
     /// # Errors
     /// An invalid configuration; a root that is in use or cannot be written.
-    pub async fn open(config: ImageServiceConfig, root: &Path) -> Result<Self, Error> {
+    pub async fn open(
+        config: ImageServiceConfig,
+        root: &Path,
+        observer: Arc<dyn Observer>,
+    ) -> Result<Self, Error> {
         let root = root.to_owned();
         let limits = Limits {
             max_uncompressed_bytes: config.max_layer_bytes,
@@ -74,7 +80,11 @@ impl ImageService {
             })
         })
         .await??;
-        let layers = Arc::new(Layers::new(Arc::clone(&store), limits));
+        let layers = Arc::new(Layers::new(
+            Arc::clone(&store),
+            limits,
+            Arc::clone(&observer),
+        ));
         Ok(Self {
             inner: Arc::new(Inner {
                 config: Arc::new(config),
@@ -82,6 +92,7 @@ impl ImageService {
                 store,
                 layers,
                 pulls: Flights::new(),
+                observer,
             }),
         })
     }
@@ -104,11 +115,18 @@ impl ImageService {
             auth: auth.clone(),
         };
         let image = reference.to_string();
+        let observer = Arc::clone(&inner.observer);
         let work = |cancel: CancellationToken| async move {
-            tokio::select! {
+            let result = tokio::select! {
                 result = pull.run() => result,
                 () = cancel.cancelled() => Err(Error::Stopped { image }),
-            }
+            };
+            observer.pull_ended(match &result {
+                Ok(Run { fetched: true, .. }) => PullOutcome::Pulled,
+                Ok(Run { fetched: false, .. }) => PullOutcome::UpToDate,
+                Err(error) => PullOutcome::Failed(error.kind()),
+            });
+            result.map(|run| run.id)
         };
         let landed = inner.pulls.join((reference, auth), work).await;
         let id = landed.ok_or(StoreError::Task)?.value?;

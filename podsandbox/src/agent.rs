@@ -15,8 +15,9 @@ use tokio::net::UnixStream;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint, Uri};
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Code, Request, Response, Status, Streaming};
 
+use crate::observer::Observer;
 use crate::{Error, Result};
 
 /// A guest under load answers in milliseconds; one that takes this long hangs.
@@ -37,11 +38,12 @@ pub struct AgentClient {
     /// Apart, because what a pod's own server does not accept may take long.
     forwards: Arc<Semaphore>,
     stopping: CancellationToken,
+    observer: Arc<dyn Observer>,
 }
 
 impl AgentClient {
     #[must_use]
-    pub fn new(vsock: PathBuf, stopping: CancellationToken) -> Self {
+    pub fn new(vsock: PathBuf, stopping: CancellationToken, observer: Arc<dyn Observer>) -> Self {
         let vsock = Arc::new(vsock);
         let socket = Arc::clone(&vsock);
         let connect = tower::service_fn(move |_: Uri| {
@@ -61,6 +63,7 @@ impl AgentClient {
             dials: Arc::new(Semaphore::new(DIALS_AT_ONCE)),
             forwards: Arc::new(Semaphore::new(DIALS_AT_ONCE)),
             stopping,
+            observer,
         }
     }
 
@@ -248,10 +251,7 @@ impl AgentClient {
     pub async fn shutdown(&self) -> Result<()> {
         let mut grpc = self.grpc.clone();
         let call = grpc.shutdown(Request::new(agent_api::ShutdownRequest {}));
-        let reply = tokio::time::timeout(SHUTDOWN_TIMEOUT, call).await;
-        reply
-            .map_err(|_| timeout("Shutdown", SHUTDOWN_TIMEOUT))?
-            .map_err(|s| refused("Shutdown", &s))?;
+        self.answer("Shutdown", SHUTDOWN_TIMEOUT, call).await?;
         Ok(())
     }
 
@@ -263,11 +263,26 @@ impl AgentClient {
     ) -> Result<T> {
         tokio::select! {
             () = self.stopping.cancelled() => Err(Error::Stopping),
-            reply = tokio::time::timeout(limit, call) => match reply {
-                Err(_) => Err(timeout(name, limit)),
-                Ok(Err(status)) => Err(refused(name, &status)),
-                Ok(Ok(response)) => Ok(response.into_inner()),
-            },
+            reply = self.answer(name, limit, call) => reply,
+        }
+    }
+
+    async fn answer<T>(
+        &self,
+        name: &'static str,
+        limit: Duration,
+        call: impl Future<Output = std::result::Result<Response<T>, Status>>,
+    ) -> Result<T> {
+        match tokio::time::timeout(limit, call).await {
+            Err(_) => {
+                self.observer.agent_failed(Code::DeadlineExceeded);
+                Err(timeout(name, limit))
+            }
+            Ok(Err(status)) => {
+                self.observer.agent_failed(status.code());
+                Err(refused(name, &status))
+            }
+            Ok(Ok(response)) => Ok(response.into_inner()),
         }
     }
 }
@@ -301,4 +316,44 @@ pub(crate) fn plain(text: &str) -> String {
         .take(MAX_CHARS)
         .map(|c| if c.is_control() { ' ' } else { c })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::error::Step;
+    use crate::observer::{MachineEnd, NotStarted};
+
+    /// Codes in the order in which they were told.
+    #[derive(Debug, Default)]
+    struct Told(Mutex<Vec<Code>>);
+
+    impl Observer for Told {
+        fn pod_started(&self, _: &str, _: &[(Step, Duration)], _: Duration) {}
+        fn pod_not_started(&self, _: &str, _: NotStarted) {}
+        fn machine_ended(&self, _: MachineEnd) {}
+        fn agent_failed(&self, code: Code) {
+            self.0.lock().unwrap().push(code);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_call_that_fails_is_told_and_one_that_a_stop_ends_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let (told, stopping) = (Arc::new(Told::default()), CancellationToken::new());
+        let agent = AgentClient::new(dir.path().join("gone"), stopping.clone(), told.clone());
+        let error = agent.list().await.unwrap_err();
+        assert!(matches!(error, Error::AgentLink { .. }), "{error}");
+        assert_eq!(*told.0.lock().unwrap(), [Code::Unavailable]);
+
+        // It takes what comes and does not answer.
+        let path = dir.path().join("mute");
+        let _mute = tokio::net::UnixListener::bind(&path).unwrap();
+        let agent = AgentClient::new(path, stopping.clone(), told.clone());
+        let (listed, ()) = tokio::join!(agent.list(), async { stopping.cancel() });
+        assert!(matches!(listed, Err(Error::Stopping)));
+        assert_eq!(told.0.lock().unwrap().len(), 1);
+    }
 }

@@ -1,8 +1,11 @@
 //! What every pod driver shares.
 
+use std::sync::Arc;
+
 use crate::config::Config;
 use crate::events::Events;
 use crate::network::Network;
+use crate::observer::Observer;
 use crate::store::Store;
 use imagesvc::ImageService;
 
@@ -12,6 +15,7 @@ pub struct Context {
     pub images: ImageService,
     pub network: Network,
     pub events: Events,
+    pub observer: Arc<dyn Observer>,
 }
 
 /// Nanoseconds since the epoch, the unit of CRI's times.

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use crate::cdi::CdiError;
 use crate::devices::DeviceError;
+use crate::observer::MachineEnd;
 use crate::seccomp::ProfileError;
 use crate::spec::HostNamespaces;
 
@@ -218,6 +219,9 @@ pub enum Error {
     BootTimeout { seconds: u64, console: String },
     #[error("the virtual machine ended: {}", on_one_line(.0))]
     VmEnded(String),
+    /// Before its agent had reported ready.
+    #[error("the virtual machine ended: {}", on_one_line(report))]
+    BootEnded { end: MachineEnd, report: String },
     #[error("the pod's supervisor ended: {0}")]
     SupervisorEnded(String),
     #[error("the pod is being stopped")]

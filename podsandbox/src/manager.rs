@@ -21,6 +21,7 @@ use crate::context::{Context, now_nanos};
 use crate::driver::{Command, Driver, Handle, max_vcpus};
 use crate::events::Events;
 use crate::network::Network;
+use crate::observer::Observer;
 use crate::record::{ContainerRecord, PodKind, PodPhase, PodRecord};
 use crate::sizing::Bounds;
 use crate::snapshot::PodSnapshot;
@@ -54,7 +55,12 @@ impl PodManager {
     /// Opens the records and takes up, finishes or undoes what they tell of.
     /// Returns when the pods that run were taken up. What has to be undone is
     /// undone in the background: CNI plugins may take long over it.
-    pub async fn open(config: Config, images: ImageService, network: Network) -> Result<Self> {
+    pub async fn open(
+        config: Config,
+        images: ImageService,
+        network: Network,
+        observer: Arc<dyn Observer>,
+    ) -> Result<Self> {
         let store = Store::open(&config.root.join("state.redb"))?;
         let found = store.load()?;
         let context = Arc::new(Context {
@@ -63,6 +69,7 @@ impl PodManager {
             images,
             network,
             events: Events::default(),
+            observer,
         });
         // What a predecessor had no time for.
         trash::empty(&crate::paths::trash(&context.config));
@@ -227,15 +234,19 @@ impl PodManager {
         }
     }
 
+    /// All pods, those that are being started too, in no order.
+    #[must_use]
+    pub fn snapshots(&self) -> Vec<PodSnapshot> {
+        let pods = self.pods();
+        let all = pods.values().map(|handle| handle.snapshot.borrow().clone());
+        all.filter(|snapshot| !snapshot.gone).collect()
+    }
+
     /// The pods that CRI lists.
     #[must_use]
     pub fn list(&self) -> Vec<PodSnapshot> {
-        let pods = self.pods();
-        let mut list: Vec<PodSnapshot> = pods
-            .values()
-            .map(|handle| handle.snapshot.borrow().clone())
-            .filter(PodSnapshot::is_listed)
-            .collect();
+        let mut list = self.snapshots();
+        list.retain(PodSnapshot::is_listed);
         list.sort_by_key(|snapshot| std::cmp::Reverse(snapshot.pod.created_at_nanos));
         list
     }

@@ -23,7 +23,7 @@ use crate::event_loop::{DeviceRef, EventLoop};
 use crate::handoff::{Answer, Fds, HandoffError};
 use crate::jail;
 use crate::logs::{LogHandle, LogService};
-use crate::machine::{Started, kvm, uml};
+use crate::machine::{Ending, Started, kvm, uml};
 use crate::supervisor::{self, Notice, Notifier, Parts, Supervisor, chain, microseconds};
 use crate::transport::mmio::{Line, MmioTransport};
 use crate::transport::vhost_user::{Memory, VhostUser};
@@ -203,7 +203,7 @@ fn start_machine(
                 args: spec.kernel_args,
             };
             Ok(builder.start(guest, move |end| {
-                notifier.send(Notice::Ended(end.to_string()));
+                notifier.send(Notice::Ended(end.into()));
             })?)
         }
         (_, machine) => Err(HandoffError::Kvm { machine }.into()),
@@ -302,7 +302,7 @@ impl Devices {
         for event_loop in [self.quick, self.disk, self.shared] {
             let notifier = notifier.clone();
             event_loop
-                .spawn(move |reason| notifier.send(Notice::Ended(reason)))
+                .spawn(move |reason| notifier.send(Notice::Ended(Ending::fault(reason))))
                 .map_err(|e| BootError::Prepare("start a thread", e))?;
         }
         Ok(self.wiring)

@@ -26,6 +26,7 @@ mod networks;
 mod pods;
 mod privileged;
 mod processes;
+mod prometheus;
 mod pulls;
 mod removal;
 mod resources;

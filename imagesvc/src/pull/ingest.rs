@@ -15,6 +15,7 @@ use std::{
     io::{self, Read, Write},
     os::unix::fs::OpenOptionsExt,
     path::PathBuf,
+    sync::Arc,
 };
 
 use bytes::Bytes;
@@ -25,6 +26,7 @@ use crate::{
     error::{LayerError, StoreError},
     layer::{self, Limits},
     manifest::LayerBlob,
+    observer::Observer,
     store::{Files, LayerOnDisk, remove_file},
 };
 
@@ -38,6 +40,20 @@ pub(super) struct Ingested {
     pub(super) on_disk: LayerOnDisk,
 }
 
+/// What comes from the registry.
+pub(super) struct Feed {
+    pub(super) pieces: mpsc::Receiver<Bytes>,
+    pub(super) observer: Arc<dyn Observer>,
+}
+
+impl Feed {
+    fn next(&mut self) -> Option<Bytes> {
+        let piece = self.pieces.blocking_recv()?;
+        self.observer.layer_bytes(piece.len() as u64);
+        Some(piece)
+    }
+}
+
 /// Sends to `start` how many bytes are there already; `feed` brings the
 /// others. The layer becomes visible only if every byte was right.
 pub(super) fn ingest(
@@ -45,7 +61,7 @@ pub(super) fn ingest(
     layer: &LayerBlob,
     limits: &Limits,
     start: oneshot::Sender<u64>,
-    feed: mpsc::Receiver<Bytes>,
+    feed: Feed,
 ) -> Result<Ingested, LayerError> {
     let path = files.ingest(&layer.blob.digest);
     let mut tee = Tee::open(path.clone(), &layer.blob.digest, layer.blob.size, feed)?;
@@ -96,19 +112,14 @@ struct Tee {
     position: u64,
     size: u64,
     hasher: Hasher,
-    feed: mpsc::Receiver<Bytes>,
+    feed: Feed,
     current: Bytes,
     /// Why reading failed: the reader of this stream makes its own of it.
     failure: Option<LayerError>,
 }
 
 impl Tee {
-    fn open(
-        path: PathBuf,
-        digest: &Digest,
-        size: u64,
-        feed: mpsc::Receiver<Bytes>,
-    ) -> Result<Self, StoreError> {
+    fn open(path: PathBuf, digest: &Digest, size: u64, feed: Feed) -> Result<Self, StoreError> {
         let failed = |e| StoreError::io(&path, e);
         let file = OpenOptions::new()
             .create(true)
@@ -189,7 +200,7 @@ impl Read for Tee {
             self.reread(buffer)?
         } else {
             while self.current.is_empty() {
-                let Some(bytes) = self.feed.blocking_recv() else {
+                let Some(bytes) = self.feed.next() else {
                     return Err(self.fail(LayerError::Stopped));
                 };
                 if let Err(e) = self.file.write_all(&bytes) {

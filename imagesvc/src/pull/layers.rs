@@ -5,13 +5,14 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-use super::ingest::{Ingested, ingest};
+use super::ingest::{Feed, Ingested, ingest};
 use crate::{
     digest::Digest,
     error::{LayerError, StoreError},
     flight::Flights,
     layer::Limits,
     manifest::LayerBlob,
+    observer::Observer,
     registry::Session,
     store::{Files, Store, remove_file},
 };
@@ -27,14 +28,16 @@ pub(crate) struct Layers {
     store: Arc<Store>,
     limits: Limits,
     flights: Flights<Digest, Result<Ingested, LayerError>>,
+    observer: Arc<dyn Observer>,
 }
 
 impl Layers {
-    pub(crate) fn new(store: Arc<Store>, limits: Limits) -> Self {
+    pub(crate) fn new(store: Arc<Store>, limits: Limits, observer: Arc<dyn Observer>) -> Self {
         Self {
             store,
             limits,
             flights: Flights::new(),
+            observer,
         }
     }
 
@@ -56,6 +59,7 @@ impl Layers {
                     self.limits,
                     Arc::clone(session),
                     layer.clone(),
+                    Arc::clone(&self.observer),
                     cancel,
                 )
             };
@@ -87,12 +91,14 @@ async fn run(
     limits: Limits,
     session: Arc<Session>,
     layer: LayerBlob,
+    observer: Arc<dyn Observer>,
     cancel: CancellationToken,
 ) -> Result<Ingested, LayerError> {
     let mut error = LayerError::Stopped;
     // A file from before may be damaged: then once more from the start.
     for _ in 0..2 {
-        let (result, resumed) = attempt(store.files(), limits, &session, &layer, &cancel).await;
+        let files = store.files();
+        let (result, resumed) = attempt(files, limits, &session, &layer, &observer, &cancel).await;
         error = match result {
             Ok(ingested) => return Ok(ingested),
             Err(error) => error,
@@ -120,9 +126,14 @@ async fn attempt(
     limits: Limits,
     session: &Session,
     layer: &LayerBlob,
+    observer: &Arc<dyn Observer>,
     cancel: &CancellationToken,
 ) -> (Result<Ingested, LayerError>, bool) {
-    let (sink, feed) = mpsc::channel(FEED);
+    let (sink, pieces) = mpsc::channel(FEED);
+    let feed = Feed {
+        pieces,
+        observer: Arc::clone(observer),
+    };
     let (start, started) = oneshot::channel();
     let thread = {
         let (files, layer) = (files.clone(), layer.clone());

@@ -34,6 +34,14 @@ pub(crate) struct Pull {
     pub(crate) auth: Option<Auth>,
 }
 
+/// What a pull has come to.
+pub(crate) struct Run {
+    /// The image's.
+    pub(crate) id: Digest,
+    /// Not if the image was up to date.
+    pub(crate) fetched: bool,
+}
+
 /// An image's documents, verified.
 struct Documents {
     /// Of what the reference names: index or manifest.
@@ -81,8 +89,7 @@ impl Documents {
 }
 
 impl Pull {
-    /// The image's id.
-    pub(crate) async fn run(self) -> Result<Digest, Error> {
+    pub(crate) async fn run(self) -> Result<Run, Error> {
         let begun = Instant::now();
         let credentials = match &self.auth {
             Some(auth) => auth.credentials().map_err(|reason| Error::Credentials {
@@ -99,7 +106,7 @@ impl Pull {
         };
         if let Some(id) = self.is_current(&session).await {
             tracing::info!(image = %self.reference, %id, "image is up to date");
-            return Ok(id);
+            return Ok(Run { id, fetched: false });
         }
         let documents = self.documents(&session).await?;
         let id = documents.manifest.config.digest.clone();
@@ -109,7 +116,7 @@ impl Pull {
             Ok(layers) => {
                 self.commit(ticket, documents, layers).await?;
                 tracing::info!(image = %self.reference, %id, took = ?begun.elapsed(), "image pulled");
-                Ok(id)
+                Ok(Run { id, fetched: true })
             }
             Err(error) => {
                 for layer in &documents.manifest.layers {

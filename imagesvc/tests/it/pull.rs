@@ -1,6 +1,13 @@
 //! Pulling from Debian's docker-registry.
 
-use imagesvc::{ErrorKind, RegistryConfig};
+use std::sync::{
+    Arc, Mutex,
+    atomic::{AtomicU64, Ordering},
+};
+
+use imagesvc::{
+    ErrorKind, ImageService, ImageServiceConfig, Observer, PullOutcome, RegistryConfig,
+};
 
 use crate::support::{
     closed_port, files,
@@ -92,6 +99,54 @@ async fn an_image_is_pulled_by_tag_found_by_every_name_leased_and_removed() {
         (after.used_bytes, after.inodes_used),
         (empty.used_bytes, empty.inodes_used)
     );
+}
+
+/// What an observer was told.
+#[derive(Debug, Default)]
+struct Told {
+    outcomes: Mutex<Vec<PullOutcome>>,
+    bytes: AtomicU64,
+}
+
+impl Observer for Told {
+    fn pull_ended(&self, outcome: PullOutcome) {
+        self.outcomes.lock().unwrap().push(outcome);
+    }
+
+    fn layer_bytes(&self, count: u64) {
+        self.bytes.fetch_add(count, Ordering::Relaxed);
+    }
+}
+
+#[tokio::test]
+async fn an_observer_is_told_what_came_of_pulls_and_what_came_over_the_wire() {
+    let (storage, root) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let registry = Registry::start(storage.path(), "", "").await;
+    let image = three_layers();
+    let host = registry.host();
+    push(&host, "app", "1.0", &image).await;
+    let told = Arc::new(Told::default());
+    let config = ImageServiceConfig::default();
+    let service = ImageService::open(config, root.path(), told.clone());
+    let service = service.await.unwrap();
+
+    let name = format!("{host}/app:1.0");
+    service.pull(&name, None).await.unwrap();
+    let sizes = image.layers.iter().map(|layer| layer.bytes.len() as u64);
+    let size = sizes.sum::<u64>();
+    assert_eq!(told.bytes.load(Ordering::Relaxed), size);
+    service.pull(&name, None).await.unwrap();
+    let missing = service.pull(&format!("{host}/app:none"), None).await;
+    assert_eq!(missing.unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(
+        *told.outcomes.lock().unwrap(),
+        [
+            PullOutcome::Pulled,
+            PullOutcome::UpToDate,
+            PullOutcome::Failed(ErrorKind::NotFound)
+        ]
+    );
+    assert_eq!(told.bytes.load(Ordering::Relaxed), size);
 }
 
 #[tokio::test]

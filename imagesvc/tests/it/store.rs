@@ -348,14 +348,15 @@ async fn a_store_has_one_owner() {
     let root = tempfile::tempdir().unwrap();
     let service = open(root.path()).await;
     let config = imagesvc::ImageServiceConfig::default();
-    let error = match imagesvc::ImageService::open(config.clone(), root.path()).await {
+    let error = match imagesvc::ImageService::open(config.clone(), root.path(), Arc::new(())).await
+    {
         Err(error) => error,
         Ok(_) => panic!("opened twice"),
     };
     assert_eq!(error.kind(), ErrorKind::Internal);
     assert!(error.to_string().contains("in use"), "{error}");
     drop(service);
-    imagesvc::ImageService::open(config, root.path())
+    imagesvc::ImageService::open(config, root.path(), Arc::new(()))
         .await
         .unwrap();
 }

@@ -18,7 +18,7 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Server;
-use vmm_client::protocol::VmState;
+use vmm_client::protocol::{EndCause, VmState};
 
 use crate::control::{Control, ready};
 use crate::error::Error;
@@ -118,18 +118,22 @@ async fn serve(options: Options, control_socket: OwnedFd, streams: OwnedFd) -> R
     let control = tokio::spawn(control.serve(control_socket));
 
     let mut over = shutdown.subscribe();
-    let reason = tokio::select! {
-        served = calls => format!("its calls are not served any more: {served:?}"),
-        served = control => format!("its control socket is not served any more: {served:?}"),
-        _ = terminate.recv() => "its supervisor was told to end".to_owned(),
+    let (cause, reason) = tokio::select! {
+        served = calls => {
+            (EndCause::Fault, format!("its calls are not served any more: {served:?}"))
+        }
+        served = control => {
+            (EndCause::Fault, format!("its control socket is not served any more: {served:?}"))
+        }
+        _ = terminate.recv() => (EndCause::Killed, "its supervisor was told to end".to_owned()),
         // The sender lives above.
-        _ = over.wait_for(|over| *over) => "it was ended on request".to_owned(),
+        _ = over.wait_for(|over| *over) => (EndCause::Killed, "it was ended on request".to_owned()),
     };
     tracing::info!(pod = options.pod, reason, "the pod ends");
     // Nothing that the pod has started outlives it.
     containers.kill_all().await;
     drop(containers.inner.pause.lock().await.take());
-    status.send_modify(|status| status.state = VmState::Ended { reason });
+    status.send_modify(|status| status.state = VmState::Ended { reason, cause });
     // Answers under way, and the word to subscribers.
     let rest = timeout(FAREWELL, status.closed());
     drop(rest.await);

@@ -390,6 +390,15 @@ impl Driver {
         Ok(saved?)
     }
 
+    /// A client of the pod's agent, which is dialled when it is called.
+    fn agent(&self) -> AgentClient {
+        AgentClient::new(
+            self.paths.vsock.clone(),
+            self.stopping.clone(),
+            Arc::clone(&self.context.observer),
+        )
+    }
+
     fn machine(&self) -> Result<&Machine> {
         self.machine.as_ref().ok_or_else(|| not_ready(&self.record))
     }

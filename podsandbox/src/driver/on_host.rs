@@ -17,7 +17,6 @@ use super::devices::Devices;
 use super::disks::Disk;
 use super::start::{Timeline, log_file, read_tail};
 use super::{Driver, Machine, watch_vm};
-use crate::agent::AgentClient;
 use crate::config::Engine;
 use crate::context::now_nanos;
 use crate::error::Step;
@@ -121,7 +120,7 @@ impl Driver {
             shm_bytes: 0,
             user_namespace: None,
         };
-        let agent = AgentClient::new(self.paths.vsock.clone(), self.stopping.clone());
+        let agent = self.agent();
         timeline
             .time(Step::Configure, agent.configure(request))
             .await?;

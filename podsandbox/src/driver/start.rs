@@ -3,6 +3,7 @@
 //! Each step is timed. The network and the boot run side by side; whatever
 //! fails, [`Driver::undo`] frees everything the pod's id may have left.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::num::NonZeroU32;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -24,6 +25,7 @@ use crate::config::{Engine, Runtime, RuntimeConfig};
 use crate::context::now_nanos;
 use crate::error::Step;
 use crate::machine::{Decision, check_kernel};
+use crate::observer::{MachineEnd, NotStarted};
 use crate::phase::PodEvent;
 use crate::record::{PhaseTime, PodKind, PodNetworkRecord};
 use crate::{Error, Result, cgroup, network, scratch, sysctls, volumes};
@@ -100,7 +102,13 @@ impl Driver {
             Ok(()) => self.advance(PodEvent::Serves).await,
             Err(error) => Err(error),
         };
-        let Err(error) = outcome else { return Ok(()) };
+        let Err(error) = outcome else {
+            let steps = whole_steps(&self.record.timeline);
+            let observer = &self.context.observer;
+            observer.pod_started(&self.record.handler, &steps, since.elapsed());
+            return Ok(());
+        };
+        self.tell_of_failure(&error, stopping.is_cancelled());
         let error = match error {
             Error::Start { step, source, .. } => {
                 // What was asked of a guest that gave up is told by its console.
@@ -129,6 +137,28 @@ impl Driver {
             self.advance_anyway(PodEvent::StartFailed).await;
         }
         Err(if stopped { Error::Stopping } else { error })
+    }
+
+    fn tell_of_failure(&self, error: &Error, stopped: bool) {
+        let (why, undone) = match stopped {
+            true => (NotStarted::Stopped, MachineEnd::Stopped),
+            false => (NotStarted::Failed, MachineEnd::StartFailed),
+        };
+        let cause = match error {
+            Error::Start { source, .. } => source.as_ref(),
+            other => other,
+        };
+        let end = match cause {
+            Error::BootEnded { end, .. } => Some(*end),
+            Error::SupervisorEnded(_) => Some(MachineEnd::MonitorLost),
+            // It runs, and is about to be undone.
+            _ => self.record.vmm_pid.map(|_| undone),
+        };
+        let observer = &self.context.observer;
+        observer.pod_not_started(&self.record.handler, why);
+        if let Some(end) = end {
+            observer.machine_ended(end);
+        }
     }
 
     async fn try_start(&mut self, timeline: &Timeline) -> Result<()> {
@@ -289,15 +319,20 @@ impl Driver {
                 let ready = async {
                     loop {
                         let Some(Event::State(status)) = events.next().await? else {
-                            return Err(Error::VmEnded(format!(
-                                "its monitor ended{}",
-                                self.console_tail()
-                            )));
+                            return Err(Error::BootEnded {
+                                end: MachineEnd::MonitorLost,
+                                report: format!("its monitor ended{}", self.console_tail()),
+                            });
                         };
                         match status.state {
                             VmState::Booting => {}
                             VmState::Ready => return Ok(()),
-                            VmState::Ended { reason } => return Err(Error::VmEnded(reason)),
+                            VmState::Ended { reason, cause } => {
+                                return Err(Error::BootEnded {
+                                    end: cause.into(),
+                                    report: reason,
+                                });
+                            }
                         }
                     }
                 };
@@ -311,7 +346,7 @@ impl Driver {
                 }
             })
             .await?;
-        let agent = AgentClient::new(self.paths.vsock.clone(), self.stopping.clone());
+        let agent = self.agent();
         Ok(Booted {
             control,
             events,
@@ -461,6 +496,19 @@ impl Driver {
     }
 }
 
+/// Each step once: one that was taken in two parts has the time of both.
+fn whole_steps(timeline: &[PhaseTime]) -> Vec<(Step, Duration)> {
+    let mut steps: BTreeMap<Step, u64> = BTreeMap::new();
+    for part in timeline {
+        let micros = steps.entry(part.phase).or_default();
+        *micros = micros.saturating_add(part.duration_us);
+    }
+    let steps = steps.into_iter();
+    steps
+        .map(|(step, micros)| (step, Duration::from_micros(micros)))
+        .collect()
+}
+
 /// A file of the pod's that its VMM or supervisor writes to.
 pub(super) fn log_file(what: &'static str, path: &Path) -> Result<fs::File> {
     fs::File::options()
@@ -511,4 +559,28 @@ fn boot_mac(id: &str) -> [u8; 6] {
             .unwrap_or(0);
     }
     mac
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_in_two_parts_is_one_with_the_time_of_both() {
+        let part = |phase, start_us, duration_us| PhaseTime {
+            phase,
+            start_us,
+            duration_us,
+        };
+        let timeline = [
+            part(Step::Netns, 0, 300),
+            part(Step::Scratch, 300, 50),
+            part(Step::Netns, 350, 200),
+        ];
+        let micros = Duration::from_micros;
+        assert_eq!(
+            whole_steps(&timeline),
+            [(Step::Netns, micros(500)), (Step::Scratch, micros(50))]
+        );
+    }
 }

@@ -9,6 +9,7 @@ use vmm_client::{Control, ControlError};
 
 use super::Driver;
 use super::watch_vm::VmEvent;
+use crate::observer::MachineEnd;
 use crate::phase::{PodEvent, PodPhase};
 use crate::process::Process;
 use crate::record::ExitReason;
@@ -28,12 +29,16 @@ impl Driver {
             _ => self.advance_anyway(PodEvent::StopAsked).await,
         }
         if let Some(mut machine) = self.machine.take() {
+            let mut end = MachineEnd::Stopped;
             // Exits that were told before the stop are the true ones.
             while let Ok(event) = machine.events.try_recv() {
-                if let VmEvent::Exit { container, exit } = event {
-                    self.learn_exit(&container, exit).await;
+                match event {
+                    VmEvent::Exit { container, exit } => self.learn_exit(&container, exit).await,
+                    VmEvent::Ended(ended) => end = ended.end,
+                    VmEvent::Listing(_) | VmEvent::WatcherGone => {}
                 }
             }
+            self.context.observer.machine_ended(end);
             // The answer comes when the containers are dead, the host has their
             // output and the disks are written: from there on killing the
             // machine loses nothing. A guest that hangs is not waited for.

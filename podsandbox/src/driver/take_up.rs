@@ -6,9 +6,9 @@ use std::sync::Arc;
 use vmm_client::Control;
 use vmm_client::protocol::VmState;
 
-use super::{Driver, Machine, watch_vm};
+use super::watch_vm::{self, Ended};
+use super::{Driver, Machine};
 use crate::Result;
-use crate::agent::AgentClient;
 use crate::phase::{PodEvent, PodPhase};
 use crate::process::Process;
 use crate::record::{ContainerPhase, ContainerRecord, ExitReason};
@@ -63,7 +63,8 @@ impl Driver {
                 tracing::info!(pod = %self.record.id, containers = self.containers.len(), "took up a running pod");
                 Ok(())
             }
-            Err(reason) => {
+            Err(Ended { end, reason }) => {
+                self.context.observer.machine_ended(end);
                 self.record.failure = Some(self.ended(&reason));
                 self.end_orphans().await;
                 self.context.store.put_pod(&self.record).await?;
@@ -110,12 +111,12 @@ impl Driver {
     }
 
     /// A VMM that runs is not given up because a call to it failed once.
-    async fn connect(&self) -> std::result::Result<Machine, String> {
+    async fn connect(&self) -> std::result::Result<Machine, Ended> {
         let mut tries = 0;
         loop {
-            let reason = match self.try_connect().await {
+            let ended = match self.try_connect().await {
                 Ok(machine) => return Ok(machine),
-                Err(reason) => reason,
+                Err(ended) => ended,
             };
             tries += 1;
             let runs = self
@@ -123,17 +124,20 @@ impl Driver {
                 .vmm_pid
                 .is_some_and(|pid| Process::open(pid, &self.record.id).is_some());
             if !runs || tries == CONNECT_TRIES {
-                return Err(reason);
+                return Err(ended);
             }
         }
     }
 
-    async fn try_connect(&self) -> std::result::Result<Machine, String> {
-        let gone = |error: vmm_client::ControlError| format!("while the daemon was away ({error})");
+    async fn try_connect(&self) -> std::result::Result<Machine, Ended> {
+        let gone = |error: vmm_client::ControlError| {
+            Ended::lost(format!("while the daemon was away ({error})"))
+        };
         let mut control = Control::connect(&self.paths.control).await.map_err(gone)?;
         let status = control.status().await.map_err(gone)?;
-        if let VmState::Ended { reason } = status.state {
-            return Err(reason);
+        if let VmState::Ended { reason, cause } = status.state {
+            let end = cause.into();
+            return Err(Ended { end, reason });
         }
         let events = Control::connect(&self.paths.control)
             .await
@@ -141,7 +145,7 @@ impl Driver {
             .subscribe()
             .await
             .map_err(gone)?;
-        let agent = AgentClient::new(self.paths.vsock.clone(), self.stopping.clone());
+        let agent = self.agent();
         let events = watch_vm::watch(events, agent.clone(), self.stopping.clone());
         Ok(Machine {
             control,

@@ -13,6 +13,7 @@ use super::Driver;
 use super::containers::{KILLED, end_is_presumed};
 use crate::agent::{AgentClient, plain};
 use crate::context::now_nanos;
+use crate::observer::MachineEnd;
 use crate::record::{ContainerPhase, ExitReason, ExitRecord, PodPhase, ResolvedUser};
 
 /// Events the driver has not taken yet; the watcher waits beyond that.
@@ -32,9 +33,24 @@ pub(super) enum VmEvent {
         container: String,
         exit: agent_api::Exit,
     },
-    /// The machine is gone, with the reason.
-    Ended(String),
+    /// The machine is gone.
+    Ended(Ended),
     WatcherGone,
+}
+
+/// How it is gone.
+pub(super) struct Ended {
+    pub(super) end: MachineEnd,
+    pub(super) reason: String,
+}
+
+impl Ended {
+    pub(super) fn lost(reason: String) -> Self {
+        Self {
+            end: MachineEnd::MonitorLost,
+            reason,
+        }
+    }
 }
 
 /// Starts the watchers; they end with the machine or with `stopping`.
@@ -48,23 +64,27 @@ pub(super) fn watch(
     {
         let (sender, ended, stopping) = (sender.clone(), ended.clone(), stopping.clone());
         tokio::spawn(async move {
-            let reason = loop {
+            let told = loop {
                 tokio::select! {
                     () = stopping.cancelled() => return,
                     event = vm.next() => match event {
                         Ok(Some(Event::State(status))) => {
-                            if let VmState::Ended { reason } = status.state {
-                                break reason;
+                            if let VmState::Ended { reason, cause } = status.state {
+                                let end = cause.into();
+                                break Ended { end, reason };
                             }
                         }
-                        Ok(None) => break "its monitor process ended".to_owned(),
-                        Err(error) => break format!("its monitor process is out of reach: {error}"),
+                        Ok(None) => break Ended::lost("its monitor process ended".to_owned()),
+                        Err(error) => {
+                            let reason = format!("its monitor process is out of reach: {error}");
+                            break Ended::lost(reason);
+                        }
                     }
                 }
             };
             ended.cancel();
             // The driver that does not listen any more has ended.
-            drop(sender.send(VmEvent::Ended(reason)).await);
+            drop(sender.send(VmEvent::Ended(told)).await);
         });
     }
     tokio::spawn(async move {
@@ -119,9 +139,10 @@ impl Driver {
         match event {
             VmEvent::Listing(states) => self.learn_listing(states).await,
             VmEvent::Exit { container, exit } => self.learn_exit(&container, exit).await,
-            VmEvent::Ended(reason) => self.lose_machine(reason).await,
+            VmEvent::Ended(ended) => self.lose_machine(ended).await,
             VmEvent::WatcherGone => {
-                self.lose_machine("its watcher ended".to_owned()).await;
+                let ended = Ended::lost("its watcher ended".to_owned());
+                self.lose_machine(ended).await;
             }
         }
     }
@@ -214,8 +235,9 @@ impl Driver {
 
     /// The machine ended though nobody stopped the pod: the pod is not ready,
     /// its containers are over, and the kubelet will make a new one.
-    async fn lose_machine(&mut self, reason: String) {
-        let reason = plain(&reason);
+    async fn lose_machine(&mut self, ended: Ended) {
+        self.context.observer.machine_ended(ended.end);
+        let reason = plain(&ended.reason);
         tracing::warn!(pod = %self.record.id, %reason, "pod lost its machine");
         self.machine = None;
         self.record.failure = Some(self.ended(&reason));

@@ -91,11 +91,62 @@ pub enum VmState {
     Ready,
     /// The guest ended; `reason` says how and ends with the console's tail.
     /// The VMM exits once this was sent to every subscriber.
-    Ended { reason: String },
+    Ended {
+        reason: String,
+        #[serde(default)]
+        cause: EndCause,
+    },
+}
+
+/// The kind of a machine's end, for those who count them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EndCause {
+    /// By a request or a signal, to the VMM or to the guest's process.
+    Killed,
+    /// The guest's kernel said that it panicked.
+    GuestPanic,
+    /// The guest switched itself off.
+    PoweredOff,
+    /// The machine or one of its devices failed.
+    Fault,
+    /// Said by a VMM of another version, or not at all.
+    #[default]
+    #[serde(other)]
+    Unknown,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "kebab-case")]
 pub enum Event {
     State(Status),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_end_is_read_from_every_version_of_the_vmm() {
+        let read = |text: &str| serde_json::from_str::<VmState>(text).unwrap();
+        let ended = |cause| VmState::Ended {
+            reason: "x".to_owned(),
+            cause,
+        };
+        assert_eq!(
+            read(r#"{"state":"ended","reason":"x"}"#),
+            ended(EndCause::Unknown)
+        );
+        assert_eq!(
+            read(r#"{"state":"ended","reason":"x","cause":"of-tomorrow"}"#),
+            ended(EndCause::Unknown)
+        );
+        let now = ended(EndCause::GuestPanic);
+        let text = serde_json::to_string(&now).unwrap();
+        assert_eq!(
+            text,
+            r#"{"state":"ended","reason":"x","cause":"guest-panic"}"#
+        );
+        assert_eq!(read(&text), now);
+    }
 }

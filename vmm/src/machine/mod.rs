@@ -6,15 +6,47 @@ pub mod uml;
 use std::io::PipeReader;
 
 use nix::sys::wait::WaitStatus;
+use vmm_client::protocol::EndCause;
 
 /// A running guest.
 pub trait Machine {
     /// Ends it now.
     fn kill(&mut self);
 
-    /// A child process was reaped. `Some` when the machine has ended with it:
-    /// how, in words.
-    fn child_ended(&mut self, status: WaitStatus) -> Option<String>;
+    /// A child process was reaped. `Some` when the machine has ended with it.
+    fn child_ended(&mut self, status: WaitStatus) -> Option<Ending>;
+}
+
+/// How a machine has ended.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Ending {
+    pub cause: EndCause,
+    /// In words.
+    pub reason: String,
+}
+
+impl Ending {
+    pub fn powered_off() -> Self {
+        Self {
+            cause: EndCause::PoweredOff,
+            reason: "the guest powered off".to_owned(),
+        }
+    }
+
+    pub fn killed(reason: impl Into<String>) -> Self {
+        Self {
+            cause: EndCause::Killed,
+            reason: reason.into(),
+        }
+    }
+
+    /// Of the machine or of one of its devices, beyond repair.
+    pub fn fault(reason: String) -> Self {
+        Self {
+            cause: EndCause::Fault,
+            reason,
+        }
+    }
 }
 
 /// A machine whose kernel runs.

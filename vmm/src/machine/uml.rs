@@ -15,7 +15,7 @@ use nix::sys::wait::WaitStatus;
 use nix::unistd::{AccessFlags, Pid, access};
 use vmm_client::UmlMode;
 
-use super::{Machine, Started};
+use super::{Ending, Machine, Started};
 use crate::jail::TMP_DIR;
 
 /// The guest's process list and the host's show it by this name.
@@ -145,22 +145,24 @@ impl Machine for Uml {
         }
     }
 
-    fn child_ended(&mut self, status: WaitStatus) -> Option<String> {
+    fn child_ended(&mut self, status: WaitStatus) -> Option<Ending> {
         if status.pid() != self.pid {
             return None;
         }
-        let how = match status {
-            WaitStatus::Exited(_, 0) => "the guest powered off".into(),
-            WaitStatus::Exited(_, code) => format!("the guest kernel exited with status {code}"),
+        let ending = match status {
+            WaitStatus::Exited(_, 0) => Ending::powered_off(),
+            WaitStatus::Exited(_, code) => {
+                Ending::fault(format!("the guest kernel exited with status {code}"))
+            }
             WaitStatus::Signaled(_, Signal::SIGKILL, _) => {
-                "the guest kernel was killed, perhaps by the host's OOM killer".into()
+                Ending::killed("the guest kernel was killed, perhaps by the host's OOM killer")
             }
             WaitStatus::Signaled(_, signal, _) => {
-                format!("the guest kernel was ended by {signal}")
+                Ending::fault(format!("the guest kernel was ended by {signal}"))
             }
             _ => return None,
         };
         self.pid = None;
-        Some(how)
+        Some(ending)
     }
 }

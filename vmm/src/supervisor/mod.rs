@@ -22,7 +22,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use vmm_client::protocol::{Event, Reply, Request, Status, VmState};
+use vmm_client::protocol::{EndCause, Event, Reply, Request, Status, VmState};
 
 use self::clients::{ClientId, Clients, Said};
 pub use self::notice::{Notice, Notices, Notifier, notices};
@@ -32,7 +32,7 @@ use crate::devices::blk::Blk;
 use crate::devices::{Device, Io};
 use crate::event_loop::DeviceRef;
 use crate::logs::{LogError, LogHandle};
-use crate::machine::{Machine, Started};
+use crate::machine::{Ending, Machine, Started};
 
 const SIGNALS: u64 = 0;
 const CONSOLE: u64 = 1;
@@ -124,9 +124,9 @@ impl Supervisor {
 
     /// Serves until the machine has ended and the subscribers know.
     pub fn run(mut self) -> io::Result<()> {
-        let reason = loop {
-            if let Some(reason) = self.step()? {
-                break reason;
+        let Ending { mut cause, reason } = loop {
+            if let Some(ending) = self.step()? {
+                break ending;
             }
         };
         self.machine.kill();
@@ -134,15 +134,20 @@ impl Supervisor {
         if let Err(error) = self.logs.finish() {
             tracing::warn!(error = chain(&error), "container logs may lack their end");
         }
+        // What comes of a panic is a switch-off or a signal. A guest that was
+        // killed may have said what it likes.
+        if cause != EndCause::Killed && self.console.panic_reason().is_some() {
+            cause = EndCause::GuestPanic;
+        }
         let reason = self.report(&reason);
-        tracing::info!(reason, "machine ended");
-        self.status.state = VmState::Ended { reason };
+        tracing::info!(reason, ?cause, "machine ended");
+        self.status.state = VmState::Ended { reason, cause };
         let event = Event::State(self.status.clone());
         self.clients.broadcast(&event, &self.epoll)
     }
 
     /// Handles what is ready; `Some` ends the machine.
-    fn step(&mut self) -> io::Result<Option<String>> {
+    fn step(&mut self) -> io::Result<Option<Ending>> {
         let mut events = [EpollEvent::empty(); 16];
         let ready = match self.epoll.wait(&mut events, EpollTimeout::NONE) {
             Err(Errno::EINTR) => return Ok(None),
@@ -155,7 +160,7 @@ impl Supervisor {
                     self.read_console(CONSOLE_CHUNK)?;
                     // A machine without a power switch runs on, doing nothing.
                     let halted = self.console.halted();
-                    halted.then(|| "the guest powered off".to_owned())
+                    halted.then(Ending::powered_off)
                 }
                 WAKE => self.take_notices()?,
                 LISTENER => {
@@ -171,12 +176,14 @@ impl Supervisor {
         Ok(None)
     }
 
-    fn take_signals(&mut self) -> io::Result<Option<String>> {
+    fn take_signals(&mut self) -> io::Result<Option<Ending>> {
         let mut asked = None;
         while let Some(info) = self.signals.read_signal()? {
             match Signal::try_from(info.ssi_signo as i32) {
                 Ok(Signal::SIGCHLD) => {}
-                Ok(signal) => asked = Some(format!("the VMM was ended by {signal}")),
+                Ok(signal) => {
+                    asked = Some(Ending::killed(format!("the VMM was ended by {signal}")));
+                }
                 Err(_) => {}
             }
         }
@@ -214,12 +221,12 @@ impl Supervisor {
         Ok(())
     }
 
-    fn take_notices(&mut self) -> io::Result<Option<String>> {
+    fn take_notices(&mut self) -> io::Result<Option<Ending>> {
         // Spurious at worst: the notices are what counts.
         let _ = self.notices.wake.read();
         while let Some(notice) = self.notices.take() {
             match notice {
-                Notice::Ended(reason) => return Ok(Some(reason)),
+                Notice::Ended(ending) => return Ok(Some(ending)),
                 Notice::Answer(client, reply) => {
                     self.clients.answer(client, &reply, &self.epoll)?;
                 }
@@ -235,7 +242,7 @@ impl Supervisor {
         Ok(None)
     }
 
-    fn take_request(&mut self, client: ClientId) -> io::Result<Option<String>> {
+    fn take_request(&mut self, client: ClientId) -> io::Result<Option<Ending>> {
         let Said::Request(request, fds) = self.clients.read(client, &self.epoll)? else {
             return Ok(None);
         };
@@ -272,7 +279,7 @@ impl Supervisor {
             }
             Request::Kill => {
                 self.clients.answer(client, &Reply::Ok, &self.epoll)?;
-                return Ok(Some("the machine was killed on request".into()));
+                return Ok(Some(Ending::killed("the machine was killed on request")));
             }
         };
         if let Some(reply) = reply {

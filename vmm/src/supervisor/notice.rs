@@ -8,6 +8,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use vmm_client::protocol::Reply;
 
 use super::clients::ClientId;
+use crate::machine::Ending;
 
 #[derive(Debug)]
 pub enum Notice {
@@ -15,7 +16,7 @@ pub enum Notice {
     GuestReady,
     /// The guest has ended, or a device or its driver failed beyond repair:
     /// how, in words.
-    Ended(String),
+    Ended(Ending),
     /// A request was carried out inside a loop.
     Answer(ClientId, Reply),
 }

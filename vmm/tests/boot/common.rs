@@ -19,7 +19,7 @@ use std::time::Duration;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns};
 use tempfile::TempDir;
-use vmm_client::protocol::{Event, VmState};
+use vmm_client::protocol::{EndCause, Event, VmState};
 use vmm_client::{
     Control, Events, FdRole, HugePages, Machine, RateLimit, SpawnRequest, UmlMode, VmSpec,
     VmmProcess, spawn,
@@ -182,8 +182,13 @@ impl Pod {
 
     /// Waits for the end of the machine and of its VMM; returns the reason.
     pub async fn ended(&mut self) -> String {
+        self.ended_by().await.0
+    }
+
+    /// The same with its cause.
+    pub async fn ended_by(&mut self) -> (String, EndCause) {
         let mut events = self.events.take().unwrap();
-        let mut reason = String::new();
+        let mut told = (String::new(), EndCause::Unknown);
         loop {
             let next = tokio::time::timeout(PATIENCE, events.next()).await;
             let next = next.unwrap_or_else(|_| {
@@ -196,8 +201,8 @@ impl Pod {
             let Some(Event::State(status)) = next.unwrap() else {
                 break;
             };
-            if let VmState::Ended { reason: why } = status.state {
-                reason = why;
+            if let VmState::Ended { reason, cause } = status.state {
+                told = (reason, cause);
             }
         }
         let status = tokio::time::timeout(PATIENCE, self.process.wait())
@@ -205,7 +210,7 @@ impl Pod {
             .expect("the VMM exits")
             .unwrap();
         assert!(status.success(), "{status}: {}", self.log());
-        reason
+        told
     }
 }
 

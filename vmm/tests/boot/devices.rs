@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use nix::mount::{MsFlags, mount};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use vmm_client::protocol::{AGENT_PORT, Event, VmState};
+use vmm_client::protocol::{AGENT_PORT, EndCause, Event, VmState};
 use vmm_client::{ControlError, DialError, dial_vsock};
 
 use crate::common::{
@@ -377,10 +377,11 @@ async fn the_guest_reports_ready_and_its_ports_are_dialled() {
     let Some(Event::State(status)) = events.next().await.unwrap() else {
         panic!("no end");
     };
-    let VmState::Ended { reason } = status.state else {
+    let VmState::Ended { reason, cause } = status.state else {
         panic!("{status:?}");
     };
     assert!(reason.starts_with("the machine was killed"), "{reason}");
+    assert_eq!(cause, EndCause::Killed);
     assert!(events.next().await.unwrap().is_none());
     assert!(pod.process.wait().await.unwrap().success());
     assert!(matches!(

@@ -15,7 +15,7 @@ use nix::unistd::Pid;
 use rustix::process::{PidfdFlags, pidfd_open};
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
-use vmm_client::protocol::{Event, VmState};
+use vmm_client::protocol::{EndCause, Event, VmState};
 use vmm_client::{Control, UmlMode};
 
 use crate::common::{PATIENCE, Pod, Setup, UID, is_kvm, kernel, namespace_of, prepare, tempdir};
@@ -55,8 +55,9 @@ async fn a_guest_that_switches_itself_off_ends_its_machine() {
         script: "poweroff -f",
         ..Setup::default()
     };
-    let reason = Pod::start(&kernel, setup).await.ended().await;
+    let (reason, cause) = Pod::start(&kernel, setup).await.ended_by().await;
     assert!(reason.starts_with("the guest powered off"), "{reason}");
+    assert_eq!(cause, EndCause::PoweredOff);
 }
 
 #[tokio::test]
@@ -67,11 +68,12 @@ async fn a_guest_that_panics_is_reported_with_its_last_words() {
         ..Setup::default()
     };
     let mut pod = Pod::start(&kernel, setup).await;
-    let reason = pod.ended().await;
+    let (reason, cause) = pod.ended_by().await;
     assert!(
         reason.contains("kernel panic: Attempted to kill init!"),
         "{reason}"
     );
+    assert_eq!(cause, EndCause::GuestPanic);
     assert!(reason.contains("famous last words"), "{reason}");
 }
 

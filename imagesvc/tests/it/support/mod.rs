@@ -26,7 +26,9 @@ pub(crate) async fn open(root: &Path) -> ImageService {
 }
 
 pub(crate) async fn open_with(config: ImageServiceConfig, root: &Path) -> ImageService {
-    ImageService::open(config, root).await.unwrap()
+    ImageService::open(config, root, Arc::new(()))
+        .await
+        .unwrap()
 }
 
 pub(crate) fn with_registry(name: &str, registry: RegistryConfig) -> ImageServiceConfig {

@@ -39,7 +39,7 @@ use self::load::LoadError;
 use self::memory::MemoryError;
 use self::serial::Serial;
 use self::vcpu::{Running, Vcpu, VcpuError};
-use super::{Machine, Started};
+use super::{Ending, Machine, Started};
 use crate::transport::SharedSlot;
 use crate::transport::mmio::{Line, Mmio, NOTIFY, WINDOW};
 
@@ -298,7 +298,7 @@ impl Machine for KvmMachine {
         }
     }
 
-    fn child_ended(&mut self, _: WaitStatus) -> Option<String> {
+    fn child_ended(&mut self, _: WaitStatus) -> Option<Ending> {
         None
     }
 }

@@ -1,6 +1,5 @@
 //! One processor of the guest: its state, and the thread that runs it.
 
-use std::fmt;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use vmm_sys_util::signal::{Killable, SIGRTMIN};
 
 use super::bus::{Bus, Reset};
+use crate::machine::Ending;
 
 /// Fast string instructions.
 const MSR_MISC_ENABLE: u32 = 0x1a0;
@@ -199,11 +199,11 @@ pub enum End {
     Failed(String),
 }
 
-impl fmt::Display for End {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::PowerOff => f.write_str("the guest powered off"),
-            Self::Failed(how) => f.write_str(how),
+impl From<End> for Ending {
+    fn from(end: End) -> Self {
+        match end {
+            End::PowerOff => Self::powered_off(),
+            End::Failed(how) => Self::fault(how),
         }
     }
 }

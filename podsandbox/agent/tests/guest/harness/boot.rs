@@ -169,12 +169,16 @@ impl Guest {
             match status.state {
                 VmState::Booting => {}
                 VmState::Ready => break,
-                VmState::Ended { reason } => panic!("the guest ended: {reason}"),
+                VmState::Ended { reason, .. } => panic!("the guest ended: {reason}"),
             }
         }
         println!("boot: {:?}", begun.elapsed());
         let agent = AgentClient::new(connect(path("vsock")));
-        let daemon = podsandbox::AgentClient::new(path("vsock"), CancellationToken::new());
+        let daemon = podsandbox::AgentClient::new(
+            path("vsock"),
+            CancellationToken::new(),
+            std::sync::Arc::new(()),
+        );
         Self {
             agent,
             daemon,
