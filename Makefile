@@ -17,7 +17,7 @@ export DRUPE_TEST_KERNEL := $(CURDIR)/out/guest/kernel-uml
 export DRUPE_TEST_INITRAMFS := $(CURDIR)/out/guest/initramfs
 export DRUPE_TEST_VMM := $(CURDIR)/out/bin/drupe-vmm
 
-.PHONY: help setup build demo test e2e critest test-kvm test-cluster fuzz bench bench-kvm lint clean
+.PHONY: help setup build install uninstall deb demo test e2e critest test-kvm test-cluster fuzz bench bench-kvm lint clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,19 @@ build: ## Build the daemon, the VMM, the agent and the guest's initramfs into ou
 	@$(TIMED) "drupe, drupe-vmm and drupe-shim" $(CARGO) build --release --workspace
 	@install -D -t out/bin $(addprefix $(TARGET_DIR)/release/,drupe drupe-vmm drupe-shim)
 	@$(TIMED) "agent and initramfs" deploy/initramfs/build.sh out/guest/initramfs
+
+# Not after `build`: it is run by root, who is often not the one who builds.
+install: ## Install what was built, with a systemd unit; DESTDIR= and PREFIX=/usr say where (docs/install.md)
+	@DESTDIR=$(DESTDIR) PREFIX=$(PREFIX) deploy/install.sh install
+
+uninstall: ## Remove what `make install` installed; configuration, images and records stay
+	@DESTDIR=$(DESTDIR) PREFIX=$(PREFIX) deploy/install.sh uninstall
+
+deb: setup build ## Make the Debian package, out/drupe.deb
+	@deploy/debian/cargo-deb.sh out/tools
+	@deploy/documents.sh out/bin/drupe out/documents
+	@out/bin/drupe config > out/documents/config.yaml
+	@$(TIMED) "Debian package" out/tools/cargo-deb --quiet --no-build --package cri-server --output out/drupe.deb
 
 demo: setup build ## Run one pod on its own kernel and show it; IMAGE=... takes any image this machine reaches
 	@$(TARGET_DIR)/release/demo $(IMAGE)

@@ -1,11 +1,16 @@
 //! The command line of drupe.
 #![forbid(unsafe_code)]
 
+mod cli;
+
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::builder::NonEmptyStringValueParser;
+use clap::{CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
 
+use cli::CliError;
 use cri_server::config::{Config, DEFAULT_YAML};
 use cri_server::{check, serve};
 
@@ -36,6 +41,39 @@ enum Command {
     },
     /// Print the default configuration, every key with its meaning.
     Config,
+    /// List the node's pods, with the time that each one's start took.
+    Pods {
+        /// The configuration that the daemon serves by.
+        #[arg(long)]
+        config: Option<PathBuf>,
+        #[arg(short, long, value_enum, default_value = "table")]
+        output: cli::pods::Format,
+    },
+    /// Show what a pod's guest has printed on its console, of which the newest
+    /// 128 to 256 KiB are kept. Logs of containers are shown by `crictl logs`.
+    Logs {
+        /// The configuration that the daemon serves by.
+        #[arg(long)]
+        config: Option<PathBuf>,
+        /// The guest's console: its kernel and its agent.
+        #[arg(long, required = true)]
+        console: bool,
+        /// Go on with what it prints, until the pod's machine ends.
+        #[arg(short, long)]
+        follow: bool,
+        /// The beginning of its id, or namespace/name.
+        #[arg(value_parser = NonEmptyStringValueParser::new())]
+        pod: String,
+    },
+    /// Print what makes a shell complete this command line.
+    Completions { shell: Shell },
+    /// Print this program's page for man, or that of one of its commands.
+    Man { command: Option<String> },
+}
+
+/// The description of this command line.
+fn command() -> clap::Command {
+    Cli::command()
 }
 
 fn main() -> ExitCode {
@@ -62,6 +100,38 @@ fn main() -> ExitCode {
                 }
             }
         }),
+        Command::Pods { config, output } => with_config(config, |config| {
+            told(cli::pods::run(&config.socket, output))
+        }),
+        Command::Logs {
+            config,
+            follow,
+            pod,
+            ..
+        } => with_config(config, |config| {
+            told(cli::logs::run(&config.socket, &pod, follow))
+        }),
+        Command::Completions { shell } => told(cli::documents::completions(command(), shell)),
+        Command::Man { command: of } => match cli::documents::man(command(), of.as_deref()) {
+            Some(outcome) => told(outcome),
+            None => {
+                let of = of.unwrap_or_default();
+                eprintln!("drupe: there is no command {of:?}: `drupe help` lists them");
+                ExitCode::from(2)
+            }
+        },
+    }
+}
+
+/// An error is one line.
+fn told(outcome: Result<(), CliError>) -> ExitCode {
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.is_closed_pipe() => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("drupe: {:#}", anyhow::Error::new(error));
+            ExitCode::FAILURE
+        }
     }
 }
 

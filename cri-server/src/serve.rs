@@ -15,6 +15,7 @@ use imagesvc::ImageService;
 use podsandbox::config::Engine;
 use podsandbox::machine::NodeFacts;
 use podsandbox::{Network, NetworkOptions, PodManager};
+use sd_notify::NotifyState;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
@@ -120,12 +121,14 @@ async fn serve(config: Config) -> Result<()> {
             }
         });
     let mut server = std::pin::pin!(server);
+    tell_systemd(NotifyState::Ready);
     tokio::select! {
         result = &mut server => return result.context("the CRI server ended"),
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
     tracing::info!("stopping; pods keep running");
+    tell_systemd(NotifyState::Stopping);
     drop(stop);
     stopping.cancel();
     if tokio::time::timeout(DRAIN, server).await.is_err() {
@@ -135,6 +138,15 @@ async fn serve(config: Config) -> Result<()> {
         );
     }
     remove_socket(&config.socket)
+}
+
+/// Nothing, unless systemd has started this daemon and wants to know: the unit
+/// is started when requests are taken, and what is ordered after it, such as
+/// the kubelet, finds them taken.
+fn tell_systemd(state: NotifyState) {
+    if let Err(error) = sd_notify::notify(&[state]) {
+        tracing::warn!(%error, "cannot tell systemd of the daemon's state");
+    }
 }
 
 /// Each handler's machine, decided once: a pod that is taken up later has the

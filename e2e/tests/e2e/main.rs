@@ -8,6 +8,7 @@ mod bad_networks;
 mod bad_pods;
 mod cdi;
 mod cgroups;
+mod command_line;
 mod containers;
 mod debugging;
 mod devices;

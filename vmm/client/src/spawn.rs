@@ -4,11 +4,11 @@
 //! ends all it started; it is in a process group of its own and holds nothing
 //! whose loss it would notice when the daemon dies.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::Duration;
@@ -187,6 +187,10 @@ pub async fn spawn(request: SpawnRequest) -> Result<VmmProcess, SpawnError> {
             .map_err(|source| SpawnError::Cgroup { path, source })?;
     }
 
+    if let Err(error) = expose_to_oom_killer(&oom_score_file(pid)) {
+        tracing::warn!(%pid, %error, "cannot give a VMM back to the OOM killer");
+    }
+
     let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
     let handoff = async {
         socket.send(&spec, &borrowed).await?;
@@ -206,6 +210,22 @@ pub async fn spawn(request: SpawnRequest) -> Result<VmmProcess, SpawnError> {
     };
     undo.now().await;
     Err(error)
+}
+
+fn oom_score_file(pid: Pid) -> PathBuf {
+    PathBuf::from(format!("/proc/{pid}/oom_score_adj"))
+}
+
+/// A service is often kept from the OOM killer, and what it starts inherits
+/// that. A VMM holds its pod's memory: when the node has none left, the killer
+/// must be free to take it.
+fn expose_to_oom_killer(score: &Path) -> io::Result<()> {
+    let inherited = fs::read_to_string(score)?;
+    if inherited.trim_start().starts_with('-') {
+        // Only lowering it takes a capability.
+        fs::write(score, "0")?;
+    }
+    Ok(())
 }
 
 fn is_hangup(error: &io::Error) -> bool {
@@ -238,4 +258,19 @@ async fn spawn_in_pid_namespace(command: Command) -> io::Result<Child> {
     spawned
         .await
         .map_err(|_| io::Error::other("the spawning thread panicked"))?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vmm_is_given_back_to_the_oom_killer_and_no_more() {
+        for (inherited, then) in [("-999\n", "0"), ("0\n", "0\n"), ("300\n", "300\n")] {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            fs::write(file.path(), inherited).unwrap();
+            expose_to_oom_killer(file.path()).unwrap();
+            assert_eq!(fs::read_to_string(file.path()).unwrap(), then);
+        }
+    }
 }
