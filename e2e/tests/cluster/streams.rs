@@ -93,7 +93,9 @@ pub fn ports_are_forwarded(ns: &Namespace<'_>) -> Result<()> {
     ns.wait("pod/web", "condition=Ready")?;
     let mut forward = ns.spawn_kubectl(&["port-forward", "pod/web", ":8080"])?;
     let mut said = String::new();
-    BufReader::new(forward.stdout.take().context("output")?).read_line(&mut said)?;
+    // Kept open: kubectl goes on to speak, and ends where nobody listens.
+    let mut output = BufReader::new(forward.stdout.take().context("output")?);
+    output.read_line(&mut said)?;
     let address = said
         .split_whitespace()
         .find(|word| word.starts_with("127.0.0.1:"))
@@ -110,8 +112,9 @@ pub fn ports_are_forwarded(ns: &Namespace<'_>) -> Result<()> {
         Ok(())
     });
     forward.kill()?;
-    forward.wait()?;
-    answered
+    let ended = forward.wait_with_output()?;
+    drop(output);
+    answered.with_context(|| String::from_utf8_lossy(&ended.stderr).into_owned())
 }
 
 pub fn a_debug_container_joins(ns: &Namespace<'_>) -> Result<()> {
@@ -132,12 +135,11 @@ pub fn a_debug_container_joins(ns: &Namespace<'_>) -> Result<()> {
         "--",
         "sh",
     ])?;
-    debug
-        .stdin
-        .take()
-        .context("input")?
-        .write_all(b"ps -o args; exit\n")?;
+    // Its end would detach kubectl, whatever is still to be said.
+    let mut stdin = debug.stdin.take().context("input")?;
+    stdin.write_all(b"ps -o args; exit\n")?;
     let output = debug.wait_with_output()?;
+    drop(stdin);
     let seen = String::from_utf8_lossy(&output.stdout).into_owned();
     ensure!(seen.contains("trap"), "{output:?}");
     Ok(())
