@@ -25,6 +25,7 @@ pub mod log;
 pub mod machine;
 pub mod netns;
 pub mod node;
+pub mod output;
 pub mod pod;
 pub mod proxy;
 pub mod reaper;

@@ -9,6 +9,8 @@ use std::thread;
 use anyhow::{Context, Result, ensure};
 use nix::sched::{CloneFlags, setns, unshare};
 
+use crate::output::of_success;
+
 pub struct NetNs {
     /// None: the network of the harness itself.
     namespace: Option<File>,
@@ -75,14 +77,7 @@ impl NetNs {
                 .args(args)
                 .output()
                 .with_context(|| program.to_owned())?;
-            ensure!(
-                output.status.success(),
-                "{program} {}: {}: {}",
-                args.join(" "),
-                output.status,
-                String::from_utf8_lossy(&output.stderr)
-            );
-            Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+            of_success(program, args, &output)
         })
     }
 }

@@ -29,7 +29,7 @@ use crate::cgroup::Cgroup;
 use crate::machine::slowness;
 use crate::netns::NetNs;
 use crate::registry::{Access, Registry};
-use crate::{Cri, artifacts, leaks, reaper};
+use crate::{Cri, artifacts, leaks, output, reaper};
 
 pub use builder::{NodeBuilder, Server};
 pub use config::{BRIDGE, SUBNET_V4, SUBNET_V6};
@@ -207,16 +207,8 @@ impl Node {
     /// What crictl prints when it succeeds.
     pub fn crictl_ok(&self, args: &[&str]) -> Result<String> {
         let output = self.crictl(args)?;
-        ensure!(
-            output.status.success(),
-            "crictl {}: {}: {}",
-            args.join(" "),
-            output.status,
-            String::from_utf8_lossy(&output.stderr)
-        );
-        Ok(String::from_utf8_lossy(&output.stdout)
-            .trim_end()
-            .to_owned())
+        let said = output::of_success("crictl", args, &output)?;
+        Ok(said.trim_end().to_owned())
     }
 
     /// Processes that the server has started and which run, by id.

@@ -8,22 +8,14 @@ use serde_json::Value;
 
 use super::Cluster;
 use super::files::Files;
-use crate::{Node, artifacts};
+use crate::{Node, artifacts, output};
 
 impl Files {
     /// What kubectl prints when it succeeds.
     pub fn kubectl(&self, node: &Node, args: &[&str], input: Option<&str>) -> Result<String> {
         let output = self.try_kubectl(node, args, input)?;
-        ensure!(
-            output.status.success(),
-            "kubectl {}: {}: {}",
-            args.join(" "),
-            output.status,
-            String::from_utf8_lossy(&output.stderr)
-        );
-        Ok(String::from_utf8_lossy(&output.stdout)
-            .trim_end()
-            .to_owned())
+        let said = output::of_success("kubectl", args, &output)?;
+        Ok(said.trim_end().to_owned())
     }
 
     fn try_kubectl(&self, node: &Node, args: &[&str], input: Option<&str>) -> Result<Output> {

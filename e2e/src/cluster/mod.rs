@@ -13,7 +13,6 @@ mod program;
 mod sysctls;
 
 use std::path::PathBuf;
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -64,16 +63,14 @@ impl Cluster {
             })
             .start()?;
         node.pull_busybox()?;
-        node.netns.run(|| {
-            for args in [
-                format!("link add {NODE_LINK} type bridge"),
-                format!("addr add {NODE_ADDRESS}/24 dev {NODE_LINK}"),
-                format!("link set {NODE_LINK} up"),
-            ] {
-                ip(&args)?;
-            }
-            Ok(())
-        })?;
+        let address = format!("{NODE_ADDRESS}/24");
+        for args in [
+            &["link", "add", NODE_LINK, "type", "bridge"][..],
+            &["addr", "add", &address, "dev", NODE_LINK],
+            &["link", "set", NODE_LINK, "up"],
+        ] {
+            node.netns.output("ip", args)?;
+        }
         let files = Files::write(&node)?;
         let mut cluster = Self {
             kubelet: None,
@@ -138,7 +135,7 @@ impl Cluster {
         for group in cgroup::groups(kubepods.trim_start_matches('/'))? {
             cgroup::remove_tree(&group)?;
         }
-        node.netns.run(|| ip(&format!("link delete {NODE_LINK}")))?;
+        node.netns.output("ip", &["link", "delete", NODE_LINK])?;
         node.finish()
     }
 
@@ -147,17 +144,4 @@ impl Cluster {
     pub fn logs(&self) -> PathBuf {
         self.files.dir.clone()
     }
-}
-
-fn ip(args: &str) -> Result<()> {
-    let output = Command::new("ip")
-        .args(args.split(' '))
-        .output()
-        .context("ip")?;
-    ensure!(
-        output.status.success(),
-        "ip {args}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    Ok(())
 }

@@ -103,7 +103,7 @@ pub fn init_and_sidecar_containers_come_first(ns: &Namespace<'_>) -> Result<()> 
 }
 
 pub fn probes_restart_and_admit(ns: &Namespace<'_>) -> Result<()> {
-    let mut sick = busybox("sick", "touch /healthy; sleep 3; rm /healthy; sleep 1000");
+    let mut sick = busybox("sick", &format!("touch /healthy; {IDLE}"));
     sick["livenessProbe"] = json!({
         "exec": { "command": ["test", "-e", "/healthy"] },
         "periodSeconds": 1, "failureThreshold": 1,
@@ -115,6 +115,8 @@ pub fn probes_restart_and_admit(ns: &Namespace<'_>) -> Result<()> {
     ns.apply(&pod("by-tcp", spec(by_tcp)))?;
     ns.apply(&pod("fails", spec(busybox("fails", "exit 3"))))?;
     ns.wait("pod/by-tcp", "condition=Ready")?;
+    ns.wait("pod/sick", "condition=Ready")?;
+    ns.kubectl(&["exec", "sick", "--", "rm", "/healthy"])?;
     ns.wait(
         "pod/sick",
         "jsonpath={.status.containerStatuses[0].restartCount}=1",

@@ -17,7 +17,6 @@ fn start(ns: &Namespace<'_>, name: &str, script: &str) -> Result<()> {
 }
 
 pub fn logs_are_followed(ns: &Namespace<'_>) -> Result<()> {
-    start(ns, "talker", "echo first; read line; echo never")?;
     start(
         ns,
         "counter",
