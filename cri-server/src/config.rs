@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use podsandbox::config::{HostPods, RuntimeConfig};
 use serde::{Deserialize, Serialize};
 
+use crate::overhead::OverheadConfig;
 use crate::prometheus::MetricsConfig;
 use crate::streaming::StreamingConfig;
 
@@ -29,6 +30,7 @@ pub struct Config {
     pub network: NetworkConfig,
     pub streaming: StreamingConfig,
     pub metrics: MetricsConfig,
+    pub overhead: OverheadConfig,
     pub images: imagesvc::ImageServiceConfig,
 }
 
@@ -93,6 +95,7 @@ impl Default for Config {
             network: NetworkConfig::default(),
             streaming: StreamingConfig::default(),
             metrics: MetricsConfig::default(),
+            overhead: OverheadConfig::default(),
             images: imagesvc::ImageServiceConfig::default(),
         }
     }

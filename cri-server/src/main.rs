@@ -65,6 +65,26 @@ enum Command {
         #[arg(value_parser = NonEmptyStringValueParser::new())]
         pod: String,
     },
+    /// Measure what pods cost this node beyond their containers, and tell what
+    /// a RuntimeClass should declare as overhead.
+    Overhead {
+        /// The configuration that the daemon serves by.
+        #[arg(long)]
+        config: Option<PathBuf>,
+        #[arg(short, long, value_enum, default_value = "table")]
+        output: cli::overhead::Format,
+        #[command(flatten)]
+        options: cli::overhead::Options,
+    },
+    /// Print a RuntimeClass for each handler of the configuration, with the
+    /// overhead that is measured on this node; --apply installs them.
+    Runtimeclass {
+        /// The configuration that the daemon serves by.
+        #[arg(long)]
+        config: Option<PathBuf>,
+        #[command(flatten)]
+        options: cli::runtimeclass::Options,
+    },
     /// Print what makes a shell complete this command line.
     Completions { shell: Shell },
     /// Print this program's page for man, or that of one of its commands.
@@ -110,6 +130,16 @@ fn main() -> ExitCode {
             ..
         } => with_config(config, |config| {
             told(cli::logs::run(&config.socket, &pod, follow))
+        }),
+        Command::Overhead {
+            config,
+            output,
+            options,
+        } => with_config(config, |config| {
+            told(cli::overhead::run(&config, &options, output))
+        }),
+        Command::Runtimeclass { config, options } => with_config(config, |config| {
+            told(cli::runtimeclass::run(&config, &options))
         }),
         Command::Completions { shell } => told(cli::documents::completions(command(), shell)),
         Command::Man { command: of } => match cli::documents::man(command(), of.as_deref()) {

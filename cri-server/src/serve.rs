@@ -25,6 +25,7 @@ use tonic::transport::Server;
 use crate::config::Config;
 use crate::deadline::Deadlines;
 use crate::images::Images;
+use crate::overhead::Overheads;
 use crate::prometheus::{self, Metrics, Requests};
 use crate::runtime::Runtime;
 use crate::streaming::Streaming;
@@ -82,10 +83,14 @@ async fn serve(config: Config) -> Result<()> {
     let pods = PodManager::open(pods, images.clone(), network, metrics.clone())
         .await
         .context("pods")?;
+    let overheads = Arc::new(Overheads::default());
     // Serves until it is dropped.
     let _scrapes = scrapes.map(|listener| {
         tracing::info!(address = ?config.metrics.address, "metrics are served");
-        prometheus::Server::start(listener, metrics.registry(pods.clone()))
+        prometheus::Server::start(
+            listener,
+            metrics.registry(pods.clone(), Arc::clone(&overheads)),
+        )
     });
 
     let listener = listen(&config.socket).await?;
@@ -99,6 +104,9 @@ async fn serve(config: Config) -> Result<()> {
         .await
         .context("streaming")?;
     let stopping = CancellationToken::new();
+    let measured = pods.clone();
+    let rhythm = config.overhead.clone();
+    tokio::spawn(async move { overheads.keep(&measured, &rhythm).await });
     let runtime = Runtime::new(pods.clone(), streaming, stopping.clone());
     let runtime = RuntimeServiceServer::new(runtime)
         .max_decoding_message_size(MAX_REQUEST_BYTES)

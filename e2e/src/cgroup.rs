@@ -68,11 +68,13 @@ impl Cgroup {
         format!("/{}/{PODS}", self.name)
     }
 
-    /// Cgroups below the pods' parent.
+    /// Cgroups below the pods' parent, and beside it, where machines boot.
     pub fn of_pods(&self) -> Result<Vec<PathBuf>> {
         let mut found = Vec::new();
         for path in &self.everywhere {
-            found.extend(tree(&path.join(PODS))?.into_iter().skip(1));
+            let pods = path.join(PODS);
+            let below = tree(path)?.into_iter().skip(1);
+            found.extend(below.filter(|group| *group != pods));
         }
         Ok(found)
     }

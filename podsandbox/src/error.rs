@@ -35,6 +35,7 @@ pub enum Step {
     Vmm,
     Boot,
     Redirect,
+    Cgroup,
     Configure,
     Supervisor,
 }
@@ -48,6 +49,7 @@ impl std::fmt::Display for Step {
             Self::Vmm => "vmm",
             Self::Boot => "boot",
             Self::Redirect => "redirect",
+            Self::Cgroup => "cgroup",
             Self::Configure => "configure",
             Self::Supervisor => "supervisor",
         })

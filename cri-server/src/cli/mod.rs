@@ -4,7 +4,10 @@
 mod console;
 pub mod documents;
 pub mod logs;
+pub mod overhead;
 pub mod pods;
+pub mod runtimeclass;
+mod table;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -62,6 +65,27 @@ pub enum CliError {
     Console { path: PathBuf, source: io::Error },
     #[error("cannot follow the console {}", path.display())]
     Follow { path: PathBuf, source: io::Error },
+    #[error("handler {handler:?} is not configured; there are: {known}")]
+    NoHandler { handler: String, known: String },
+    #[error(
+        "pods of handler {handler:?} share the node's kernel: they cost nothing beyond their containers but a supervisor"
+    )]
+    NoOverhead { handler: String },
+    #[error("no pod of handler {handler:?} runs: without --running some are started")]
+    NothingRuns { handler: String },
+    #[error(
+        "pod {pod} ended while it was measured; `drupe logs --console` or the daemon's log tell why"
+    )]
+    Ended { pod: String },
+    #[error("interrupted; the pods that were started are removed")]
+    Interrupted,
+    #[error("cannot reach the cluster; name its configuration by --kubeconfig or KUBECONFIG")]
+    Kubeconfig(#[source] Box<dyn std::error::Error + Send + Sync>),
+    #[error("the cluster did not take RuntimeClass {name}")]
+    Apply {
+        name: String,
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     #[error("cannot write the output")]
     Output(#[source] io::Error),
     #[error("cannot start")]
@@ -85,6 +109,18 @@ struct Details {
     phase: PodPhase,
     console: PathBuf,
     timeline: Vec<PhaseTime>,
+    /// Absent unless its machine runs.
+    overhead: Option<Measured>,
+    #[serde(rename = "memoryMiB")]
+    memory_mib: u32,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Measured {
+    #[serde(flatten)]
+    overhead: podsandbox::Overhead,
+    proportional_bytes: Option<u64>,
 }
 
 /// A pod in full.

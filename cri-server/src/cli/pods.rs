@@ -73,25 +73,8 @@ fn table(pods: &[Pod], now: SystemTime) -> String {
                 .map_or_else(|| "-".to_owned(), |took| format!("{}ms", took.as_millis())),
             pod.ips.first().cloned().unwrap_or_else(|| "-".to_owned()),
         ]
-        // A terminal takes orders; a pod's name is not to give any.
-        .map(|cell| cell.replace(char::is_control, "?"))
     }));
-    let widths: Vec<usize> = (0..HEAD.len())
-        .map(|column| {
-            let cells = rows.iter().map(|row| row[column].chars().count());
-            cells.max().unwrap_or(0)
-        })
-        .collect();
-    let mut text = String::new();
-    for row in &rows {
-        let cells = row.iter().zip(&widths);
-        let line: Vec<_> = cells
-            .map(|(cell, &width)| format!("{cell:width$}"))
-            .collect();
-        text += line.join("  ").trim_end();
-        text += "\n";
-    }
-    text
+    super::table::table(&rows)
 }
 
 /// In the largest unit of which there are two, as kubectl does nearly.
@@ -153,7 +136,7 @@ mod tests {
     fn pod(name: &str, ready: bool) -> Pod {
         let details = serde_json::json!({
             "pid": 7, "handler": "microvm", "kind": "micro-vm", "phase": "ready",
-            "console": "/run/drupe/pods/x/console.log", "failure": null,
+            "console": "/run/drupe/pods/x/console.log", "failure": null, "memoryMiB": 512,
             "timeline": [
                 {"phase": "netns", "start_us": 0, "duration_us": 900},
                 {"phase": "boot", "start_us": 1_000, "duration_us": 139_400},

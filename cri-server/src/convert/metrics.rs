@@ -8,7 +8,7 @@ mod table;
 
 use cri_api::v1;
 use podsandbox::record::ContainerRecord;
-use podsandbox::{ContainerStats, PodSnapshot, Pressure, StatsResponse};
+use podsandbox::{ContainerStats, Overhead, PodSnapshot, Pressure, StatsResponse};
 
 use self::table::{LABELS, METRICS};
 use super::stats::{MAX_INTERFACES, MAX_NAME};
@@ -34,9 +34,17 @@ pub fn descriptors() -> Vec<v1::MetricDescriptor> {
 
 /// Of a pod whose guest has given `figures` at `now`, in nanoseconds since the
 /// epoch.
-pub fn pod(pod: &PodSnapshot, figures: &StatsResponse, now: i64) -> v1::PodSandboxMetrics {
+pub fn pod(
+    pod: &PodSnapshot,
+    figures: &StatsResponse,
+    overhead: Option<&Overhead>,
+    now: i64,
+) -> v1::PodSandboxMetrics {
     let mut of_pod = Metrics::new(labels(pod, None));
     of_pod.of_guest(pod, figures, now);
+    if let Some(overhead) = overhead {
+        of_pod.of_overhead(overhead);
+    }
     let container = |record: &ContainerRecord| {
         let of = figures.containers.iter().find(|c| c.id == record.id)?;
         let mut metrics = Metrics::new(labels(pod, Some(record)));
@@ -133,6 +141,15 @@ impl Metrics {
                     self.add_with(&metric, &[&name], value);
                 }
             }
+        }
+    }
+
+    fn of_overhead(&mut self, overhead: &Overhead) {
+        self.add("drupe_pod_overhead_memory_bytes", overhead.memory_bytes);
+        let cpu = overhead.cpu_nanos / NANOS;
+        self.add("drupe_pod_overhead_cpu_seconds_total", cpu);
+        if let Some(declared) = overhead.declared_memory_bytes {
+            self.add("drupe_pod_overhead_declared_memory_bytes", declared);
         }
     }
 

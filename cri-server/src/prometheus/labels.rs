@@ -45,6 +45,7 @@ pub(super) fn step(step: Step) -> &'static str {
         Step::Vmm => "vmm",
         Step::Boot => "boot",
         Step::Redirect => "redirect",
+        Step::Cgroup => "cgroup",
         Step::Configure => "configure",
         Step::Supervisor => "supervisor",
     }

@@ -12,6 +12,7 @@
 //! of its own.
 
 mod labels;
+mod overhead;
 mod pods;
 mod requests;
 mod server;
@@ -19,6 +20,7 @@ mod server;
 mod tests;
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use imagesvc::PullOutcome;
@@ -32,6 +34,7 @@ use prometheus_client::registry::{Registry, Unit};
 use serde::{Deserialize, Serialize};
 use tonic::Code;
 
+use crate::overhead::Overheads;
 pub use requests::Requests;
 pub use server::{MetricsError, Server, listen};
 
@@ -145,9 +148,10 @@ impl Metrics {
     }
 
     /// Everything that is scraped.
-    pub fn registry(&self, pods: PodManager) -> Registry {
+    pub fn registry(&self, pods: PodManager, overheads: Arc<Overheads>) -> Registry {
         let mut registry = self.counted();
-        registry.register_collector(Box::new(pods::Pods::new(pods, self.handlers.clone())));
+        let pods = pods::Pods::new(pods, overheads, self.handlers.clone());
+        registry.register_collector(Box::new(pods));
         registry
     }
 

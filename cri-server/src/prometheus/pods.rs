@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
 
 use podsandbox::PodManager;
 use prometheus_client::collector::Collector;
@@ -11,15 +12,22 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::gauge::ConstGauge;
 
 use super::labels::{self, CONTAINER_STATES, POD_PHASES};
+use super::overhead;
+use crate::overhead::Overheads;
 
 pub(super) struct Pods {
     pods: PodManager,
+    overheads: Arc<Overheads>,
     handlers: Vec<String>,
 }
 
 impl Pods {
-    pub(super) fn new(pods: PodManager, handlers: Vec<String>) -> Self {
-        Self { pods, handlers }
+    pub(super) fn new(pods: PodManager, overheads: Arc<Overheads>, handlers: Vec<String>) -> Self {
+        Self {
+            pods,
+            overheads,
+            handlers,
+        }
     }
 }
 
@@ -32,7 +40,8 @@ impl fmt::Debug for Pods {
 }
 
 impl Collector for Pods {
-    fn encode(&self, encoder: DescriptorEncoder) -> fmt::Result {
+    fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
+        overhead::encode(&self.overheads.all(), &mut encoder)?;
         let mut tally = Tally::new(&self.handlers);
         for snapshot in self.pods.snapshots() {
             tally.pod(labels::pod_phase(&snapshot.pod), &snapshot.pod.handler);
@@ -85,7 +94,7 @@ impl Tally {
     }
 }
 
-fn gauges<L: EncodeLabelSet>(
+pub(super) fn gauges<L: EncodeLabelSet>(
     encoder: &mut DescriptorEncoder,
     name: &str,
     help: &str,

@@ -98,8 +98,8 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<v1::PodSandboxStatusRequest>,
     ) -> Answer<v1::PodSandboxStatusResponse> {
-        self.sandbox_status(&request.into_inner())
-            .map(Response::new)
+        let answer = self.sandbox_status(&request.into_inner()).await?;
+        Ok(Response::new(answer))
     }
 
     async fn list_pod_sandbox(

@@ -1,10 +1,12 @@
 //! Pod sandboxes.
 
 use cri_api::v1;
+use podsandbox::PodSnapshot;
 use tonic::Status;
 
 use super::Runtime;
 use crate::convert::{error, filter, pod, required};
+use crate::figures;
 use crate::json_info as info;
 
 impl Runtime {
@@ -26,13 +28,13 @@ impl Runtime {
         self.pods.remove(id).await.map_err(error::pod)
     }
 
-    pub(super) fn sandbox_status(
+    pub(super) async fn sandbox_status(
         &self,
         request: &v1::PodSandboxStatusRequest,
     ) -> Result<v1::PodSandboxStatusResponse, Status> {
         let snapshot = self.pods.pod(&request.pod_sandbox_id).map_err(error::pod)?;
         let record = &snapshot.pod;
-        let details = || {
+        let details = |overhead: Option<serde_json::Value>| {
             info(serde_json::json!({
                 "pid": record.vmm_pid,
                 "handler": record.handler,
@@ -44,6 +46,7 @@ impl Runtime {
                 "phase": record.phase,
                 "failure": record.failure,
                 "console": self.pods.console_path(&snapshot),
+                "overhead": overhead,
                 "timeline": record.timeline,
                 "spec": record.spec,
             }))
@@ -52,7 +55,7 @@ impl Runtime {
         Ok(v1::PodSandboxStatusResponse {
             status: Some(pod::status(&snapshot)),
             info: if request.verbose {
-                details()
+                details(self.overhead(&snapshot).await)
             } else {
                 Default::default()
             },
@@ -61,6 +64,29 @@ impl Runtime {
                 .collect(),
             timestamp: podsandbox::now_nanos(),
         })
+    }
+
+    /// Measured now, for who looks at one pod; none if it has no machine that
+    /// runs, or the node or the guest does not tell.
+    async fn overhead(&self, pod: &PodSnapshot) -> Option<serde_json::Value> {
+        if !pod.is_ready() {
+            return None;
+        }
+        let figures = figures::of_one(&self.pods, pod).await?;
+        let shared = self.pods.proportional_overhead(pod, &figures).await;
+        let measured = self
+            .pods
+            .overheads(vec![(pod.clone(), Some(figures))])
+            .await;
+        let (_, _, overhead) = measured.into_iter().next()?;
+        let mut value = serde_json::to_value(overhead?).ok()?;
+        match shared {
+            Ok(bytes) => value["proportionalBytes"] = serde_json::json!(bytes),
+            Err(error) => {
+                tracing::warn!(pod = %pod.pod.id, error = %error.sentence(), "cannot tell the pod's share of memory");
+            }
+        }
+        Some(value)
     }
 
     pub(super) fn list_sandboxes(

@@ -1,18 +1,13 @@
 //! Statistics. A pod whose guest does not answer is listed without figures; it
 //! never fails the list.
 
-use std::time::Duration;
-
 use cri_api::v1;
-use futures_util::future::join_all;
-use podsandbox::{PodSnapshot, StatsResponse};
+use podsandbox::PodSnapshot;
 use tonic::Status;
 
 use super::Runtime;
 use crate::convert::{error, filter, stats};
-
-/// The kubelet's eviction loop waits for this list.
-const GUEST_ANSWERS_WITHIN: Duration = Duration::from_secs(2);
+use crate::figures;
 
 impl Runtime {
     fn mountpoint(&self) -> String {
@@ -47,7 +42,7 @@ impl Runtime {
         };
         let pods = self.pods.list().into_iter().filter(wants).collect();
         let mut list = Vec::new();
-        for (pod, figures) in self.figures_of(pods).await {
+        for (pod, figures) in figures::of(&self.pods, pods).await {
             let picked = pod
                 .containers
                 .values()
@@ -84,35 +79,12 @@ impl Runtime {
                 && filter::labels_match(&pod.pod.spec.labels, &wanted.label_selector)
         };
         let pods = self.pods.list().into_iter().filter(wants).collect();
-        let figures = self.figures_of(pods).await;
+        let figures = figures::of(&self.pods, pods).await;
         v1::ListPodSandboxStatsResponse {
             stats: figures
                 .iter()
                 .map(|(pod, of)| stats::pod(pod, of.as_ref(), &mountpoint))
                 .collect(),
         }
-    }
-
-    /// All guests are asked at once: one that hangs delays the list by its own
-    /// time limit only.
-    pub(super) async fn figures_of(
-        &self,
-        pods: Vec<PodSnapshot>,
-    ) -> Vec<(PodSnapshot, Option<StatsResponse>)> {
-        let asked = pods.into_iter().map(|pod| async {
-            let figures = match tokio::time::timeout(GUEST_ANSWERS_WITHIN, self.pods.stats(&pod)).await {
-                Ok(Ok(figures)) => figures,
-                Ok(Err(error)) => {
-                    tracing::warn!(pod = %pod.pod.id, error = %error.sentence(), "no statistics from the guest");
-                    None
-                }
-                Err(_) => {
-                    tracing::warn!(pod = %pod.pod.id, "the guest is too slow to give statistics");
-                    None
-                }
-            };
-            (pod, figures)
-        });
-        join_all(asked).await
     }
 }

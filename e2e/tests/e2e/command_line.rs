@@ -19,14 +19,14 @@ use crate::{drupe, on_drupe};
 /// What takes longer than this hangs.
 const SOON: Duration = Duration::from_secs(20);
 
-fn drupe_command(node: &Node, args: &[&str]) -> Result<Command> {
+pub fn drupe_command(node: &Node, args: &[&str]) -> Result<Command> {
     let mut command = Command::new(artifacts::daemon()?);
     command.args(args).arg("--config").arg(node.config_file());
     Ok(command)
 }
 
 /// What it prints when it succeeds.
-fn prints(node: &Node, args: &[&str]) -> Result<String> {
+pub fn prints(node: &Node, args: &[&str]) -> Result<String> {
     let output = drupe_command(node, args)?.output().context("drupe")?;
     ensure!(
         output.status.success(),
@@ -38,7 +38,7 @@ fn prints(node: &Node, args: &[&str]) -> Result<String> {
 }
 
 /// Fails unless it failed with one line that has all of `parts`.
-fn fails(output: &Output, parts: &[&str]) -> Result<()> {
+pub fn fails(output: &Output, parts: &[&str]) -> Result<()> {
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(output.status.code() == Some(1), "{output:?}");
     ensure!(output.stdout.is_empty(), "{output:?}");

@@ -24,6 +24,7 @@ mod logs;
 mod machine;
 mod metrics;
 mod networks;
+mod overhead;
 mod pods;
 mod privileged;
 mod processes;

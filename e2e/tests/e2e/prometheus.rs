@@ -15,13 +15,13 @@ use tonic::Code;
 
 use crate::{on_drupe, pod_refused, refused, shares_the_hosts_kernel};
 
-const ADDRESS: &str = "127.0.0.1:9750";
+pub const ADDRESS: &str = "127.0.0.1:9750";
 
 /// The text of one scrape.
-struct Scrape(String);
+pub struct Scrape(String);
 
 impl Scrape {
-    fn of(node: &Node) -> Result<Self> {
+    pub fn of(node: &Node) -> Result<Self> {
         let answer = node.netns.run(|| http::get(ADDRESS, "/metrics"))?;
         ensure!(answer.status == 200, "status {}", answer.status);
         let kind = answer.header("content-type").context("no content type")?;
@@ -41,7 +41,7 @@ impl Scrape {
     }
 
     /// The one sample of this name that has all these labels.
-    fn value(&self, name: &str, labels: &[(&str, &str)]) -> Result<f64> {
+    pub fn value(&self, name: &str, labels: &[(&str, &str)]) -> Result<f64> {
         let mut found = self.samples().filter(|(sample, _)| {
             let of_name = sample.strip_prefix(name);
             of_name.is_some_and(|rest| rest.is_empty() || rest.starts_with('{'))
@@ -115,6 +115,7 @@ fn a_pods_life_is_scraped_as_it_was() -> Result<()> {
             "vmm",
             "boot",
             "redirect",
+            "cgroup",
             "configure",
         ] {
             let labels = [("phase", phase), microvm];

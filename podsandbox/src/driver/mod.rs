@@ -7,6 +7,7 @@
 //! goes away changes nothing. What it knows it publishes as a
 //! [`PodSnapshot`]. Called by [`crate::manager`] only.
 
+mod boot;
 mod containers;
 mod create;
 mod devices;
@@ -39,9 +40,9 @@ use crate::spec::ContainerSpec;
 use crate::{Error, Result};
 use watch_vm::VmEvent;
 
+pub(crate) use boot::max_vcpus;
 pub(crate) use containers::state_error;
 pub(crate) use disks::lease_holder;
-pub(crate) use start::max_vcpus;
 
 /// Requests of one pod that may wait for its driver; the kubelet works on a
 /// pod with a handful at a time.

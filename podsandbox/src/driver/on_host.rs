@@ -11,11 +11,12 @@ use nix::sys::socket::SockType;
 use tokio_util::sync::CancellationToken;
 use vmm_client::Control;
 
+use super::boot::{log_file, read_tail};
 use super::containers::open_log;
 use super::create::{mounting, seccomp_profile, user};
 use super::devices::Devices;
 use super::disks::Disk;
-use super::start::{Timeline, log_file, read_tail};
+use super::start::Timeline;
 use super::{Driver, Machine, watch_vm};
 use crate::config::Engine;
 use crate::context::now_nanos;

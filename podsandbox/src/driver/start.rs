@@ -5,36 +5,25 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::num::NonZeroU32;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
-};
+use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
-use vmm_client::protocol::{Event, VmState};
-use vmm_client::{Control, FdRole, IdRange, Machine as MachineKind, SpawnRequest, UmlMode, VmSpec};
 
+use super::boot::{Parts, net_queues};
 use super::{Driver, Machine, watch_vm};
-use crate::agent::AgentClient;
-use crate::config::{Engine, Runtime, RuntimeConfig};
+use crate::config::{Engine, Runtime};
 use crate::context::now_nanos;
 use crate::error::Step;
-use crate::machine::{Decision, check_kernel};
+use crate::machine::Decision;
 use crate::observer::{MachineEnd, NotStarted};
 use crate::phase::PodEvent;
 use crate::record::{PhaseTime, PodKind, PodNetworkRecord};
 use crate::{Error, Result, cgroup, network, scratch, sysctls, volumes};
 
-/// The console keeps its newest half of this.
-const CONSOLE_LIMIT_BYTES: u64 = 256 * 1024;
-/// Lines of the guest's console in an error.
-const CONSOLE_TAIL_LINES: usize = 8;
-const CONSOLE_TAIL_BYTES: u64 = 4096;
 const TAP: &str = "tap0";
 
 /// Times steps against the moment the request came in.
@@ -70,23 +59,6 @@ impl Timeline {
             },
         })
     }
-}
-
-/// Files and descriptors that the VMM is handed.
-struct Parts {
-    netns: netns::Netns,
-    /// Its queues.
-    tap: Vec<OwnedFd>,
-    scratch: fs::File,
-    /// Filled in once the VMM runs.
-    vmm_pid: OnceLock<u32>,
-}
-
-/// A machine whose agent has reported ready.
-struct Booted {
-    control: Control,
-    events: vmm_client::Events,
-    agent: AgentClient,
 }
 
 impl Driver {
@@ -172,11 +144,37 @@ impl Driver {
         }
     }
 
+    /// The machine joins the pod's control group beside everything that comes
+    /// after its boot, as the kernel takes its time for that.
     async fn start_machine(
         &mut self,
         timeline: &Timeline,
         runtime: &Runtime,
         decision: &Decision,
+    ) -> Result<()> {
+        let (booted, told) = oneshot::channel();
+        let group = self.record.spec.cgroup_parent.clone();
+        let id = self.record.id.clone();
+        let join = async {
+            let (Some(parent), Ok(())) = (group, told.await) else {
+                return Ok(());
+            };
+            let work = tokio::task::spawn_blocking(move || cgroup::join(&parent, &id));
+            let joined = async { work.await.map_err(|_| Error::Stopping)? };
+            timeline.time(Step::Cgroup, joined).await
+        };
+        // Both to their ends: nothing may be moved while it is undone.
+        let machine = self.make_machine(timeline, runtime, decision, booted);
+        let (made, joined) = tokio::join!(machine, join);
+        made.and(joined)
+    }
+
+    async fn make_machine(
+        &mut self,
+        timeline: &Timeline,
+        runtime: &Runtime,
+        decision: &Decision,
+        has_booted: oneshot::Sender<()>,
     ) -> Result<()> {
         let netns = timeline.time(Step::Netns, self.make_netns()).await?;
         let scratch = timeline
@@ -201,7 +199,10 @@ impl Driver {
         let boot = async {
             tokio::select! {
                 () = cni_failed.cancelled() => Err(Error::Stopping),
-                booted = self.boot(timeline, runtime, decision, &parts) => booted,
+                booted = self.boot(timeline, runtime, decision, &parts) => booted.inspect(|_| {
+                    // Whoever waits for it outlives this.
+                    let _ = has_booted.send(());
+                }),
             }
         };
         let request = network::request(&self.record, &self.paths);
@@ -296,204 +297,6 @@ impl Driver {
             .await
             .map_err(|_| Error::Stopping)?
     }
-
-    async fn boot(
-        &self,
-        timeline: &Timeline,
-        runtime: &Runtime,
-        decision: &Decision,
-        parts: &Parts,
-    ) -> Result<Booted> {
-        let spawned = self.spawn(runtime, decision, parts);
-        let (mut process, control, mut events) = timeline.time(Step::Vmm, spawned).await?;
-        // Reaps the VMM while this daemon is its parent; its end is learnt
-        // from the control socket, which also works after a restart.
-        tokio::spawn(async move {
-            if let Err(error) = process.wait().await {
-                tracing::debug!(%error, "cannot wait for a VMM");
-            }
-        });
-        let limit = runtime.settings.boot_timeout_seconds;
-        timeline
-            .time(Step::Boot, async {
-                let ready = async {
-                    loop {
-                        let Some(Event::State(status)) = events.next().await? else {
-                            return Err(Error::BootEnded {
-                                end: MachineEnd::MonitorLost,
-                                report: format!("its monitor ended{}", self.console_tail()),
-                            });
-                        };
-                        match status.state {
-                            VmState::Booting => {}
-                            VmState::Ready => return Ok(()),
-                            VmState::Ended { reason, cause } => {
-                                return Err(Error::BootEnded {
-                                    end: cause.into(),
-                                    report: reason,
-                                });
-                            }
-                        }
-                    }
-                };
-                tokio::select! {
-                    () = self.stopping.cancelled() => Err(Error::Stopping),
-                    reached = tokio::time::timeout(Duration::from_secs(limit), ready) => {
-                        reached.unwrap_or_else(|_| {
-                            Err(Error::BootTimeout { seconds: limit, console: self.console_tail() })
-                        })
-                    }
-                }
-            })
-            .await?;
-        let agent = self.agent();
-        Ok(Booted {
-            control,
-            events,
-            agent,
-        })
-    }
-
-    async fn spawn(
-        &self,
-        runtime: &Runtime,
-        decision: &Decision,
-        parts: &Parts,
-    ) -> Result<(vmm_client::VmmProcess, Control, vmm_client::Events)> {
-        let open = |what: &'static str, path: &Path| {
-            fs::File::open(path)
-                .map(OwnedFd::from)
-                .map_err(|source| Error::File {
-                    what,
-                    path: path.to_owned(),
-                    source,
-                })
-        };
-        let clone = |what: &'static str, fd: &OwnedFd| {
-            fd.try_clone().map_err(|source| Error::File {
-                what,
-                path: self.paths.dir.clone(),
-                source,
-            })
-        };
-        let scratch: OwnedFd = parts
-            .scratch
-            .try_clone()
-            .map_err(|source| Error::File {
-                what: "scratch disk",
-                path: self.paths.scratch.clone(),
-                source,
-            })?
-            .into();
-        let kernel = open("guest kernel", &decision.kernel)?;
-        check_kernel(&decision.kernel, decision.machine).map_err(Error::GuestKernel)?;
-        let mut fds = vec![
-            (FdRole::Kernel, kernel),
-            (
-                FdRole::Initramfs,
-                open("initramfs", &runtime.settings.initramfs)?,
-            ),
-            (FdRole::Netns, parts.netns.fd()?),
-            (
-                FdRole::ConsoleLog,
-                log_file("console log", &self.paths.console)?.into(),
-            ),
-            (
-                FdRole::ControlListener,
-                self.listen(SockType::SeqPacket, &self.paths.control)?,
-            ),
-            (
-                FdRole::VsockListener,
-                self.listen(SockType::Stream, &self.paths.vsock)?,
-            ),
-            (FdRole::Scratch, scratch),
-        ];
-        for queue in &parts.tap {
-            fds.push((FdRole::Tap, clone("tap", queue)?));
-        }
-        if decision.machine == MachineKind::Kvm {
-            let device = Path::new(crate::machine::DEVICE);
-            let opened = fs::File::options().read(true).write(true).open(device);
-            let kvm = opened.map_err(Error::Kvm)?;
-            fds.push((FdRole::Kvm, kvm.into()));
-        }
-        let spec = VmSpec {
-            pod_id: self.record.id.clone(),
-            machine: decision.machine,
-            vcpus: self.record.vcpus,
-            memory_mib: self.record.machine_mib(),
-            balloon_mib: self.record.balloon_mib(),
-            huge_pages: runtime.settings.huge_pages,
-            kernel_args: runtime.settings.kernel_args.clone(),
-            mac: Some(boot_mac(&self.record.id)),
-            mtu: None,
-            image_slots: runtime.settings.disk_slots,
-            disk_limit: runtime.settings.disk_limit,
-            jail_root: self.paths.jail.clone(),
-            shared_dir: self.paths.shared.clone(),
-            shared_ids: self.record.spec.user_namespace.map(|ids| IdRange {
-                guest: ids.host_id,
-                length: ids.length,
-            }),
-            uid: self.record.uid,
-            gid: self.record.uid,
-            console_limit_bytes: CONSOLE_LIMIT_BYTES,
-            fds: fds.iter().map(|(role, _)| *role).collect(),
-        };
-        let request = SpawnRequest {
-            program: self.context.config.vmm.clone(),
-            spec,
-            fds: fds.into_iter().map(|(_, fd)| fd).collect(),
-            log: log_file("VMM log", &self.paths.vmm_log)?,
-            cgroup_procs: match &self.record.cgroup {
-                Some(group) => cgroup::make(group, &self.record.id)?,
-                None => Vec::new(),
-            },
-        };
-        let process = vmm_client::spawn(request).await?;
-        parts.vmm_pid.get_or_init(|| process.pid());
-        let control = Control::connect(&self.paths.control).await?;
-        let events = Control::connect(&self.paths.control)
-            .await?
-            .subscribe()
-            .await?;
-        Ok((process, control, events))
-    }
-
-    /// The VMM inherits the listening end, so that a connection made before it
-    /// accepts is kept.
-    pub(super) fn listen(&self, kind: SockType, path: &Path) -> Result<OwnedFd> {
-        let bind = || -> nix::Result<OwnedFd> {
-            let listener = socket(AddressFamily::Unix, kind, SockFlag::SOCK_CLOEXEC, None)?;
-            bind(listener.as_raw_fd(), &UnixAddr::new(path)?)?;
-            listen(&listener, Backlog::MAXCONN)?;
-            Ok(listener)
-        };
-        bind().map_err(|error| Error::File {
-            what: "socket",
-            path: path.to_owned(),
-            source: error.into(),
-        })
-    }
-
-    /// The guest's last words, for an error.
-    fn console_tail(&self) -> String {
-        let Ok(bytes) = read_tail(&self.paths.console) else {
-            return String::new();
-        };
-        let text =
-            String::from_utf8_lossy(&bytes).replace(|c: char| c.is_control() && c != '\n', " ");
-        let lines: Vec<&str> = text
-            .lines()
-            .filter(|line| !line.trim().is_empty())
-            .collect();
-        let tail = &lines[lines.len().saturating_sub(CONSOLE_TAIL_LINES)..];
-        if tail.is_empty() {
-            "; its console is empty".to_owned()
-        } else {
-            format!("; console: {}", tail.join(" | "))
-        }
-    }
 }
 
 /// Each step once: one that was taken in two parts has the time of both.
@@ -507,58 +310,6 @@ fn whole_steps(timeline: &[PhaseTime]) -> Vec<(Step, Duration)> {
     steps
         .map(|(step, micros)| (step, Duration::from_micros(micros)))
         .collect()
-}
-
-/// A file of the pod's that its VMM or supervisor writes to.
-pub(super) fn log_file(what: &'static str, path: &Path) -> Result<fs::File> {
-    fs::File::options()
-        .read(true)
-        .append(true)
-        .create(true)
-        .mode(0o600)
-        .open(path)
-        .map_err(|source| Error::File {
-            what,
-            path: path.to_owned(),
-            source,
-        })
-}
-
-/// The guest can make the console as long as its limit; an error takes less.
-/// A queue for each vCPU; more than the vCPUs are of no use.
-fn net_queues(settings: &RuntimeConfig, vcpus: u32) -> NonZeroU32 {
-    NonZeroU32::new(vcpus.min(settings.net_queues)).unwrap_or(NonZeroU32::MIN)
-}
-
-pub(super) fn read_tail(path: &Path) -> std::io::Result<Vec<u8>> {
-    let file = fs::File::open(path)?;
-    let length = file.metadata()?.len();
-    let start = length.saturating_sub(CONSOLE_TAIL_BYTES);
-    let mut bytes = vec![0; usize::try_from(length - start).unwrap_or(0)];
-    let read = file.read_at(&mut bytes, start)?;
-    bytes.truncate(read);
-    Ok(bytes)
-}
-
-/// How many vCPUs the handler's machine can have.
-pub(crate) fn max_vcpus(decision: &Decision) -> u32 {
-    match decision.machine {
-        MachineKind::Uml(UmlMode::Ptrace) => 1,
-        MachineKind::Uml(UmlMode::Seccomp) | MachineKind::Kvm => 32,
-    }
-}
-
-/// A locally administered address for the time before the network is known;
-/// the agent then takes the interface's own.
-fn boot_mac(id: &str) -> [u8; 6] {
-    let mut mac = [0x02, 0, 0, 0, 0, 0];
-    for (index, byte) in mac.iter_mut().enumerate().skip(1) {
-        *byte = id
-            .get(index * 2..index * 2 + 2)
-            .and_then(|hex| u8::from_str_radix(hex, 16).ok())
-            .unwrap_or(0);
-    }
-    mac
 }
 
 #[cfg(test)]

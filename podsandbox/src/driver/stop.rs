@@ -87,15 +87,18 @@ impl Driver {
         let machine = async {
             let vmm = self.record.vmm_pid.and_then(|pid| Process::open(pid, id));
             let ended = end_machine(&self.paths.control, vmm).await;
-            match &self.record.cgroup {
-                Some(group) => {
-                    let removed = cgroup::remove(group, id).await;
-                    if self.record.spec.cgroup_parent.is_none() {
-                        cgroup::remove_own_parent();
-                    }
+            match (&self.record.spec.cgroup_parent, &self.record.cgroup) {
+                (Some(parent), _) => {
+                    let removed = cgroup::remove(parent, id).await;
+                    let boot = cgroup::remove(cgroup::beside(parent), id).await;
+                    ended.and(removed).and(boot)
+                }
+                (None, Some(own)) => {
+                    let removed = cgroup::remove(own, id).await;
+                    cgroup::remove_own_parent();
                     ended.and(removed)
                 }
-                None => ended,
+                (None, None) => ended,
             }
         };
         // Neither needs the other: what the guest still sends goes nowhere.

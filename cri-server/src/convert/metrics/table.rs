@@ -313,4 +313,22 @@ pub const METRICS: &[Described] = &[
         &[],
         "When it was last looked at, in seconds since the epoch.",
     ),
+    described(
+        Gauge,
+        "drupe_pod_overhead_memory_bytes",
+        &[],
+        "Memory that the pod takes on its node beyond what its containers use, in bytes.",
+    ),
+    described(
+        Gauge,
+        "drupe_pod_overhead_declared_memory_bytes",
+        &[],
+        "Memory that the pod's RuntimeClass declares as its overhead, in bytes.",
+    ),
+    described(
+        Counter,
+        "drupe_pod_overhead_cpu_seconds_total",
+        &[],
+        "CPU time of the node beyond that of the pod's containers, in seconds.",
+    ),
 ];

@@ -2,9 +2,16 @@
 //! the pod, so that limits, eviction and statistics see what the pod costs.
 //! Both hierarchies are served: v2, and v1 with one mount a controller.
 //!
+//! The machine boots in a group beside the pod's ([`make_for_boot`]) and joins
+//! the pod's own when its guest serves ([`join`]): a boot takes more CPU time
+//! than a small pod's limit has for it, and the memory that it took stays
+//! charged there, so that all of the pod's limit is its containers'.
+//!
 //! A pod on the host's kernel has its supervisor in a group below its own, and
 //! beside it one for each container, which the OCI runtime makes, in every
 //! hierarchy that there is.
+
+mod charge;
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek};
@@ -12,11 +19,13 @@ use std::os::fd::AsFd;
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::{Error, Result};
+pub use charge::{Charge, charge, proportional_bytes};
 
 /// A killed process leaves its group once the kernel has freed its memory.
 const EMPTY_WITHIN: Duration = Duration::from_secs(5);
@@ -30,6 +39,8 @@ const SUPERVISOR: &str = "supervisor";
 pub const OWN_PARENT: &str = "/drupe";
 /// Another daemon may be removing a parent that is ours together.
 const MAKE_TRIES: u32 = 5;
+/// Each takes along all but what was born while it ran.
+const MOVE_ROUNDS: u32 = 100;
 /// v1 hierarchies that account or limit; a cpuset would need to be filled in
 /// before it takes a process.
 const V1_CONTROLLERS: [&str; 5] = ["memory", "cpu", "cpuacct", "pids", "blkio"];
@@ -38,6 +49,54 @@ const V1_CONTROLLERS: [&str; 5] = ["memory", "cpu", "cpuacct", "pids", "blkio"];
 /// that take its process.
 pub fn make(parent: &Path, id: &str) -> Result<Vec<PathBuf>> {
     make_all(&dirs_of(&group(parent, id)?))
+}
+
+/// Makes the group in which the pod's machine boots: beside the pod's group,
+/// below the parent that they share. It goes by [`remove`] with `parent`'s own
+/// parent, and until then tells what the boot has cost.
+pub fn make_for_boot(parent: &Path, id: &str) -> Result<Vec<PathBuf>> {
+    // Refused as the pod's own would be.
+    group(parent, id)?;
+    make_all(&dirs_of(&group(beside(parent), id)?))
+}
+
+/// The parent of the group in which the machine of a pod in `parent` boots.
+pub fn beside(parent: &Path) -> &Path {
+    parent.parent().unwrap_or(parent)
+}
+
+/// Moves everything from the group of the boot to the pod's own.
+pub fn join(parent: &Path, id: &str) -> Result<()> {
+    let targets = make(parent, id)?;
+    if beside(parent) == parent {
+        return Ok(());
+    }
+    let sources = dirs_of(&group(beside(parent), id)?);
+    for (source, target) in sources.iter().zip(&targets) {
+        move_all(&source.join("cgroup.procs"), target)?;
+    }
+    Ok(())
+}
+
+/// Until nothing is left: what is born meanwhile is born where its parent is.
+fn move_all(source: &Path, target: &Path) -> Result<()> {
+    for _ in 0..MOVE_ROUNDS {
+        let text = fs::read_to_string(source).map_err(|error| failed(source, error))?;
+        if text.is_empty() {
+            return Ok(());
+        }
+        for pid in text.lines() {
+            match fs::write(target, pid) {
+                // It has ended.
+                Err(error) if error.raw_os_error() == Some(Errno::ESRCH as i32) => {}
+                written => written.map_err(|error| failed(target, error))?,
+            }
+        }
+    }
+    Err(failed(
+        source,
+        io::Error::other("its processes cannot all be moved"),
+    ))
 }
 
 /// Makes the group of a pod's supervisor, which has others beside it.
@@ -132,7 +191,7 @@ fn kill_whole(dir: &Path) -> io::Result<()> {
     let deadline = Instant::now() + EMPTY_WITHIN;
     let gone = |error: &io::Error| {
         error.kind() == io::ErrorKind::NotFound
-            || error.raw_os_error() == Some(nix::errno::Errno::ENODEV as i32)
+            || error.raw_os_error() == Some(Errno::ENODEV as i32)
     };
     let mut events = match File::open(dir.join("cgroup.events")) {
         Err(error) if gone(&error) => return Ok(()),

@@ -1,0 +1,99 @@
+//! What a pod costs its node beyond its containers: the VMM, the guest's
+//! kernel, the agent, and memory that the guest holds but its containers do
+//! not use.
+//!
+//! The node's side is what the kernel has charged the pod's control groups;
+//! the containers' side is the guest's word, so a hostile guest can make its
+//! overhead look smaller, never what the node is charged.
+
+use agent_api::StatsResponse;
+use serde::{Deserialize, Serialize};
+
+use crate::cgroup::{self, Charge};
+use crate::manager::PodManager;
+use crate::record::{PodKind, PodRecord};
+use crate::snapshot::PodSnapshot;
+use crate::{Error, Result};
+
+/// Of one pod, now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Overhead {
+    /// Beyond what containers use. Files that the node caches for the pod are
+    /// not in it: it drops them when it needs the memory.
+    pub memory_bytes: u64,
+    /// What the pod's RuntimeClass has declared; none: nothing.
+    pub declared_memory_bytes: Option<u64>,
+    /// CPU time since the pod's start, beyond its containers'.
+    pub cpu_nanos: u64,
+}
+
+impl Overhead {
+    fn new(pod: &PodRecord, charge: Charge, figures: &StatsResponse) -> Self {
+        let containers = || figures.containers.iter();
+        let memory = containers().fold(0, |sum: u64, c| sum.saturating_add(c.memory_usage_bytes));
+        let cpu = containers().fold(0, |sum: u64, c| sum.saturating_add(c.cpu_usage_nanos));
+        Self {
+            memory_bytes: charge.memory_bytes.saturating_sub(memory),
+            declared_memory_bytes: pod.spec.overhead.memory_limit_bytes,
+            cpu_nanos: charge.cpu_nanos.saturating_sub(cpu),
+        }
+    }
+
+    /// Whether it is more than was declared.
+    #[must_use]
+    pub fn is_above_declared(&self) -> bool {
+        self.declared_memory_bytes
+            .is_some_and(|declared| self.memory_bytes > declared)
+    }
+}
+
+impl PodManager {
+    /// The overhead of each pod that has a machine, beside what its guest has
+    /// said of its containers. What the node does not tell is left out.
+    pub async fn overheads(
+        &self,
+        pods: Vec<(PodSnapshot, Option<StatsResponse>)>,
+    ) -> Vec<(PodSnapshot, Option<StatsResponse>, Option<Overhead>)> {
+        let work = move || {
+            let one = |(pod, figures): (PodSnapshot, Option<StatsResponse>)| {
+                let overhead = figures.as_ref().and_then(|figures| of(&pod.pod, figures));
+                (pod, figures, overhead)
+            };
+            pods.into_iter().map(one).collect()
+        };
+        // A panic ends the daemon; it is being stopped.
+        tokio::task::spawn_blocking(work).await.unwrap_or_default()
+    }
+
+    /// Memory of the pod's processes (PSS) less what its containers use.
+    pub async fn proportional_overhead(
+        &self,
+        pod: &PodSnapshot,
+        figures: &StatsResponse,
+    ) -> Result<Option<u64>> {
+        let (PodKind::MicroVm, Some(parent)) = (pod.pod.kind, pod.pod.cgroup.clone()) else {
+            return Ok(None);
+        };
+        let id = pod.pod.id.clone();
+        let work = move || cgroup::proportional_bytes(&parent, &id);
+        let all = tokio::task::spawn_blocking(work).await;
+        let all = all.map_err(|_| Error::Stopping)??;
+        let containers = figures.containers.iter();
+        let used = containers.fold(0, |sum: u64, c| sum.saturating_add(c.memory_usage_bytes));
+        Ok(Some(all.saturating_sub(used)))
+    }
+}
+
+fn of(pod: &PodRecord, figures: &StatsResponse) -> Option<Overhead> {
+    let (PodKind::MicroVm, Some(parent)) = (pod.kind, &pod.cgroup) else {
+        return None;
+    };
+    match cgroup::charge(parent, &pod.id) {
+        Ok(charge) => Some(Overhead::new(pod, charge?, figures)),
+        Err(error) => {
+            tracing::warn!(pod = %pod.id, error = %error.sentence(), "cannot tell what the pod costs");
+            None
+        }
+    }
+}
