@@ -71,6 +71,7 @@ test-cluster: setup build out/kubernetes ## What users of a cluster do, on a rea
 .PHONY: out/kubernetes
 out/kubernetes:
 	@$(TIMED) "Kubernetes' programs" e2e/tools/kubernetes/build.sh $@
+	@$(TIMED) "CoreDNS" e2e/tools/coredns/build.sh $@
 
 test-kvm: setup build out/node ## End-to-end tests on kvm, in an emulated bare-metal node
 	@$(EMULATED_NODE)

@@ -57,7 +57,7 @@ pub fn critest() -> Result<PathBuf> {
     artifact("tools/critest", "setup")
 }
 
-/// A program of Kubernetes, or etcd.
+/// A program of Kubernetes, etcd or CoreDNS.
 pub fn kubernetes(program: &str) -> Result<PathBuf> {
     artifact(&format!("kubernetes/{program}"), "out/kubernetes")
 }

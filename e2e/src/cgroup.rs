@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -87,6 +88,16 @@ impl Cgroup {
         Ok(empty)
     }
 
+    /// Its directory in each hierarchy, that of version 2 first.
+    #[must_use]
+    pub fn everywhere(&self) -> Vec<&Path> {
+        let others = self.everywhere.iter().filter(|path| **path != self.path);
+        std::iter::once(&self.path)
+            .chain(others)
+            .map(PathBuf::as_path)
+            .collect()
+    }
+
     /// What a process writes its id to in order to join.
     #[must_use]
     pub fn procs_file(&self) -> PathBuf {
@@ -132,6 +143,17 @@ impl Cgroup {
         }
         Ok(())
     }
+}
+
+/// A command that joins the cgroup of `procs_file` before it starts `program`,
+/// whose arguments are to follow.
+pub fn command_in(procs_file: &Path, program: &Path) -> Command {
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", "echo $$ > \"$0\" && exec \"$@\""])
+        .arg(procs_file)
+        .arg(program);
+    command
 }
 
 /// Removes groups without processes.

@@ -31,6 +31,13 @@ pub struct Scope<'a> {
 
 /// Fails with a list of everything that is left.
 pub fn assert_none(scope: &Scope<'_>) -> Result<()> {
+    let left = found(scope)?;
+    ensure!(left.is_empty(), "left behind:\n  {}", left.join("\n  "));
+    Ok(())
+}
+
+/// Everything that there is, each as a line for people.
+pub fn found(scope: &Scope<'_>) -> Result<Vec<String>> {
     let mut left = Vec::new();
     left.extend(processes(scope)?);
     left.extend(mounts(scope)?);
@@ -55,8 +62,7 @@ pub fn assert_none(scope: &Scope<'_>) -> Result<()> {
             .iter()
             .map(|path| format!("empty cgroup {}", path.display())),
     );
-    ensure!(left.is_empty(), "left behind:\n  {}", left.join("\n  "));
-    Ok(())
+    Ok(left)
 }
 
 fn processes(scope: &Scope<'_>) -> Result<Vec<String>> {

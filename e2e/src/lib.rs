@@ -17,6 +17,7 @@ pub mod cri;
 pub mod critest;
 pub mod debian;
 pub mod eventually;
+pub mod guard;
 pub mod http;
 pub mod image;
 pub mod layer;

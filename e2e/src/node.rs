@@ -8,9 +8,11 @@
 mod builder;
 mod config;
 mod containerd;
+mod programs;
 mod server;
 mod small_root;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -26,6 +28,7 @@ use nix::unistd::Pid;
 use serde_json::Value;
 
 use crate::cgroup::Cgroup;
+use crate::guard::Guard;
 use crate::machine::slowness;
 use crate::netns::NetNs;
 use crate::registry::{Access, Registry};
@@ -56,6 +59,9 @@ pub struct Node {
     registry: Option<Registry>,
     process: Mutex<Option<Child>>,
     cri: Mutex<Option<Cri>>,
+    /// Where the node's own copies of the programs are, if it has them.
+    programs: Option<PathBuf>,
+    guard: Option<Guard>,
     finished: bool,
 }
 
@@ -292,6 +298,15 @@ impl Node {
         Ok(())
     }
 
+    /// What pods that run hold on the machine, each as a line for people:
+    /// compared with what it was, it tells what those that came and went have
+    /// left. Stopped ones may keep files such as the console's log until they
+    /// are removed, which the kubelet does once a minute.
+    pub fn held_by_pods(&self) -> Result<BTreeSet<String>> {
+        let held = leaks::found(&self.leak_scope(&[]))?;
+        Ok(held.into_iter().collect())
+    }
+
     /// Fails with what removed pods have left, unless it is nothing. The
     /// server may run.
     pub fn assert_no_pod_left(&self) -> Result<()> {
@@ -371,6 +386,8 @@ impl Node {
         {
             self.netns.output("ip", &["link", "delete", bridge])?;
         }
+        // What it would do is done.
+        self.guard = None;
         if self.finished {
             fs::remove_dir_all(&self.dir).with_context(|| self.dir.display().to_string())?;
         }

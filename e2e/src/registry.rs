@@ -10,6 +10,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::certificates::Authority;
 use crate::cgroup::Cgroup;
+use crate::guard::Guard;
 use crate::image::{Image, Manifest};
 use crate::layer::digest;
 use crate::netns::NetNs;
@@ -38,6 +39,7 @@ pub enum Access {
 
 pub struct Registry {
     process: Child,
+    _guard: Guard,
     pub address: String,
     netns: Arc<NetNs>,
     dir: PathBuf,
@@ -68,8 +70,10 @@ impl Registry {
         let process = reaper::spawn_own(cgroup, || {
             netns.run(|| command.spawn().context("docker-registry"))
         })?;
+        let guard = Guard::of_process(process.id(), &config)?;
         let mut registry = Self {
             process,
+            _guard: guard,
             address: address.to_owned(),
             netns: netns.clone(),
             dir: dir.to_owned(),

@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use super::NODE_ADDRESS;
 use super::files::{API_PORT, Files};
-use super::program::Program;
+use super::program::{Program, Programs};
 use crate::{Node, eventually};
 
 const START_WITHIN: Duration = Duration::from_secs(90);
@@ -24,8 +24,9 @@ pub struct ControlPlane {
 
 impl ControlPlane {
     /// Waits until the API server is ready.
-    pub fn start(node: &Node, files: &Files) -> Result<Self> {
-        let start = |name, args: Vec<String>| Program::start(name, &node.netns, &files.dir, &args);
+    pub fn start(node: &Node, files: &Files, programs: &Programs) -> Result<Self> {
+        let start =
+            |name, args: Vec<String>| Program::start(name, node, programs, &files.dir, &args);
         let file = |name: &str| files.dir.join(name).display().to_string();
         let etcd = start(
             "etcd",

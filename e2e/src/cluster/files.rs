@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use nix::mount::{MntFlags, umount2};
 use serde_json::json;
 
+use super::program::Programs;
 use super::{NODE, NODE_ADDRESS};
 use crate::certificates::{Authority, Signed};
 use crate::{Node, leaks};
@@ -20,6 +21,8 @@ pub const API_PORT: u16 = 6443;
 
 pub struct Files {
     pub dir: PathBuf,
+    /// How kubectl joins the cluster's programs.
+    pub procs_file: PathBuf,
     pub authority: PathBuf,
     /// What the API server and the kubelet show to those who call them.
     pub serving: Signed,
@@ -30,7 +33,7 @@ pub struct Files {
 }
 
 impl Files {
-    pub fn write(node: &Node) -> Result<Self> {
+    pub fn write(node: &Node, programs: &Programs) -> Result<Self> {
         let dir = node.dir.join("cluster");
         for sub in ["", "kubelet", "pod-logs", "plugins"] {
             let path = dir.join(sub);
@@ -44,6 +47,7 @@ impl Files {
             to_kubelet: authority.sign("to-kubelet", "/O=system:masters/CN=api", "DNS:api")?,
             tokens: authority.sign("tokens", "/CN=tokens", "DNS:tokens")?,
             dir,
+            procs_file: programs.procs_file(),
         };
         for (file, subject) in [
             ("admin", "/O=system:masters/CN=admin".to_owned()),
@@ -68,6 +72,11 @@ impl Files {
     #[must_use]
     pub fn kubelet_root(&self) -> PathBuf {
         self.dir.join("kubelet")
+    }
+
+    #[must_use]
+    pub fn pod_logs(&self) -> PathBuf {
+        self.dir.join("pod-logs")
     }
 
     fn write_kubeconfig(&self, of: &str, signed: &Signed) -> Result<()> {

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::Cluster;
 use super::files::Files;
-use crate::{Node, artifacts, output};
+use crate::{Node, artifacts, cgroup, output};
 
 impl Files {
     /// What kubectl prints when it succeeds.
@@ -29,7 +29,8 @@ impl Files {
     }
 
     fn spawn_kubectl(&self, node: &Node, args: &[&str]) -> Result<Child> {
-        let mut command = Command::new(artifacts::kubernetes("kubectl")?);
+        let kubectl = artifacts::kubernetes("kubectl")?;
+        let mut command = cgroup::command_in(&self.procs_file, &kubectl);
         command
             .arg("--kubeconfig")
             .arg(self.kubeconfig("admin"))
@@ -87,6 +88,22 @@ pub struct Namespace<'a> {
 }
 
 impl Namespace<'_> {
+    /// Has it deleted with all that is in it, and does not wait for that.
+    pub fn delete(self) -> Result<()> {
+        self.cluster
+            .kubectl(&["delete", "namespace", &self.name, "--wait=false"])?;
+        Ok(())
+    }
+
+    #[must_use]
+    pub fn cluster(&self) -> &Cluster {
+        self.cluster
+    }
+
+    pub fn node(&self) -> Result<&Node> {
+        self.cluster.node()
+    }
+
     pub fn kubectl(&self, args: &[&str]) -> Result<String> {
         self.cluster.kubectl(&self.with_name(args))
     }
@@ -146,8 +163,17 @@ impl Namespace<'_> {
     /// Waits as `kubectl wait` does.
     pub fn wait(&self, what: &str, condition: &str) -> Result<()> {
         let condition = format!("--for={condition}");
-        let waited = self.kubectl(&["wait", what, &condition, "--timeout=120s"]);
-        if let Err(error) = waited {
+        self.waited(what, &["wait", what, &condition, "--timeout=120s"])
+    }
+
+    /// Waits until all pods of a controller are those of its template, and
+    /// ready.
+    pub fn roll_out(&self, what: &str) -> Result<()> {
+        self.waited(what, &["rollout", "status", what, "--timeout=120s"])
+    }
+
+    fn waited(&self, what: &str, args: &[&str]) -> Result<()> {
+        if let Err(error) = self.kubectl(args) {
             let told = self.kubectl(&["describe", what]).unwrap_or_default();
             let events = self.kubectl(&["get", "events"]).unwrap_or_default();
             return Err(error.context(format!("{told}\n{events}")));

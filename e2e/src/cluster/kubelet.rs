@@ -3,9 +3,10 @@
 use anyhow::Result;
 use serde_json::json;
 
+use super::addons::{DNS_ADDRESS, DOMAIN};
 use super::control_plane::flags;
 use super::files::{Files, write};
-use super::program::Program;
+use super::program::{Program, Programs};
 use super::{NODE, NODE_ADDRESS};
 use crate::Node;
 
@@ -14,7 +15,7 @@ pub struct Kubelet {
 }
 
 impl Kubelet {
-    pub fn start(node: &Node, files: &Files) -> Result<Self> {
+    pub fn start(node: &Node, files: &Files, programs: &Programs) -> Result<Self> {
         let config = files.dir.join("kubelet.yaml");
         let resolv = files.dir.join("resolv.conf");
         write(&resolv, "nameserver 192.0.2.1\n")?;
@@ -39,9 +40,11 @@ impl Kubelet {
             "failSwapOn": false,
             // The machine that runs the tests may have version 1.
             "failCgroupV1": false,
-            "podLogsDir": files.dir.join("pod-logs"),
+            "podLogsDir": files.pod_logs(),
             "volumePluginDir": files.dir.join("plugins"),
             "resolvConf": resolv,
+            "clusterDNS": [DNS_ADDRESS],
+            "clusterDomain": DOMAIN,
             "makeIPTablesUtilChains": false,
             // However full the machine's disk is.
             "evictionHard": { "memory.available": "0%", "nodefs.available": "0%",
@@ -54,7 +57,8 @@ impl Kubelet {
         write(&config, &text.to_string())?;
         let program = Program::start(
             "kubelet",
-            &node.netns,
+            node,
+            programs,
             &files.dir,
             &flags(&[
                 ("config", &config.display().to_string()),

@@ -3,16 +3,20 @@
 //!
 //! What talks to what: kubectl and the kubelet to the API server by
 //! certificates of the cluster's own authority, the API server to etcd on
-//! loopback and to the kubelet, the kubelet to drupe by its socket.
+//! loopback and to the kubelet, the kubelet to drupe by its socket. kube-proxy
+//! and CoreDNS are pods of the node.
 
+mod addons;
 mod control_plane;
 mod files;
+pub mod images;
 mod kubectl;
 mod kubelet;
 mod program;
 mod sysctls;
 
 use std::path::PathBuf;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -22,8 +26,10 @@ use crate::{Node, Server, cgroup, eventually};
 use control_plane::ControlPlane;
 use files::Files;
 use kubelet::Kubelet;
+use program::Programs;
 use sysctls::Sysctls;
 
+pub use addons::SYSTEM;
 pub use kubectl::Namespace;
 
 /// The node's name in the cluster.
@@ -37,7 +43,7 @@ const NODE_LINK: &str = "node0";
 pub const HANDLER: &str = "microvm";
 /// What a microVM takes beyond its containers, generously: the kubelet's limit
 /// of the pod is that of its containers and this.
-const OVERHEAD: &str = "64Mi";
+pub const OVERHEAD_MIB: u64 = 64;
 /// What pods that are resized may grow by.
 const HEADROOM_MIB: u32 = 512;
 
@@ -47,6 +53,7 @@ pub struct Cluster {
     // In the order in which they end.
     kubelet: Option<Kubelet>,
     control_plane: Option<ControlPlane>,
+    programs: Option<Programs>,
     files: Files,
     node: Option<Node>,
     _sysctls: Sysctls,
@@ -58,6 +65,7 @@ impl Cluster {
         let sysctls = Sysctls::save()?;
         let node = Node::builder()
             .server(server)
+            .own_programs()
             .config(|config| {
                 config["runtimes"][HANDLER]["memory_headroom_mib"] = HEADROOM_MIB.into()
             })
@@ -71,10 +79,14 @@ impl Cluster {
         ] {
             node.netns.output("ip", args)?;
         }
-        let files = Files::write(&node)?;
+        let programs = Programs::of(&node, &sysctls)?;
+        let files = Files::write(&node, &programs)?;
+        // Images are made while others start.
+        let images = thread::spawn(addons::Images::make);
         let mut cluster = Self {
             kubelet: None,
-            control_plane: Some(ControlPlane::start(&node, &files)?),
+            control_plane: Some(ControlPlane::start(&node, &files, &programs)?),
+            programs: Some(programs),
             files,
             node: Some(node),
             _sysctls: sysctls,
@@ -96,8 +108,12 @@ impl Cluster {
             "kind": "RuntimeClass",
             "metadata": { "name": HANDLER },
             "handler": HANDLER,
-            "overhead": { "podFixed": { "memory": OVERHEAD } },
+            "overhead": { "podFixed": { "memory": format!("{OVERHEAD_MIB}Mi") } },
         }))?;
+        let images = images
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        cluster.start_addons(&images)?;
         Ok(cluster)
     }
 
@@ -106,7 +122,8 @@ impl Cluster {
     }
 
     pub fn start_kubelet(&mut self) -> Result<()> {
-        let kubelet = Kubelet::start(self.node()?, &self.files)?;
+        let programs = self.programs.as_ref().context("the cluster has ended")?;
+        let kubelet = Kubelet::start(self.node()?, &self.files, programs)?;
         self.kubelet = Some(kubelet);
         Ok(())
     }
@@ -121,11 +138,18 @@ impl Cluster {
 
     /// Ends everything, and fails unless nothing is left on the machine.
     pub fn finish(mut self) -> Result<()> {
-        self.kubectl(&["delete", "pods", "--all-namespaces", "--all", "--now"])?;
+        // What would make pods anew goes first, and takes its pods with it.
+        for (what, how) in [
+            ("daemonsets,deployments", "--cascade=foreground"),
+            ("pods", "--now"),
+        ] {
+            self.kubectl(&["delete", what, "--all-namespaces", "--all", how])?;
+        }
         self.stop_kubelet()?;
         if let Some(control_plane) = self.control_plane.take() {
             control_plane.stop()?;
         }
+        self.programs = None;
         let node = self.node.take().context("the node has ended")?;
         // Pods that the kubelet had no time to remove.
         node.remove_all_pods()?;
@@ -137,6 +161,12 @@ impl Cluster {
         }
         node.netns.output("ip", &["link", "delete", NODE_LINK])?;
         node.finish()
+    }
+
+    /// Where the kubelet keeps the logs of containers.
+    #[must_use]
+    pub fn pod_logs(&self) -> PathBuf {
+        self.files.pod_logs()
     }
 
     /// Where the logs of everything are.

@@ -27,6 +27,12 @@ impl Sysctls {
         let before = CHANGED.iter().map(read).collect::<Result<_>>()?;
         Ok(Self { before })
     }
+
+    /// Each as PATH=VALUE.
+    pub fn settings(&self) -> Vec<String> {
+        let setting = |(path, value): &(&str, String)| format!("{path}={}", value.trim());
+        self.before.iter().map(setting).collect()
+    }
 }
 
 impl Drop for Sysctls {

@@ -164,6 +164,11 @@ fn predefined_group(base: &Layer) -> Result<Image> {
     Ok(image(base, vec![accounts], config))
 }
 
+/// nginx that serves a page on `port`, with the shell of other images.
+pub fn nginx_alone(port: u16) -> Result<Image> {
+    nginx(&base()?, &nginx_files()?, port)
+}
+
 fn nginx_files() -> Result<Layer> {
     let mut layer = LayerBuilder::default();
     for package in ["libcrypt1", "libpcre2-8-0", "libssl3", "nginx", "zlib1g"] {

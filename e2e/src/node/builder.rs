@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::{BRIDGE, Node, config};
 use crate::cgroup::Cgroup;
+use crate::guard::Guard;
 use crate::image::{self, Image};
 use crate::netns::NetNs;
 use crate::registry::{self, Access};
@@ -30,6 +31,7 @@ pub struct NodeBuilder {
     machine_network: bool,
     without_kvm: bool,
     without_registry: bool,
+    own_programs: bool,
     config: Vec<Edit>,
     cni: Vec<Edit>,
 }
@@ -47,6 +49,7 @@ impl Default for NodeBuilder {
             machine_network: false,
             without_kvm: false,
             without_registry: false,
+            own_programs: false,
             config: Vec::new(),
             cni: Vec::new(),
         }
@@ -65,6 +68,13 @@ impl NodeBuilder {
     pub fn on_the_machines_network(mut self) -> Self {
         self.machine_network = true;
         self.without_registry = true;
+        self
+    }
+
+    /// Gives the node copies of drupe's programs, so that it can be upgraded.
+    #[must_use]
+    pub fn own_programs(mut self) -> Self {
+        self.own_programs = true;
         self
     }
 
@@ -144,11 +154,15 @@ impl NodeBuilder {
             registry: None,
             process: Mutex::new(None),
             cri: Mutex::new(None),
+            programs: self.own_programs.then(|| dir.join("bin")),
+            guard: Some(Guard::start(&dir, &cgroup, &[])?),
             finished: false,
             dir,
             netns,
             cgroup,
         };
+
+        node.install_programs()?;
 
         let mut conflist = config::cni(&node.ipam_dir(), bridge);
         self.cni.into_iter().for_each(|edit| edit(&mut conflist));

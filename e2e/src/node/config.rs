@@ -54,8 +54,8 @@ pub(super) fn drupe(node: &Node) -> Result<Value> {
         "root": node.root(),
         "run_dir": node.run_dir(),
         "log_level": "debug",
-        "vmm": artifacts::vmm()?,
-        "shim": artifacts::shim()?,
+        "vmm": node.program("drupe-vmm", artifacts::vmm)?,
+        "shim": node.program("drupe-shim", artifacts::shim)?,
         "runtimes": {
             "microvm": {
                 "machine": machine.name(),

@@ -71,7 +71,7 @@ impl Node {
         }
         match self.server {
             Server::Drupe => command
-                .arg(artifacts::daemon()?)
+                .arg(self.program("drupe", artifacts::daemon)?)
                 .args(["serve", "--config"])
                 .arg(self.config_file()),
             Server::Containerd => command

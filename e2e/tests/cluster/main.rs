@@ -4,10 +4,14 @@
 //! One cluster for all scenarios, each in a namespace of its own. Arguments
 //! choose scenarios by parts of their names, as with other tests.
 
+mod churn;
 mod lifecycle;
 mod restarts;
+mod services;
+mod storage;
 mod streams;
 mod volumes;
+mod workloads;
 
 use std::process::ExitCode;
 use std::time::Instant;
@@ -66,6 +70,60 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ),
     ("ports-are-forwarded", streams::ports_are_forwarded),
     ("a-debug-container-joins", streams::a_debug_container_joins),
+    (
+        "services-are-reached-by-name-and-address",
+        services::services_are_reached_by_name_and_address,
+    ),
+    (
+        "a-pod-asks-the-api-server-as-itself",
+        services::a_pod_asks_the_api_server_as_itself,
+    ),
+    (
+        "an-update-fails-no-request",
+        services::an_update_fails_no_request,
+    ),
+    (
+        "a-daemonset-serves-on-the-nodes-network",
+        services::a_daemonset_serves_on_the_nodes_network,
+    ),
+    (
+        "a-grpc-probe-sees-a-server-hang",
+        workloads::a_grpc_probe_sees_a_server_hang,
+    ),
+    (
+        "a-cron-job-is-run-by-hand",
+        workloads::a_cron_job_is_run_by_hand,
+    ),
+    ("default-limits-hold", workloads::default_limits_hold),
+    (
+        "directories-of-the-node-are-shared",
+        storage::directories_of_the_node_are_shared,
+    ),
+    (
+        "parts-of-volumes-are-mounted",
+        storage::parts_of_volumes_are_mounted,
+    ),
+    (
+        "files-of-a-claim-outlive-pods",
+        storage::files_of_a_claim_outlive_pods,
+    ),
+    (
+        "a-disk-of-a-claim-outlives-pods",
+        storage::a_disk_of_a_claim_outlives_pods,
+    ),
+    (
+        "a-container-is-attached-to",
+        streams::a_container_is_attached_to,
+    ),
+    (
+        "pods-are-deleted-while-they-start",
+        churn::pods_are_deleted_while_they_start,
+    ),
+    (
+        "a-drain-respects-a-budget",
+        churn::a_drain_respects_a_budget,
+    ),
+    ("forty-pods-run-at-once", churn::forty_pods_run_at_once),
 ];
 
 fn main() -> Result<ExitCode> {
@@ -73,10 +131,20 @@ fn main() -> Result<ExitCode> {
         .skip(1)
         .filter(|argument| !argument.starts_with('-'))
         .collect();
-    let is_wanted = |name: &str| {
-        let contains = |part: &String| name.contains(&part.replace('_', "-"));
-        wanted.is_empty() || wanted.iter().any(contains)
-    };
+    let contains = |name: &str, part: &str| name.contains(&part.replace('_', "-"));
+    let is_wanted =
+        |name: &str| wanted.is_empty() || wanted.iter().any(|part| contains(name, part));
+    let of_restarts = restarts::SCENARIOS.iter().map(|(name, _)| *name);
+    let names: Vec<_> = (SCENARIOS.iter().map(|(name, _)| *name))
+        .chain(of_restarts)
+        .collect();
+    for part in &wanted {
+        ensure!(
+            names.iter().any(|name| contains(name, part)),
+            "no scenario is called {part}; there are\n  {}",
+            names.join("\n  ")
+        );
+    }
     let begun = Instant::now();
     let mut cluster = Cluster::start(Server::Drupe)?;
     println!(
@@ -100,12 +168,22 @@ fn main() -> Result<ExitCode> {
     };
     for (name, scenario) in SCENARIOS {
         if is_wanted(name) {
-            report(name, &mut || scenario(&cluster.namespace(name)?));
+            report(name, &mut || {
+                let ns = cluster.namespace(name)?;
+                let outcome = scenario(&ns);
+                // The next one is alone, whatever became of this one.
+                let deleted = ns.delete();
+                outcome.and(deleted)
+            });
         }
     }
     for (name, scenario) in restarts::SCENARIOS {
         if is_wanted(name) {
-            report(name, &mut || scenario(&mut cluster, name));
+            report(name, &mut || {
+                let outcome = scenario(&mut cluster, name);
+                let deleted = cluster.existing_namespace(name).delete();
+                outcome.and(deleted)
+            });
         }
     }
     let logs = cluster.logs();
@@ -118,7 +196,6 @@ fn main() -> Result<ExitCode> {
         drop(cluster);
         return Ok(ExitCode::FAILURE);
     }
-    ensure!(run > 0, "no scenario is called {}", wanted.join(" or "));
     cluster.finish()?;
     println!(
         "{run} scenarios passed in {:.0} s",
@@ -139,6 +216,12 @@ fn busybox(name: &str, script: &str) -> Value {
 
 /// Runs until it is asked to end.
 const IDLE: &str = "trap 'exit 0' TERM; while :; do sleep 1; done";
+
+/// A pod that does nothing and ends when it is asked to.
+fn idle_pod(name: &str) -> Value {
+    let spec = json!({ "containers": [busybox("c", IDLE)], "terminationGracePeriodSeconds": 1 });
+    pod(name, spec)
+}
 
 fn pod(name: &str, spec: Value) -> Value {
     json!({

@@ -1,9 +1,10 @@
 //! Pods that run on while what manages them is restarted.
 
 use anyhow::{Result, ensure};
-use e2e::cluster::{Cluster, Namespace};
+use e2e::cluster::{Cluster, Namespace, SYSTEM};
 use serde_json::json;
 
+use crate::services::Load;
 use crate::{IDLE, busybox, pod};
 
 type Scenario = fn(&mut Cluster, &str) -> Result<()>;
@@ -14,6 +15,7 @@ pub const SCENARIOS: &[(&str, Scenario)] = &[
         "drupe-is-killed-and-restarted",
         drupe_is_killed_and_restarted,
     ),
+    ("drupe-is-upgraded-under-load", drupe_is_upgraded_under_load),
 ];
 
 const PODS: usize = 3;
@@ -71,4 +73,27 @@ fn drupe_is_killed_and_restarted(cluster: &mut Cluster, name: &str) -> Result<()
     let said = ns.kubectl(&["exec", "pod-0", "--", "echo", "still here"])?;
     ensure!(said == "still here", "{said}");
     Ok(())
+}
+
+fn drupe_is_upgraded_under_load(cluster: &mut Cluster, name: &str) -> Result<()> {
+    let ns = cluster.namespace(name)?;
+    let load = Load::start(&ns)?;
+    // kube-proxy's, on the node's kernel, and CoreDNS' among them.
+    let system = cluster.existing_namespace(SYSTEM);
+    let all = || anyhow::Ok([containers(&ns)?, containers(&system)?]);
+    let before = all()?;
+    for _ in 0..3 {
+        cluster.node()?.install_programs()?;
+        cluster.node()?.kill_server()?;
+        // Nobody waits for the daemon.
+        load.answered("one ", 10)?;
+        cluster.node()?.start_server()?;
+        a_pod_more(&ns)?;
+        load.answered("one ", 10)?;
+    }
+    let after = all()?;
+    ensure!(before == after, "{before:?} became {after:?}");
+    load.update()?;
+    load.answered("two ", 10)?;
+    load.finish()
 }

@@ -1,4 +1,4 @@
-//! kubectl's logs, exec, cp, port-forward and debug.
+//! kubectl's logs, exec, attach, cp, port-forward and debug.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -57,6 +57,36 @@ pub fn commands_run_with_their_streams(ns: &Namespace<'_>) -> Result<()> {
     let said =
         ns.kubectl_in_terminal(&["exec", "-it", "shell", "--", "sh", "-c", "tty; stty size"])?;
     ensure!(said.contains("/dev/pts/"), "{said:?}");
+    Ok(())
+}
+
+pub fn a_container_is_attached_to(ns: &Namespace<'_>) -> Result<()> {
+    let mut container = busybox("c", "while read -r line; do echo heard $line; done; exit 5");
+    container["stdin"] = json!(true);
+    container["stdinOnce"] = json!(true);
+    ns.apply(&pod(
+        "listener",
+        json!({ "restartPolicy": "Never", "containers": [container] }),
+    ))?;
+    ns.wait("pod/listener", "condition=Ready")?;
+    let mut attached = ns.spawn_kubectl(&["attach", "-i", "-q", "listener"])?;
+    let mut stdin = attached.stdin.take().context("input")?;
+    let mut lines = BufReader::new(attached.stdout.take().context("output")?).lines();
+    for word in ["one", "two"] {
+        writeln!(stdin, "{word}")?;
+        let line = lines.next().context("it ended")??;
+        ensure!(line == format!("heard {word}"), "{line:?} for {word:?}");
+    }
+    // The end of the only client's input is that of the container's.
+    drop(stdin);
+    ensure!(lines.next().is_none(), "more than was said");
+    attached.wait()?;
+    ns.wait("pod/listener", "jsonpath={.status.phase}=Failed")?;
+    let code = ns.field(
+        "pod/listener",
+        "{.status.containerStatuses[0].state.terminated.exitCode}",
+    )?;
+    ensure!(code == "5", "{code}");
     Ok(())
 }
 
