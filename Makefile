@@ -17,7 +17,7 @@ export DRUPE_TEST_KERNEL := $(CURDIR)/out/guest/kernel-uml
 export DRUPE_TEST_INITRAMFS := $(CURDIR)/out/guest/initramfs
 export DRUPE_TEST_VMM := $(CURDIR)/out/bin/drupe-vmm
 
-.PHONY: help setup build install uninstall deb demo test e2e critest test-kvm test-cluster fuzz bench bench-kvm lint clean
+.PHONY: help setup build install uninstall deb image demo test e2e critest test-kvm test-cluster test-install fuzz bench bench-kvm lint clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ deb: setup build ## Make the Debian package, out/drupe.deb
 	@out/bin/drupe config > out/documents/config.yaml
 	@$(TIMED) "Debian package" out/tools/cargo-deb --quiet --no-build --package cri-server --output out/drupe.deb
 
+image: setup build ## Make the OCI image for deploy/kubernetes, out/drupe-image.tar
+	@$(TIMED) "OCI image" deploy/image/build.sh out/drupe-image.tar
+
 demo: setup build ## Run one pod on its own kernel and show it; IMAGE=... takes any image this machine reaches
 	@$(TARGET_DIR)/release/demo $(IMAGE)
 
@@ -72,6 +75,10 @@ test-cluster: setup build out/kubernetes ## What users of a cluster do, on a rea
 out/kubernetes:
 	@$(TIMED) "Kubernetes' programs" e2e/tools/kubernetes/build.sh $@
 	@$(TIMED) "CoreDNS" e2e/tools/coredns/build.sh $@
+
+test-install: deb image out/kubernetes ## The package and the DaemonSet on a Debian node with systemd; TEST=package or daemonset takes one
+	@e2e/install/build.sh out/install
+	@$(TIMED) "tests of installing" e2e/install/test.sh $(TEST)
 
 test-kvm: setup build out/node ## End-to-end tests on kvm, in an emulated bare-metal node
 	@$(EMULATED_NODE)
