@@ -45,24 +45,78 @@ fn figure(groups: &[PathBuf], names: [&str; 2]) -> Result<String> {
     fs::read_to_string(&file).with_context(|| file.display().to_string())
 }
 
+/// A group such as the kubelet makes for a pod, below another, in every
+/// hierarchy. Both go with the variable.
+struct PodGroup {
+    above: String,
+    dirs: Vec<PathBuf>,
+}
+
+impl PodGroup {
+    fn make(node: &Node) -> Result<Self> {
+        let name = node.pods_cgroup().replace('/', "-");
+        let mut group = Self {
+            above: format!("/overhead{name}"),
+            dirs: Vec::new(),
+        };
+        for root in cgroup::groups("")? {
+            let above = root.join(&group.above[1..]);
+            fs::create_dir(&above)?;
+            group.dirs.push(above.clone());
+            // Of version 2, where it is in use.
+            let controllers = fs::read_to_string(above.join("cgroup.controllers"));
+            for controller in controllers.unwrap_or_default().split_whitespace() {
+                fs::write(
+                    above.join("cgroup.subtree_control"),
+                    format!("+{controller}"),
+                )?;
+            }
+            group.dirs.push(above.join("pod"));
+            fs::create_dir(above.join("pod"))?;
+        }
+        Ok(group)
+    }
+
+    fn path(&self) -> String {
+        format!("{}/pod", self.above)
+    }
+
+    /// Hundredths of a CPU; none: all there are.
+    fn limit_cpu(&self, hundredths: Option<u32>) -> Result<()> {
+        let quota = hundredths.map(|n| (n * 1000).to_string());
+        let max = quota.as_deref().unwrap_or("max");
+        let old = quota.as_deref().unwrap_or("-1");
+        let mut limits = 0;
+        for dir in &self.dirs {
+            for (file, value) in [("cpu.max", max), ("cpu.cfs_quota_us", old)] {
+                let file = dir.join(file);
+                if dir.ends_with("pod") && file.exists() {
+                    fs::write(&file, value).with_context(|| file.display().to_string())?;
+                    limits += 1;
+                }
+            }
+        }
+        ensure!(limits == 1, "{limits} hierarchies limit CPUs");
+        Ok(())
+    }
+}
+
+impl Drop for PodGroup {
+    fn drop(&mut self) {
+        for dir in self.dirs.iter().rev() {
+            // What is left in it the test has told.
+            let _ = fs::remove_dir(dir);
+        }
+    }
+}
+
 #[test]
 fn a_small_pods_cpu_limit_does_not_hold_up_its_boot() -> Result<()> {
     on_drupe(drupe()?, |node| {
         node.pull_busybox()?;
-        let (beside, parent) = (node.pods_cgroup(), format!("{}/pod", node.pods_cgroup()));
-        // A twentieth of a CPU, as the kubelet limits a pod.
-        let mut limited = Vec::new();
-        for group in cgroup::groups(beside.trim_start_matches('/'))? {
-            let group = group.join("pod");
-            fs::create_dir(&group)?;
-            for (file, value) in [("cpu.max", "5000 100000"), ("cpu.cfs_quota_us", "5000")] {
-                if group.join(file).exists() {
-                    fs::write(group.join(file), value)?;
-                    limited.push(group.clone());
-                }
-            }
-        }
-        ensure!(!limited.is_empty(), "no hierarchy limits CPUs");
+        let group = PodGroup::make(node)?;
+        let (beside, parent) = (group.above.clone(), group.path());
+        group.limit_cpu(Some(5))?;
         let mut config = node.pod_config("small");
         config
             .linux
@@ -70,6 +124,7 @@ fn a_small_pods_cpu_limit_does_not_hold_up_its_boot() -> Result<()> {
             .cgroup_parent
             .clone_from(&parent);
         let pod = node.run_pod_with(config)?;
+        group.limit_cpu(None)?;
 
         let booted = groups(&pod, &beside)?;
         let own = groups(&pod, &parent)?;
@@ -96,9 +151,6 @@ fn a_small_pods_cpu_limit_does_not_hold_up_its_boot() -> Result<()> {
         pod.remove()?;
         for parent in [&beside, &parent] {
             assert_eq!(groups(&pod, parent)?, Vec::<PathBuf>::new());
-        }
-        for group in cgroup::groups(parent.trim_start_matches('/'))? {
-            fs::remove_dir(group)?;
         }
         Ok(())
     })

@@ -44,6 +44,7 @@ const MOVE_ROUNDS: u32 = 100;
 /// v1 hierarchies that account or limit; a cpuset would need to be filled in
 /// before it takes a process.
 const V1_CONTROLLERS: [&str; 5] = ["memory", "cpu", "cpuacct", "pids", "blkio"];
+const V2_CONTROLLERS: [&str; 4] = ["memory", "cpu", "pids", "io"];
 
 /// Makes the group below `parent` in every hierarchy, and returns the files
 /// that take its process.
@@ -114,9 +115,28 @@ fn make_all(dirs: &[PathBuf]) -> Result<Vec<PathBuf>> {
                 return Err(failed(dir, source));
             }
         }
+        if let (true, Some(parent)) = (is_unified(), dir.parent()) {
+            account_below(parent);
+        }
         files.push(dir.join("cgroup.procs"));
     }
     Ok(files)
+}
+
+/// Lets v2 account for each group below `parent` by itself, which is off in a
+/// group that is new. Where it cannot be turned on (processes are in `parent`)
+/// limits and figures are those of `parent`.
+fn account_below(parent: &Path) {
+    let Ok(there) = fs::read_to_string(parent.join("cgroup.controllers")) else {
+        return;
+    };
+    let wanted = |name: &&str| V2_CONTROLLERS.contains(name);
+    for controller in there.split_whitespace().filter(wanted) {
+        let file = parent.join("cgroup.subtree_control");
+        if let Err(error) = fs::write(&file, format!("+{controller}")) {
+            tracing::debug!(path = %file.display(), controller, %error, "the controller stays off");
+        }
+    }
 }
 
 /// Removes the parent that is nobody else's, unless some pod is in it. Where
