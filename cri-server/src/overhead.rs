@@ -11,6 +11,17 @@ use tokio::time::MissedTickBehavior;
 
 use crate::figures;
 
+/// The namespace of pods that drupe's own command line starts. No namespace of
+/// Kubernetes can have this name. They are listed only to who selects them by
+/// [`TOOL_LABEL`]: the kubelet ends pods that it does not know.
+pub const TOOLS_NAMESPACE: &str = "drupe.internal";
+pub const TOOL_LABEL: &str = "drupe.internal/tool";
+
+/// Whether it is one of the node's pods rather than of drupe's own tools.
+pub fn is_shown(pod: &PodSnapshot) -> bool {
+    pod.pod.spec.name.namespace != TOOLS_NAMESPACE
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct OverheadConfig {
@@ -58,7 +69,7 @@ impl Overheads {
         loop {
             ticks.tick().await;
             let ready = pods.list().into_iter().filter(PodSnapshot::is_ready);
-            let figures = figures::of(pods, ready.collect()).await;
+            let figures = figures::of(pods, ready.filter(is_shown).collect()).await;
             let measured = pods.overheads(figures).await;
             self.take(
                 measured

@@ -9,13 +9,15 @@ pub mod pods;
 pub mod runtimeclass;
 mod table;
 
+use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use cri_api::v1::runtime_service_client::RuntimeServiceClient;
 use cri_api::v1::{
-    ListPodSandboxRequest, PodSandbox, PodSandboxMetadata, PodSandboxState, PodSandboxStatusRequest,
+    ListPodSandboxRequest, PodSandbox, PodSandboxFilter, PodSandboxMetadata, PodSandboxState,
+    PodSandboxStatusRequest,
 };
 use hyper_util::rt::TokioIo;
 use podsandbox::record::{PhaseTime, PodKind, PodPhase};
@@ -185,7 +187,21 @@ impl Daemon {
 
     /// All pods, the newest first.
     async fn list(&mut self) -> Result<Vec<PodSandbox>, CliError> {
-        let request = within(ListPodSandboxRequest { filter: None });
+        self.list_labelled(HashMap::new()).await
+    }
+
+    /// Those that have these labels.
+    async fn list_labelled(
+        &mut self,
+        label_selector: HashMap<String, String>,
+    ) -> Result<Vec<PodSandbox>, CliError> {
+        let filter = PodSandboxFilter {
+            label_selector,
+            ..Default::default()
+        };
+        let request = within(ListPodSandboxRequest {
+            filter: Some(filter),
+        });
         let answer = self.client.list_pod_sandbox(request).await;
         let answer = answer.map_err(|status| CliError::Call {
             call: "ListPodSandbox",

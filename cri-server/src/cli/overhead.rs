@@ -15,6 +15,7 @@ use cri_api::v1::{
     PodSandboxMetadata, RemovePodSandboxRequest, RunPodSandboxRequest,
 };
 use cri_server::config::Config;
+use cri_server::overhead::{TOOL_LABEL, TOOLS_NAMESPACE};
 use serde::Serialize;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tonic::Request;
@@ -23,7 +24,8 @@ use super::table::table;
 use super::{CliError, Daemon, runtime, short};
 
 /// Of the pods that are started here: the process that removes them.
-const LABEL: &str = "drupe.internal/overhead-of";
+const OWNER: &str = "drupe.internal/owner";
+const TOOL: &str = "overhead";
 /// After its start a guest has things to put away.
 const SETTLES_WITHIN: Duration = Duration::from_secs(2);
 /// Boots have 30 s unless configured, CNI plugins too.
@@ -295,7 +297,7 @@ async fn start(
     let owner = std::process::id().to_string();
     let metadata = PodSandboxMetadata {
         name: format!("overhead-{number}"),
-        namespace: "drupe".to_owned(),
+        namespace: TOOLS_NAMESPACE.to_owned(),
         uid: format!("overhead-{owner}-{number}"),
         attempt: 0,
     };
@@ -306,7 +308,10 @@ async fn start(
     let config = PodSandboxConfig {
         metadata: Some(metadata.clone()),
         hostname: metadata.name.clone(),
-        labels: HashMap::from([(LABEL.to_owned(), owner)]),
+        labels: HashMap::from([
+            (OWNER.to_owned(), owner),
+            (TOOL_LABEL.to_owned(), TOOL.to_owned()),
+        ]),
         linux: Some(LinuxPodSandboxConfig {
             resources,
             ..Default::default()
@@ -342,8 +347,9 @@ async fn remove_own(daemon: &mut Daemon) -> Result<(), CliError> {
 }
 
 async fn remove_of(daemon: &mut Daemon, is_meant: impl Fn(&str) -> bool) -> Result<(), CliError> {
-    let pods = daemon.list().await?;
-    let labelled = |pod: &PodSandbox| pod.labels.get(LABEL).is_some_and(|owner| is_meant(owner));
+    let own = HashMap::from([(TOOL_LABEL.to_owned(), TOOL.to_owned())]);
+    let pods = daemon.list_labelled(own).await?;
+    let labelled = |pod: &PodSandbox| pod.labels.get(OWNER).is_some_and(|owner| is_meant(owner));
     for pod in pods.into_iter().filter(labelled) {
         let mut request = Request::new(RemovePodSandboxRequest {
             pod_sandbox_id: pod.id,

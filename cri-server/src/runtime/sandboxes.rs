@@ -8,6 +8,7 @@ use super::Runtime;
 use crate::convert::{error, filter, pod, required};
 use crate::figures;
 use crate::json_info as info;
+use crate::overhead::{TOOL_LABEL, is_shown};
 
 impl Runtime {
     pub(super) async fn run_sandbox(
@@ -95,9 +96,11 @@ impl Runtime {
     ) -> v1::ListPodSandboxResponse {
         let wanted = request.filter.unwrap_or_default();
         let pods = self.pods.list();
+        let with_tools = wanted.label_selector.contains_key(TOOL_LABEL);
         v1::ListPodSandboxResponse {
             items: pods
                 .iter()
+                .filter(|p| with_tools || is_shown(p))
                 .filter(|p| filter::pod_matches(p, &wanted))
                 .map(pod::listed)
                 .collect(),

@@ -8,6 +8,7 @@ use tonic::Status;
 use super::Runtime;
 use crate::convert::{error, filter, stats};
 use crate::figures;
+use crate::overhead::is_shown;
 
 impl Runtime {
     fn mountpoint(&self) -> String {
@@ -75,7 +76,8 @@ impl Runtime {
         let wanted = wanted.unwrap_or_default();
         let mountpoint = self.mountpoint();
         let wants = |pod: &PodSnapshot| {
-            pod.pod.id.starts_with(&wanted.id)
+            is_shown(pod)
+                && pod.pod.id.starts_with(&wanted.id)
                 && filter::labels_match(&pod.pod.spec.labels, &wanted.label_selector)
         };
         let pods = self.pods.list().into_iter().filter(wants).collect();

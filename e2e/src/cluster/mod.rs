@@ -13,6 +13,7 @@ pub mod images;
 mod kubectl;
 mod kubelet;
 mod program;
+mod runtimeclass;
 mod sysctls;
 
 use std::path::PathBuf;
@@ -20,7 +21,6 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use serde_json::json;
 
 use crate::{Node, Server, cgroup, eventually};
 use control_plane::ControlPlane;
@@ -41,9 +41,6 @@ const NODE_LINK: &str = "node0";
 
 /// The RuntimeClass of pods in a microVM, and drupe's handler.
 pub const HANDLER: &str = "microvm";
-/// What a microVM takes beyond its containers, generously: the kubelet's limit
-/// of the pod is that of its containers and this.
-pub const OVERHEAD_MIB: u64 = 64;
 /// What pods that are resized may grow by.
 const HEADROOM_MIB: u32 = 512;
 
@@ -56,6 +53,7 @@ pub struct Cluster {
     programs: Option<Programs>,
     files: Files,
     node: Option<Node>,
+    overhead_mib: u64,
     _sysctls: Sysctls,
 }
 
@@ -89,6 +87,7 @@ impl Cluster {
             programs: Some(programs),
             files,
             node: Some(node),
+            overhead_mib: 0,
             _sysctls: sysctls,
         };
         cluster.start_kubelet()?;
@@ -103,13 +102,9 @@ impl Cluster {
             ensure!(status.starts_with("True"), "{status}");
             Ok::<_, anyhow::Error>(())
         })?;
-        cluster.apply(&json!({
-            "apiVersion": "node.k8s.io/v1",
-            "kind": "RuntimeClass",
-            "metadata": { "name": HANDLER },
-            "handler": HANDLER,
-            "overhead": { "podFixed": { "memory": format!("{OVERHEAD_MIB}Mi") } },
-        }))?;
+        if server == Server::Drupe {
+            cluster.overhead_mib = cluster.install_runtime_class()?;
+        }
         let images = images
             .join()
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
@@ -119,6 +114,12 @@ impl Cluster {
 
     pub fn node(&self) -> Result<&Node> {
         self.node.as_ref().context("the node has ended")
+    }
+
+    /// What the RuntimeClass [`HANDLER`] declares, in MiB of memory.
+    #[must_use]
+    pub fn overhead_mib(&self) -> u64 {
+        self.overhead_mib
     }
 
     pub fn start_kubelet(&mut self) -> Result<()> {

@@ -7,6 +7,7 @@
 mod churn;
 mod lifecycle;
 mod restarts;
+mod scheduling;
 mod services;
 mod storage;
 mod streams;
@@ -122,6 +123,18 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     (
         "a-drain-respects-a-budget",
         churn::a_drain_respects_a_budget,
+    ),
+    (
+        "as-many-pods-fit-as-requests-and-overhead-allow",
+        scheduling::as_many_pods_fit_as_requests_and_overhead_allow,
+    ),
+    (
+        "a-pods-group-is-never-exceeded",
+        scheduling::a_pods_group_is_never_exceeded,
+    ),
+    (
+        "a-pod-without-a-class-can-use-its-limit",
+        scheduling::a_pod_without_a_class_can_use_its_limit,
     ),
     ("forty-pods-run-at-once", churn::forty_pods_run_at_once),
 ];

@@ -4,7 +4,7 @@ use std::fs;
 
 use anyhow::{Context, Result, ensure};
 use e2e::cgroup;
-use e2e::cluster::{HANDLER, Namespace, OVERHEAD_MIB, images};
+use e2e::cluster::{HANDLER, Namespace, images};
 use serde_json::json;
 
 use crate::{IDLE, busybox, pod};
@@ -105,7 +105,7 @@ pub fn default_limits_hold(ns: &Namespace<'_>) -> Result<()> {
             }
         }
     }
-    let limit = format!("{}\n", (LIMIT_MIB + OVERHEAD_MIB) << 20);
+    let limit = format!("{}\n", (LIMIT_MIB + ns.cluster().overhead_mib()) << 20);
     ensure!(seen == [limit], "{seen:?} on the node, in {group}");
     Ok(())
 }
