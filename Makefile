@@ -17,7 +17,7 @@ export DRUPE_TEST_KERNEL := $(CURDIR)/out/guest/kernel-uml
 export DRUPE_TEST_INITRAMFS := $(CURDIR)/out/guest/initramfs
 export DRUPE_TEST_VMM := $(CURDIR)/out/bin/drupe-vmm
 
-.PHONY: help setup build install uninstall deb image demo test e2e critest test-kvm test-cluster test-install fuzz bench bench-kvm lint clean
+.PHONY: help setup build install uninstall deb image demo test e2e critest test-kvm test-cluster test-install fuzz bench bench-cluster bench-kvm lint clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -94,6 +94,11 @@ bench: ## Measure pods; PEER=containerd measures Debian's containerd and runc be
 bench: SETUP_EXTRA = $(if $(PEER),$(PEER) runc)
 bench: setup build
 	@$(TARGET_DIR)/release/bench $(PEER)
+
+bench-cluster: setup build out/kubernetes ## Measure pods from kubectl create to Ready, beside containerd and runc under the same kubelet
+bench-cluster: SETUP_EXTRA = containerd runc
+bench-cluster:
+	@$(TARGET_DIR)/release/bench-cluster
 
 bench-kvm: setup build out/node ## Measure the kvm machine beside QEMU's microvm, in an emulated node; BENCH=boot|disk|net takes a part
 	@CARGO=$(CARGO) e2e/node/bench.sh $(BENCH)

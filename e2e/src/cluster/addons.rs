@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use super::files::API_PORT;
 use super::{Cluster, HANDLER, NODE_ADDRESS, images};
+use crate::Server;
 use crate::image::Image;
 use crate::node::SUBNET_V4;
 
@@ -36,7 +37,12 @@ impl Cluster {
         let node = self.node()?;
         let kube_proxy = images::push(node, "kube-proxy", &images.kube_proxy)?;
         let coredns = images::push(node, "coredns", &images.coredns)?;
-        let objects = [kube_proxy_objects(&kube_proxy), coredns_objects(&coredns)].concat();
+        let class = (node.server == Server::Drupe).then_some(HANDLER);
+        let objects = [
+            kube_proxy_objects(&kube_proxy),
+            coredns_objects(&coredns, class),
+        ]
+        .concat();
         self.apply(&json!({ "apiVersion": "v1", "kind": "List", "items": objects }))?;
         Ok(())
     }
@@ -138,7 +144,7 @@ fn kube_proxy_objects(image: &str) -> Vec<Value> {
     objects
 }
 
-fn coredns_objects(image: &str) -> Vec<Value> {
+fn coredns_objects(image: &str, class: Option<&str>) -> Vec<Value> {
     let corefile = format!(
         ".:53 {{\n  errors\n  health\n  ready\n  \
          kubernetes {DOMAIN} in-addr.arpa ip6.arpa {{\n    pods insecure\n    ttl 5\n  }}\n  \
@@ -179,7 +185,7 @@ fn coredns_objects(image: &str) -> Vec<Value> {
         "template": {
             "metadata": { "labels": labels },
             "spec": {
-                "runtimeClassName": HANDLER,
+                "runtimeClassName": class,
                 "serviceAccountName": "coredns",
                 "priorityClassName": "system-cluster-critical",
                 "dnsPolicy": "Default",

@@ -160,6 +160,14 @@ impl Namespace<'_> {
         self.cluster.files.kubectl(node, &args, Some(&text))
     }
 
+    /// As [`Namespace::apply`], for what is not there.
+    pub fn create(&self, object: &Value) -> Result<String> {
+        let node = self.cluster.node()?;
+        let args = self.with_name(&["create", "-f", "-"]);
+        let text = object.to_string();
+        self.cluster.files.kubectl(node, &args, Some(&text))
+    }
+
     /// Waits as `kubectl wait` does.
     pub fn wait(&self, what: &str, condition: &str) -> Result<()> {
         let condition = format!("--for={condition}");
