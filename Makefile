@@ -103,10 +103,11 @@ bench-cluster:
 bench-kvm: setup build out/node ## Measure the kvm machine beside QEMU's microvm, in an emulated node; BENCH=boot|disk|net takes a part
 	@CARGO=$(CARGO) e2e/node/bench.sh $(BENCH)
 
-lint: ## Check format, lints, scripts (and licences, where cargo-deny is installed)
+lint: ## Check format, lints, scripts, links between pages (and licences, where cargo-deny is installed)
 	@$(CARGO) fmt --all --check
 	@$(CARGO) clippy --workspace --all-targets -- -D warnings
 	@git ls-files -co --exclude-standard '*.sh' .ci/run | xargs shellcheck
+	@deploy/check-links.sh README.md docs/*.md
 	@if command -v cargo-deny > /dev/null; then $(CARGO) deny check; fi
 
 clean: ## Remove what was built here; the cache of kernels and tools stays

@@ -1,6 +1,9 @@
 //! The daemon's one YAML file. Every key has a default; `drupe config` prints
 //! them all, commented. An unknown key is an error that names the nearest one.
 
+#[cfg(test)]
+mod page;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
