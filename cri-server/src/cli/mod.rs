@@ -76,7 +76,7 @@ pub enum CliError {
     #[error("no pod of handler {handler:?} runs: without --running some are started")]
     NothingRuns { handler: String },
     #[error(
-        "pod {pod} ended while it was measured; `drupe logs --console` or the daemon's log tell why"
+        "pod {pod} cannot be measured: it ended, its guest does not answer, or the node has no memory control group; the daemon's log tells more"
     )]
     Ended { pod: String },
     #[error("interrupted; the pods that were started are removed")]

@@ -124,9 +124,13 @@ fn make_all(dirs: &[PathBuf]) -> Result<Vec<PathBuf>> {
 }
 
 /// Lets v2 account for each group below `parent` by itself, which is off in a
-/// group that is new. Where it cannot be turned on (processes are in `parent`)
-/// limits and figures are those of `parent`.
+/// group that is new. Not where processes are in `parent` itself, as no other
+/// could join a group below it then: limits and figures are those of `parent`.
 fn account_below(parent: &Path) {
+    let is_empty = |text: String| text.is_empty();
+    if !fs::read_to_string(parent.join("cgroup.procs")).is_ok_and(is_empty) {
+        return;
+    }
     let Ok(there) = fs::read_to_string(parent.join("cgroup.controllers")) else {
         return;
     };
