@@ -6,7 +6,7 @@
 //! the containers' side is the guest's word, so a hostile guest can make its
 //! overhead look smaller, never what the node is charged.
 
-use agent_api::StatsResponse;
+use agent_api::{ContainerStats, StatsResponse};
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::{self, Charge};
@@ -30,9 +30,8 @@ pub struct Overhead {
 
 impl Overhead {
     fn new(pod: &PodRecord, charge: Charge, figures: &StatsResponse) -> Self {
-        let containers = || figures.containers.iter();
-        let memory = containers().fold(0, |sum: u64, c| sum.saturating_add(c.memory_usage_bytes));
-        let cpu = containers().fold(0, |sum: u64, c| sum.saturating_add(c.cpu_usage_nanos));
+        let memory = of_containers(figures, |container| container.memory_usage_bytes);
+        let cpu = of_containers(figures, |container| container.cpu_usage_nanos);
         Self {
             memory_bytes: charge.memory_bytes.saturating_sub(memory),
             declared_memory_bytes: pod.spec.overhead.memory_limit_bytes,
@@ -79,10 +78,15 @@ impl PodManager {
         let work = move || cgroup::proportional_bytes(&parent, &id);
         let all = tokio::task::spawn_blocking(work).await;
         let all = all.map_err(|_| Error::Stopping)??;
-        let containers = figures.containers.iter();
-        let used = containers.fold(0, |sum: u64, c| sum.saturating_add(c.memory_usage_bytes));
+        let used = of_containers(figures, |container| container.memory_usage_bytes);
         Ok(Some(all.saturating_sub(used)))
     }
+}
+
+/// The guest can claim any numbers.
+fn of_containers(figures: &StatsResponse, figure: fn(&ContainerStats) -> u64) -> u64 {
+    let all = figures.containers.iter().map(figure);
+    all.fold(0, u64::saturating_add)
 }
 
 fn of(pod: &PodRecord, figures: &StatsResponse) -> Option<Overhead> {

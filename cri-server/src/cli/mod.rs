@@ -19,6 +19,7 @@ use cri_api::v1::{
     ListPodSandboxRequest, PodSandbox, PodSandboxFilter, PodSandboxMetadata, PodSandboxState,
     PodSandboxStatusRequest,
 };
+use cri_server::config::Config;
 use hyper_util::rt::TokioIo;
 use podsandbox::record::{PhaseTime, PodKind, PodPhase};
 use serde::Deserialize;
@@ -98,6 +99,16 @@ impl CliError {
     /// Whoever read the output has enough.
     pub fn is_closed_pipe(&self) -> bool {
         matches!(self, Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe)
+    }
+}
+
+impl CliError {
+    fn no_handler(handler: &str, config: &Config) -> Self {
+        let known: Vec<_> = config.runtimes.keys().map(String::as_str).collect();
+        Self::NoHandler {
+            handler: handler.to_owned(),
+            known: known.join(", "),
+        }
     }
 }
 

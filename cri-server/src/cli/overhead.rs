@@ -151,13 +151,7 @@ fn check(config: &Config, handler: &str) -> Result<(), CliError> {
         Some(_) => Err(CliError::NoOverhead {
             handler: handler.to_owned(),
         }),
-        None => {
-            let known: Vec<_> = config.runtimes.keys().map(String::as_str).collect();
-            Err(CliError::NoHandler {
-                handler: handler.to_owned(),
-                known: known.join(", "),
-            })
-        }
+        None => Err(CliError::no_handler(handler, config)),
     }
 }
 

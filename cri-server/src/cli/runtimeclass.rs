@@ -79,11 +79,7 @@ fn classes(config: &Config, options: &Options) -> Result<Vec<RuntimeClass>, CliE
         classes.push(class(handler, declared));
     }
     if let (Some(handler), true) = (options.measure.handler(), classes.is_empty()) {
-        let known: Vec<_> = config.runtimes.keys().map(String::as_str).collect();
-        return Err(CliError::NoHandler {
-            handler: handler.to_owned(),
-            known: known.join(", "),
-        });
+        return Err(CliError::no_handler(handler, config));
     }
     Ok(classes)
 }
