@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::overhead::OverheadConfig;
 use crate::prometheus::MetricsConfig;
 use crate::streaming::StreamingConfig;
+use crate::traces::{self, TracesConfig};
 
 /// What `drupe config` prints; a test holds it to [`Config::default`].
 pub const DEFAULT_YAML: &str = include_str!("default.yaml");
@@ -33,6 +34,7 @@ pub struct Config {
     pub network: NetworkConfig,
     pub streaming: StreamingConfig,
     pub metrics: MetricsConfig,
+    pub traces: TracesConfig,
     pub overhead: OverheadConfig,
     pub images: imagesvc::ImageServiceConfig,
 }
@@ -98,6 +100,7 @@ impl Default for Config {
             network: NetworkConfig::default(),
             streaming: StreamingConfig::default(),
             metrics: MetricsConfig::default(),
+            traces: TracesConfig::default(),
             overhead: OverheadConfig::default(),
             images: imagesvc::ImageServiceConfig::default(),
         }
@@ -175,6 +178,11 @@ impl Config {
         if self.metrics.address.is_some_and(|at| at.port() == 0) {
             let why = "has port 0, which no scraper can know: name one";
             return fail("metrics.address", why.to_owned());
+        }
+        if let Some(endpoint) = &self.traces.endpoint
+            && let Err(why) = traces::check(endpoint)
+        {
+            return fail("traces.endpoint", why);
         }
         for (name, runtime) in &self.runtimes {
             let field = |key: &str| format!("runtimes.{name}.{key}");
@@ -346,6 +354,12 @@ mod tests {
             let error = error.unwrap_err().to_string();
             assert!(error.contains("metrics.address"), "{error}");
         }
+        for bad in ["", "localhost:4317", "https://traces:4317", "http://"] {
+            let error = load(&format!("traces: {{endpoint: '{bad}'}}\n"));
+            let error = error.unwrap_err().to_string();
+            assert!(error.contains("traces.endpoint"), "{bad}: {error}");
+        }
+        load("traces: {endpoint: 'http://[::1]:4317'}\n").unwrap();
         let fine = load("metrics: {address: '[::1]:9750'}\n").unwrap();
         assert_eq!(fine.metrics.address, "[::1]:9750".parse().ok());
         let limit = "runtimes: {microvm: {disk_limit: {bytes_per_second: 0}}}\n";

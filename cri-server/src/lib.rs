@@ -14,6 +14,7 @@ pub mod prometheus;
 mod runtime;
 pub mod serve;
 pub mod streaming;
+pub mod traces;
 
 use std::collections::HashMap;
 

@@ -49,6 +49,14 @@ enum Command {
         #[arg(short, long, value_enum, default_value = "table")]
         output: cli::pods::Format,
     },
+    /// Show what the pods that run use, again and again.
+    Top {
+        /// The configuration that the daemon serves by.
+        #[arg(long)]
+        config: Option<PathBuf>,
+        #[command(flatten)]
+        options: cli::top::Options,
+    },
     /// Show what a pod's guest has printed on its console, of which the newest
     /// 128 to 256 KiB are kept. Logs of containers are shown by `crictl logs`.
     Logs {
@@ -122,6 +130,9 @@ fn main() -> ExitCode {
         }),
         Command::Pods { config, output } => with_config(config, |config| {
             told(cli::pods::run(&config.socket, output))
+        }),
+        Command::Top { config, options } => with_config(config, |config| {
+            told(cli::top::run(&config.socket, &options))
         }),
         Command::Logs {
             config,

@@ -29,6 +29,7 @@ use crate::overhead::Overheads;
 use crate::prometheus::{self, Metrics, Requests};
 use crate::runtime::Runtime;
 use crate::streaming::Streaming;
+use crate::traces::{Observers, Traces};
 
 /// Largest request taken; a kubelet's are a few KiB.
 const MAX_REQUEST_BYTES: usize = 16 << 20;
@@ -63,6 +64,7 @@ async fn serve(config: Config) -> Result<()> {
 
     let scrapes = prometheus::listen(&config.metrics).await?;
     let metrics = Arc::new(Metrics::new(config.runtimes.keys()));
+    let traces = Traces::start(&config.traces).context("traces")?;
     let images = ImageService::open(
         config.images.clone(),
         &config.root.join("images"),
@@ -80,7 +82,11 @@ async fn serve(config: Config) -> Result<()> {
     .context("network")?;
     let runtimes = decide(&config);
     let pods = pod_config(&config, runtimes);
-    let pods = PodManager::open(pods, images.clone(), network, metrics.clone())
+    let observer = Arc::new(Observers {
+        metrics: Arc::clone(&metrics),
+        traces: traces.clone(),
+    });
+    let pods = PodManager::open(pods, images.clone(), network, observer)
         .await
         .context("pods")?;
     let overheads = Arc::new(Overheads::default());
@@ -144,6 +150,9 @@ async fn serve(config: Config) -> Result<()> {
             "requests still under way after {} s were cut off",
             DRAIN.as_secs()
         );
+    }
+    if let Some(traces) = traces {
+        traces.stop().await;
     }
     remove_socket(&config.socket)
 }

@@ -125,6 +125,24 @@ impl Cri {
         image.stream_images(StreamImagesRequest) -> StreamImagesResponse;
     }
 
+    /// RunPodSandbox by a caller that is traced: `traceparent` as W3C Trace
+    /// Context writes it.
+    pub fn run_pod_sandbox_in_trace(
+        &self,
+        request: RunPodSandboxRequest,
+        traceparent: &str,
+    ) -> Result<RunPodSandboxResponse, Status> {
+        let mut request = Request::new(request);
+        request.set_timeout(patient(CALL_WITHIN));
+        let value = traceparent
+            .parse()
+            .map_err(|_| Status::internal("no metadata"))?;
+        request.metadata_mut().insert("traceparent", value);
+        let mut client = self.runtime.clone();
+        let answer = self.tokio.block_on(client.run_pod_sandbox(request))?;
+        Ok(answer.into_inner())
+    }
+
     /// What happens to containers from now on.
     pub fn container_events(&self) -> Result<ContainerEvents, Status> {
         let mut client = self.runtime.clone();

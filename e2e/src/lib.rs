@@ -13,6 +13,7 @@ pub mod bench;
 pub mod certificates;
 pub mod cgroup;
 pub mod cluster;
+pub mod collector;
 pub mod cri;
 pub mod critest;
 pub mod debian;

@@ -21,7 +21,7 @@ use crate::context::{Context, now_nanos};
 use crate::driver::{Command, Driver, Handle, max_vcpus};
 use crate::events::Events;
 use crate::network::Network;
-use crate::observer::Observer;
+use crate::observer::{Observer, TraceParent};
 use crate::record::{ContainerRecord, PodKind, PodPhase, PodRecord};
 use crate::sizing::Bounds;
 use crate::snapshot::PodSnapshot;
@@ -98,11 +98,12 @@ impl PodManager {
 
     /// Starts a pod and returns its id once it serves. The work goes on when
     /// the caller goes away; asked again meanwhile, the same work is joined.
-    /// A name whose half-made pod is still being undone is waited for.
-    pub async fn run(&self, spec: PodSpec) -> Result<String> {
+    /// A name whose half-made pod is still being undone is waited for. `parent`
+    /// is what a start that is begun here is told of as a part of.
+    pub async fn run(&self, spec: PodSpec, parent: Option<TraceParent>) -> Result<String> {
         let since = Instant::now();
         let (id, mut handle) = loop {
-            match self.join_or_begin(&spec, since)? {
+            match self.join_or_begin(&spec, since, parent.as_ref())? {
                 Claim::Ours(id, handle) => break (id, handle),
                 Claim::BeingUndone(mut handle) => {
                     let over = |snapshot: &PodSnapshot| snapshot.gone || snapshot.is_listed();
@@ -126,7 +127,12 @@ impl PodManager {
 
     /// One look at the names and, if the name is free, its reservation, under
     /// one lock: of two requests for a name one begins and the other joins.
-    fn join_or_begin(&self, spec: &PodSpec, since: Instant) -> Result<Claim> {
+    fn join_or_begin(
+        &self,
+        spec: &PodSpec,
+        since: Instant,
+        parent: Option<&TraceParent>,
+    ) -> Result<Claim> {
         let config = &self.context.config;
         let (handler, runtime) = config.runtime_for(&spec.handler, spec.host_namespaces)?;
         let (kind, size) = match &runtime.engine {
@@ -195,7 +201,8 @@ impl PodManager {
             timeline: Vec::new(),
             spec: spec.clone(),
         };
-        let handle = Driver::begin(Arc::clone(&self.context), record, since);
+        let context = Arc::clone(&self.context);
+        let handle = Driver::begin(context, record, since, parent.cloned());
         pods.insert(id.clone(), handle.clone());
         Ok(Claim::Ours(id, handle))
     }

@@ -5,11 +5,12 @@
 //! ([`crate::PodManager::snapshots`]).
 
 use std::fmt::Debug;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use vmm_client::protocol::EndCause;
 
-use crate::error::Step;
+use crate::error::{Error, Step};
+use crate::record::PodRecord;
 
 /// Called from the tasks that serve pods: it must not wait.
 pub trait Observer: Debug + Send + Sync + 'static {
@@ -18,6 +19,9 @@ pub trait Observer: Debug + Send + Sync + 'static {
     fn pod_started(&self, handler: &str, steps: &[(Step, Duration)], took: Duration);
 
     fn pod_not_started(&self, handler: &str, why: NotStarted);
+
+    /// A start is over and whoever waited for it was answered.
+    fn start_over(&self, _: &StartOver<'_>) {}
 
     /// The machine of a pod is over, or the supervisor of one on the host's
     /// kernel.
@@ -33,6 +37,39 @@ impl Observer for () {
     fn pod_not_started(&self, _: &str, _: NotStarted) {}
     fn machine_ended(&self, _: MachineEnd) {}
     fn agent_failed(&self, _: tonic::Code) {}
+}
+
+/// All there is to tell of a pod's start, for who traces it.
+#[derive(Debug)]
+pub struct StartOver<'a> {
+    /// With the timeline, which counts from `began`.
+    pub record: &'a PodRecord,
+    /// The machine of its handler; none: the host's kernel.
+    pub machine: Option<vmm_client::Machine>,
+    /// The request's that began it; others may have joined.
+    pub parent: Option<&'a TraceParent>,
+    pub began: SystemTime,
+    pub took: Duration,
+    pub failure: Option<StartFailure<'a>>,
+}
+
+/// Why a start failed or was stopped.
+#[derive(Clone, Copy, Debug)]
+pub struct StartFailure<'a> {
+    pub why: NotStarted,
+    /// What failed by itself, rather than with what ran beside it.
+    pub step: Option<Step>,
+    pub error: &'a Error,
+    /// Since `began`; from then on the start was undone.
+    pub undone_from: Duration,
+}
+
+/// The caller's place in a trace, as W3C Trace Context writes it. It is handed
+/// on, not read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TraceParent {
+    pub traceparent: String,
+    pub tracestate: String,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

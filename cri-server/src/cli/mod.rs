@@ -8,6 +8,7 @@ pub mod overhead;
 pub mod pods;
 pub mod runtimeclass;
 mod table;
+pub mod top;
 
 use std::collections::HashMap;
 use std::io;
@@ -16,8 +17,8 @@ use std::time::Duration;
 
 use cri_api::v1::runtime_service_client::RuntimeServiceClient;
 use cri_api::v1::{
-    ListPodSandboxRequest, PodSandbox, PodSandboxFilter, PodSandboxMetadata, PodSandboxState,
-    PodSandboxStatusRequest,
+    ListPodSandboxRequest, ListPodSandboxStatsRequest, PodSandbox, PodSandboxFilter,
+    PodSandboxMetadata, PodSandboxState, PodSandboxStats, PodSandboxStatusRequest,
 };
 use cri_server::config::Config;
 use hyper_util::rt::TokioIo;
@@ -221,6 +222,17 @@ impl Daemon {
         let mut pods = answer.into_inner().items;
         pods.sort_by_key(|pod| std::cmp::Reverse(pod.created_at));
         Ok(pods)
+    }
+
+    /// Of all pods; without figures where a guest did not answer.
+    async fn stats(&mut self) -> Result<Vec<PodSandboxStats>, CliError> {
+        let request = within(ListPodSandboxStatsRequest { filter: None });
+        let answer = self.client.list_pod_sandbox_stats(request).await;
+        let answer = answer.map_err(|status| CliError::Call {
+            call: "ListPodSandboxStats",
+            status,
+        })?;
+        Ok(answer.into_inner().stats)
     }
 
     /// None: it is gone.

@@ -49,13 +49,13 @@ async fn collect(socket: &Path) -> Result<Vec<Pod>, CliError> {
 }
 
 /// From the request to the pod that serves.
-fn start_took(pod: &Pod) -> Option<Duration> {
+pub(super) fn start_took(pod: &Pod) -> Option<Duration> {
     let steps = pod.details.timeline.iter();
     let ends = steps.map(|step| step.start_us.saturating_add(step.duration_us));
     ends.max().map(Duration::from_micros)
 }
 
-fn created(pod: &Pod) -> SystemTime {
+pub(super) fn created(pod: &Pod) -> SystemTime {
     UNIX_EPOCH + Duration::from_nanos(pod.listed.created_at.max(0).unsigned_abs())
 }
 
@@ -78,7 +78,7 @@ fn table(pods: &[Pod], now: SystemTime) -> String {
 }
 
 /// In the largest unit of which there are two, as kubectl does nearly.
-fn brief(age: Duration) -> String {
+pub(super) fn brief(age: Duration) -> String {
     let seconds = age.as_secs();
     for (unit, length) in [("d", 86_400), ("h", 3_600), ("m", 60)] {
         if seconds >= 2 * length {

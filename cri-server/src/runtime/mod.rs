@@ -19,6 +19,7 @@ use tonic::{Request, Response, Status};
 use crate::chunks::{self, Messages};
 use crate::convert;
 use crate::streaming::Streaming;
+use crate::traces;
 
 pub struct Runtime {
     pods: PodManager,
@@ -71,7 +72,8 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<v1::RunPodSandboxRequest>,
     ) -> Answer<v1::RunPodSandboxResponse> {
-        self.run_sandbox(request.into_inner())
+        let parent = traces::parent(request.metadata());
+        self.run_sandbox(request.into_inner(), parent)
             .await
             .map(Response::new)
     }

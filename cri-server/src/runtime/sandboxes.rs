@@ -1,7 +1,7 @@
 //! Pod sandboxes.
 
 use cri_api::v1;
-use podsandbox::PodSnapshot;
+use podsandbox::{PodSnapshot, TraceParent};
 use tonic::Status;
 
 use super::Runtime;
@@ -14,10 +14,11 @@ impl Runtime {
     pub(super) async fn run_sandbox(
         &self,
         request: v1::RunPodSandboxRequest,
+        parent: Option<TraceParent>,
     ) -> Result<v1::RunPodSandboxResponse, Status> {
         let config = required("config", request.config)?;
         let spec = pod::parse(config, request.runtime_handler)?;
-        let pod_sandbox_id = self.pods.run(spec).await.map_err(error::pod)?;
+        let pod_sandbox_id = self.pods.run(spec, parent).await.map_err(error::pod)?;
         Ok(v1::RunPodSandboxResponse { pod_sandbox_id })
     }
 

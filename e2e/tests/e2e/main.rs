@@ -39,6 +39,8 @@ mod runtime;
 mod seccomp;
 mod stats;
 mod streaming;
+mod top;
+mod traces;
 mod userns;
 mod volumes;
 

@@ -31,6 +31,7 @@ use vmm_client::Control;
 use crate::agent::AgentClient;
 use crate::context::Context;
 use crate::events::Told;
+use crate::observer::{StartFailure, TraceParent};
 use crate::paths::PodPaths;
 use crate::phase::{PodEvent, PodPhase};
 use crate::record::{ContainerPhase, ContainerRecord, PodRecord};
@@ -205,17 +206,33 @@ impl Driver {
     }
 
     /// A new pod; its driver writes the record before it does anything else.
-    pub(crate) fn begin(context: Arc<Context>, record: PodRecord, since: Instant) -> Handle {
+    pub(crate) fn begin(
+        context: Arc<Context>,
+        record: PodRecord,
+        since: Instant,
+        parent: Option<TraceParent>,
+    ) -> Handle {
         let (mut driver, handle) = Self::new(context, record, BTreeMap::new());
         tokio::spawn(async move {
-            match driver.start(since).await {
+            let outcome = driver.start(since).await;
+            let took = since.elapsed();
+            match outcome {
                 Ok(()) => {
                     driver.started.send_replace(Some(Ok(())));
+                    driver.tell_start(parent.as_ref(), since, took, None);
                     driver.run().await;
                 }
-                Err(error) => {
+                Err(failed) => {
+                    let error = Arc::new(failed.error);
                     tracing::warn!(pod = %driver.record.id, error = %error.sentence(), "pod did not start");
-                    driver.started.send_replace(Some(Err(Arc::new(error))));
+                    driver.started.send_replace(Some(Err(Arc::clone(&error))));
+                    let failure = StartFailure {
+                        why: failed.why,
+                        step: failed.step,
+                        error: &error,
+                        undone_from: failed.undone_from,
+                    };
+                    driver.tell_start(parent.as_ref(), since, took, Some(failure));
                     if !driver.publish.borrow().gone {
                         driver.run().await;
                     }

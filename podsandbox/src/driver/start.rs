@@ -8,7 +8,7 @@ use std::fs;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::{Mutex, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
@@ -19,7 +19,7 @@ use crate::config::{Engine, Runtime};
 use crate::context::now_nanos;
 use crate::error::Step;
 use crate::machine::Decision;
-use crate::observer::{MachineEnd, NotStarted};
+use crate::observer::{MachineEnd, NotStarted, StartFailure, StartOver, TraceParent};
 use crate::phase::PodEvent;
 use crate::record::{PhaseTime, PodKind, PodNetworkRecord};
 use crate::{Error, Result, cgroup, network, scratch, sysctls, volumes};
@@ -61,8 +61,18 @@ impl Timeline {
     }
 }
 
+/// A start that came to nothing and was undone, as far as it could be.
+pub(super) struct Failed {
+    /// For whoever asked.
+    pub(super) error: Error,
+    pub(super) why: NotStarted,
+    pub(super) step: Option<Step>,
+    /// Since the request came in.
+    pub(super) undone_from: Duration,
+}
+
 impl Driver {
-    pub(super) async fn start(&mut self, since: Instant) -> Result<()> {
+    pub(super) async fn start(&mut self, since: Instant) -> std::result::Result<(), Failed> {
         let timeline = Timeline {
             origin: since,
             steps: Mutex::default(),
@@ -80,7 +90,12 @@ impl Driver {
             observer.pod_started(&self.record.handler, &steps, since.elapsed());
             return Ok(());
         };
+        let undone_from = since.elapsed();
         self.tell_of_failure(&error, stopping.is_cancelled());
+        let step = match &error {
+            Error::Start { step, .. } => Some(*step),
+            _ => None,
+        };
         let error = match error {
             Error::Start { step, source, .. } => {
                 // What was asked of a guest that gave up is told by its console.
@@ -108,7 +123,41 @@ impl Driver {
             self.record.failure = Some(error.sentence());
             self.advance_anyway(PodEvent::StartFailed).await;
         }
-        Err(if stopped { Error::Stopping } else { error })
+        let (error, why) = match stopped {
+            true => (Error::Stopping, NotStarted::Stopped),
+            false => (error, NotStarted::Failed),
+        };
+        Err(Failed {
+            error,
+            why,
+            step,
+            undone_from,
+        })
+    }
+
+    /// After the answer: a start does not wait for who traces it.
+    pub(super) fn tell_start(
+        &self,
+        parent: Option<&TraceParent>,
+        since: Instant,
+        took: Duration,
+        failure: Option<StartFailure<'_>>,
+    ) {
+        let runtime = self.context.config.runtime(&self.record.handler);
+        let machine = runtime.ok().and_then(|(_, runtime)| match &runtime.engine {
+            Engine::Machine(decision) => Some(decision.machine),
+            Engine::Oci(_) => None,
+        });
+        // Lengths are the monotonic clock's; only where they lie is the node's.
+        let now = SystemTime::now();
+        self.context.observer.start_over(&StartOver {
+            record: &self.record,
+            machine,
+            parent,
+            began: now.checked_sub(since.elapsed()).unwrap_or(now),
+            took,
+            failure,
+        });
     }
 
     fn tell_of_failure(&self, error: &Error, stopped: bool) {
