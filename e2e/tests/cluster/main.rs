@@ -92,8 +92,8 @@ const SCENARIOS: &[(&str, Scenario)] = &[
         workloads::a_grpc_probe_sees_a_server_hang,
     ),
     (
-        "a-cron-job-is-run-by-hand",
-        workloads::a_cron_job_is_run_by_hand,
+        "a-cron-job-runs-by-its-schedule-and-by-hand",
+        workloads::a_cron_job_runs_by_its_schedule_and_by_hand,
     ),
     ("default-limits-hold", workloads::default_limits_hold),
     (

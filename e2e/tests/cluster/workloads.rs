@@ -38,14 +38,14 @@ pub fn a_grpc_probe_sees_a_server_hang(ns: &Namespace<'_>) -> Result<()> {
     Ok(())
 }
 
-pub fn a_cron_job_is_run_by_hand(ns: &Namespace<'_>) -> Result<()> {
+/// The next full minute is waited for.
+pub fn a_cron_job_runs_by_its_schedule_and_by_hand(ns: &Namespace<'_>) -> Result<()> {
     ns.apply(&json!({
         "apiVersion": "batch/v1",
         "kind": "CronJob",
         "metadata": { "name": "report" },
         "spec": {
-            // Not while the test runs.
-            "schedule": "0 0 29 2 *",
+            "schedule": "* * * * *",
             "jobTemplate": { "spec": { "template": { "spec": {
                 "restartPolicy": "OnFailure",
                 "containers": [busybox("report", "echo reported")],
@@ -53,9 +53,17 @@ pub fn a_cron_job_is_run_by_hand(ns: &Namespace<'_>) -> Result<()> {
         },
     }))?;
     ns.kubectl(&["create", "job", "--from=cronjob/report", "now"])?;
-    ns.wait("job/now", "condition=Complete")?;
-    let log = ns.kubectl(&["logs", "job/now"])?;
-    ensure!(log == "reported", "{log:?}");
+    has_reported(ns, "job.batch/now")?;
+    ns.wait("cronjob/report", "jsonpath={.status.lastScheduleTime}")?;
+    let jobs = ns.kubectl(&["get", "jobs", "-o", "name"])?;
+    let scheduled = jobs.lines().find(|job| *job != "job.batch/now");
+    has_reported(ns, scheduled.with_context(|| format!("jobs are {jobs:?}"))?)
+}
+
+fn has_reported(ns: &Namespace<'_>, job: &str) -> Result<()> {
+    ns.wait(job, "condition=Complete")?;
+    let log = ns.kubectl(&["logs", job])?;
+    ensure!(log == "reported", "{log:?} of {job}");
     Ok(())
 }
 
