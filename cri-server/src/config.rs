@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use podsandbox::config::{HostPods, RuntimeConfig};
 use serde::{Deserialize, Serialize};
 
+use crate::debug::DebugConfig;
 use crate::overhead::OverheadConfig;
 use crate::prometheus::MetricsConfig;
 use crate::streaming::StreamingConfig;
@@ -36,6 +37,7 @@ pub struct Config {
     pub metrics: MetricsConfig,
     pub traces: TracesConfig,
     pub overhead: OverheadConfig,
+    pub debug: DebugConfig,
     pub images: imagesvc::ImageServiceConfig,
 }
 
@@ -102,6 +104,7 @@ impl Default for Config {
             metrics: MetricsConfig::default(),
             traces: TracesConfig::default(),
             overhead: OverheadConfig::default(),
+            debug: DebugConfig::default(),
             images: imagesvc::ImageServiceConfig::default(),
         }
     }

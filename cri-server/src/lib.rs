@@ -7,6 +7,7 @@ mod chunks;
 pub mod config;
 mod convert;
 mod deadline;
+pub mod debug;
 mod figures;
 mod images;
 pub mod overhead;

@@ -73,6 +73,17 @@ enum Command {
         #[arg(value_parser = NonEmptyStringValueParser::new())]
         pod: String,
     },
+    /// Run a root shell in a pod's guest, or another command. The guest has no
+    /// programs of its own: an image on the node brings them, and the guest's
+    /// files are at /guest. Off unless debug.shells of the configuration is
+    /// true. Exits with what the command exits with.
+    Debug {
+        /// The configuration that the daemon serves by.
+        #[arg(long)]
+        config: Option<PathBuf>,
+        #[command(flatten)]
+        options: cli::debug::Options,
+    },
     /// Measure what pods cost this node beyond their containers, and tell what
     /// a RuntimeClass should declare as overhead.
     Overhead {
@@ -141,6 +152,12 @@ fn main() -> ExitCode {
             ..
         } => with_config(config, |config| {
             told(cli::logs::run(&config.socket, &pod, follow))
+        }),
+        Command::Debug { config, options } => with_config(config, |config| {
+            match cli::debug::run(&config.socket, &options) {
+                Ok(code) => ExitCode::from(code),
+                Err(error) => told(Err(error)),
+            }
         }),
         Command::Overhead {
             config,

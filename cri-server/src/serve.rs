@@ -24,6 +24,7 @@ use tonic::transport::Server;
 
 use crate::config::Config;
 use crate::deadline::Deadlines;
+use crate::debug::Shells;
 use crate::images::Images;
 use crate::overhead::Overheads;
 use crate::prometheus::{self, Metrics, Requests};
@@ -113,6 +114,7 @@ async fn serve(config: Config) -> Result<()> {
     let measured = pods.clone();
     let rhythm = config.overhead.clone();
     tokio::spawn(async move { overheads.keep(&measured, &rhythm).await });
+    let shells = Shells::server(&config.debug, pods.clone(), stopping.clone());
     let runtime = Runtime::new(pods.clone(), streaming, stopping.clone());
     let runtime = RuntimeServiceServer::new(runtime)
         .max_decoding_message_size(MAX_REQUEST_BYTES)
@@ -128,6 +130,7 @@ async fn serve(config: Config) -> Result<()> {
         .layer(tower::layer::layer_fn(Deadlines))
         .add_service(runtime)
         .add_service(images)
+        .add_service(shells)
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move {
             // The sender is dropped when a signal came.
             if stopped.await.is_err() {

@@ -7,6 +7,7 @@ use crate::cdi::CdiError;
 use crate::devices::DeviceError;
 use crate::observer::MachineEnd;
 use crate::seccomp::ProfileError;
+use crate::shell::ShellError;
 use crate::spec::HostNamespaces;
 
 /// How a caller should take an [`Error`]; maps one to one onto gRPC codes.
@@ -180,6 +181,8 @@ pub enum Error {
     Device(#[from] DeviceError),
     #[error(transparent)]
     Cdi(#[from] CdiError),
+    #[error(transparent)]
+    Shell(#[from] ShellError),
     #[error("mount source {path:?}")]
     MountSource {
         path: PathBuf,
@@ -304,6 +307,7 @@ impl Error {
             Self::NoNetwork(_) => ErrorKind::Unavailable,
             Self::Device(error) => error.kind(),
             Self::Cdi(error) => error.kind(),
+            Self::Shell(error) => error.kind(),
             Self::MountSource { source, .. }
                 if matches!(
                     source.kind(),

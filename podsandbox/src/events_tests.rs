@@ -148,7 +148,7 @@ async fn a_subscriber_that_reads_nothing_is_told_what_it_missed_and_holds_nobody
     drop(events);
 }
 
-fn snapshot() -> PodSnapshot {
+pub(crate) fn snapshot() -> PodSnapshot {
     let resources = serde_json::json!({
         "cpu_period_us": null, "cpu_quota_us": null, "cpu_shares": null,
         "memory_limit_bytes": null, "memory_swap_limit_bytes": null, "oom_score_adj": 0,

@@ -5,6 +5,7 @@
 
 mod containers;
 mod recover;
+mod shells;
 mod streams;
 mod updates;
 

@@ -5,7 +5,7 @@
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
-use agent_api::PID_OF;
+use agent_api::{GUEST_PIDS, PID_OF};
 use oci_spec::image::ImageConfiguration;
 use oci_spec::runtime::{
     Capabilities, Capability, LinuxBuilder, LinuxCapabilitiesBuilder, LinuxCpuBuilder,
@@ -165,10 +165,13 @@ pub fn runtime_spec(
 /// without any for these it has the pod's.
 fn namespaces(spec: &ContainerSpec) -> Result<Vec<LinuxNamespace>> {
     let of = |kind| LinuxNamespaceBuilder::default().typ(kind);
-    let mut all = vec![
-        of(LinuxNamespaceType::Mount).build()?,
-        of(LinuxNamespaceType::Cgroup).build()?,
-    ];
+    let mut all = vec![of(LinuxNamespaceType::Mount).build()?];
+    if spec.debug {
+        // All processes of the guest, and all control groups.
+        all.push(of(LinuxNamespaceType::Pid).path(GUEST_PIDS).build()?);
+        return Ok(all);
+    }
+    all.push(of(LinuxNamespaceType::Cgroup).build()?);
     match spec.security.pid_namespace() {
         PidNamespace::Own => all.push(of(LinuxNamespaceType::Pid).build()?),
         PidNamespace::Of(target) => {

@@ -28,6 +28,7 @@ pub(crate) fn container() -> ContainerSpec {
         user_namespace: None,
         security: Security::default(),
         resources: Resources::default(),
+        debug: false,
     }
 }
 
@@ -315,4 +316,23 @@ fn process_ids_are_the_containers_the_pods_or_anothers() {
     assert_eq!(named(true, None), Some(None));
     assert_eq!(named(false, None), None);
     assert_eq!(named(false, Some("c1")), Some(Some("container:c1".into())));
+}
+
+#[test]
+fn a_place_in_the_guest_sees_all_its_processes_and_control_groups() {
+    let kinds = |debug| {
+        let spec = ContainerSpec {
+            debug,
+            ..container()
+        };
+        let all = namespaces(&spec).unwrap();
+        let kind = |ns: &LinuxNamespace| (ns.typ(), ns.path().clone());
+        all.iter().map(kind).collect::<Vec<_>>()
+    };
+    use LinuxNamespaceType::{Cgroup, Mount, Pid};
+    assert_eq!(
+        kinds(true),
+        [(Mount, None), (Pid, Some("/proc/1/ns/pid".into()))]
+    );
+    assert_eq!(kinds(false), [(Mount, None), (Cgroup, None)]);
 }

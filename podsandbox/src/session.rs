@@ -38,6 +38,9 @@ pub struct ExecOptions {
     pub argv: Vec<String>,
     /// With a terminal standard error is part of standard output.
     pub tty: bool,
+    /// Width and height of the terminal from its first moment on, where they
+    /// are known by then.
+    pub size: Option<(u16, u16)>,
     pub stdin: bool,
     pub stdout: bool,
     pub stderr: bool,
@@ -74,7 +77,10 @@ impl AgentClient {
     /// Runs a command in a container, whose id is full, with streams of its
     /// own. Returns once it runs; one that cannot be run is an error.
     pub async fn exec(&self, options: ExecOptions) -> Result<Session> {
+        let (width, height) = options.size.unwrap_or_default();
         let request = ExecRequest {
+            width: width.into(),
+            height: height.into(),
             container_id: options.container_id,
             argv: options.argv,
             terminal: options.tty,

@@ -10,6 +10,7 @@ use crate::record::{ContainerRecord, PodPhase, PodRecord};
 #[derive(Clone, Debug)]
 pub struct PodSnapshot {
     pub pod: Arc<PodRecord>,
+    /// Without those of debug shells.
     pub containers: BTreeMap<String, Arc<ContainerRecord>>,
     /// Present while the pod's machine runs and its agent serves.
     pub agent: Option<AgentClient>,

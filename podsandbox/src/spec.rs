@@ -183,6 +183,10 @@ pub struct ContainerSpec {
     pub user_namespace: Option<IdMapping>,
     pub security: Security,
     pub resources: Resources,
+    /// A place in the guest itself, where commands of the node's operator run as
+    /// its root. No request of CRI can ask for one, and none is shown it.
+    #[serde(default)]
+    pub debug: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -2,12 +2,14 @@
 //! and how it says that it could not.
 
 mod console;
+pub mod debug;
 pub mod documents;
 pub mod logs;
 pub mod overhead;
 pub mod pods;
 pub mod runtimeclass;
 mod table;
+mod terminal;
 pub mod top;
 
 use std::collections::HashMap;
@@ -90,6 +92,17 @@ pub enum CliError {
         name: String,
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    #[error("{}", status.message())]
+    Refused { status: Status },
+    #[error(
+        "the daemon that serves knows no debug shells: it is older than this command; restart it \
+         (systemctl restart drupe), pods run on"
+    )]
+    OldDaemon,
+    #[error("the shell broke off: {why}")]
+    BrokeOff { why: String },
+    #[error("cannot use the terminal")]
+    Terminal(#[source] io::Error),
     #[error("cannot write the output")]
     Output(#[source] io::Error),
     #[error("cannot start")]
@@ -169,6 +182,7 @@ impl Pod {
 
 struct Daemon {
     client: RuntimeServiceClient<Channel>,
+    channel: Channel,
 }
 
 impl Daemon {
@@ -191,8 +205,10 @@ impl Daemon {
         // A unix socket needs none, HTTP/2 does.
         let endpoint = Endpoint::from_static("http://localhost");
         let channel = endpoint.connect_with_connector(connector).await;
-        let client = RuntimeServiceClient::new(channel.map_err(CliError::Connection)?);
+        let channel = channel.map_err(CliError::Connection)?;
+        let client = RuntimeServiceClient::new(channel.clone());
         Ok(Self {
+            channel,
             client: client.max_decoding_message_size(MAX_ANSWER_BYTES),
         })
     }

@@ -73,6 +73,7 @@ pub fn parse(config: v1::ContainerConfig) -> Result<ContainerSpec, Status> {
             "config.linux.resources",
             &linux.resources.unwrap_or_default(),
         )?,
+        debug: false,
     })
 }
 

@@ -11,6 +11,7 @@ impl Backend for PodManager {
             container_id: request.container_id,
             argv: request.argv,
             tty: request.wanted.tty,
+            size: None,
             stdin: request.wanted.stdin,
             stdout: request.wanted.stdout,
             stderr: request.wanted.stderr,

@@ -10,6 +10,7 @@ mod cdi;
 mod cgroups;
 mod command_line;
 mod containers;
+mod debug_shell;
 mod debugging;
 mod devices;
 mod events;

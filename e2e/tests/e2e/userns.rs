@@ -46,7 +46,7 @@ fn run_pod_with(
     node.run_pod_with(config)
 }
 
-fn run_pod(node: &Node, name: &str) -> Result<Pod> {
+pub fn run_pod(node: &Node, name: &str) -> Result<Pod> {
     run_pod_with(node, name, |_| {})
 }
 
@@ -67,7 +67,7 @@ fn container(pod: &Pod, name: &str, command: &[&str], mounts: Vec<Mount>) -> Con
     config
 }
 
-fn start(pod: &Pod, name: &str, mounts: Vec<Mount>) -> Result<Container> {
+pub fn start(pod: &Pod, name: &str, mounts: Vec<Mount>) -> Result<Container> {
     pod.start_with(container(pod, name, IDLE, mounts))
 }
 

@@ -32,6 +32,10 @@ pub fn image_serial(slot: u32) -> String {
 /// namespace's path.
 pub const PID_OF: &str = "container:";
 
+/// The PID namespace of the guest itself, in which the agent is, as a spec names
+/// it.
+pub const GUEST_PIDS: &str = "/proc/1/ns/pid";
+
 /// For a pod on the host's kernel: the PID namespace that the pod's containers
 /// share. Without a PID namespace in its spec a container there has the host's.
 pub const PID_OF_POD: &str = "pod";

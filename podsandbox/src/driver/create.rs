@@ -15,7 +15,8 @@ use super::disks::{Disk, Disks};
 use crate::context::now_nanos;
 use crate::record::{ContainerPhase, ContainerRecord, PodPhase};
 use crate::seccomp::Profile;
-use crate::spec::{self, ContainerSpec, Mount, PidNamespace, Seccomp};
+use crate::shell::{MAX_SHELLS, ShellError};
+use crate::spec::{self, ContainerName, ContainerSpec, Mount, PidNamespace, Seccomp};
 use crate::volumes::Bind;
 use crate::{Error, Result, host, id_mapping, ids, oci, volumes};
 
@@ -27,7 +28,9 @@ impl Driver {
         if self.record.phase != PodPhase::Ready || self.record.failure.is_some() {
             self.machine()?;
         }
-        if let Some(taken) = self.containers.values().find(|c| c.spec.name == spec.name) {
+        if spec.debug {
+            self.check_shells()?;
+        } else if let Some(taken) = self.find_shown(&spec.name) {
             return Err(Error::ContainerNameTaken {
                 name: format!("{}/{}", spec.name.name, spec.name.attempt),
                 pod: self.record.id.clone(),
@@ -113,6 +116,24 @@ impl Driver {
             remove_empty_log(log_file.as_deref());
         }
         outcome.map(|()| id)
+    }
+
+    fn find_shown(&self, name: &ContainerName) -> Option<&ContainerRecord> {
+        let mut shown = self.containers.values().filter(|c| !c.spec.debug);
+        shown.find(|c| c.spec.name == *name)
+    }
+
+    fn check_shells(&self) -> Result<()> {
+        let id = self.record.id.clone();
+        if self.is_on_host() {
+            return Err(ShellError::NoGuest { id }.into());
+        }
+        let shells = self.containers.values().filter(|c| c.spec.debug).count();
+        if shells >= MAX_SHELLS {
+            let max = MAX_SHELLS;
+            return Err(ShellError::TooMany { id, max }.into());
+        }
+        Ok(())
     }
 
     /// What only a pod on the host's kernel can give, and there what the pod
@@ -208,6 +229,7 @@ impl Driver {
             log: record.log_file.is_some(),
             image_volumes,
             devices,
+            guest: spec.debug,
         };
         machine.agent.create(request).await
     }

@@ -167,10 +167,7 @@ impl Driver {
     ) -> (Self, Handle) {
         let first = PodSnapshot {
             pod: Arc::new(record.clone()),
-            containers: containers
-                .iter()
-                .map(|(id, c)| (id.clone(), Arc::new(c.clone())))
-                .collect(),
+            containers: shown(&containers),
             agent: None,
             gone: false,
         };
@@ -321,11 +318,7 @@ impl Driver {
     fn publish(&self) {
         self.publish.send_replace(PodSnapshot {
             pod: Arc::new(self.record.clone()),
-            containers: self
-                .containers
-                .iter()
-                .map(|(id, c)| (id.clone(), Arc::new(c.clone())))
-                .collect(),
+            containers: shown(&self.containers),
             agent: self.machine.as_ref().map(|machine| machine.agent.clone()),
             gone: false,
         });
@@ -424,6 +417,14 @@ impl Driver {
     fn machine_mut(&mut self) -> Result<&mut Machine> {
         self.machine.as_mut().ok_or_else(|| not_ready(&self.record))
     }
+}
+
+/// Those that are the pod's. A debug shell's is between its operator and the
+/// driver: the kubelet ends what it does not know.
+fn shown(containers: &BTreeMap<String, ContainerRecord>) -> BTreeMap<String, Arc<ContainerRecord>> {
+    let pods = containers.iter().filter(|(_, c)| !c.spec.debug);
+    pods.map(|(id, c)| (id.clone(), Arc::new(c.clone())))
+        .collect()
 }
 
 fn not_ready(record: &PodRecord) -> Error {

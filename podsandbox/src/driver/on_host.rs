@@ -279,6 +279,7 @@ impl Driver {
             // They are mounts as any other by now.
             image_volumes: Vec::new(),
             devices: Vec::new(),
+            guest: false,
         };
         machine.agent.create(request).await
     }

@@ -52,6 +52,7 @@ impl Driver {
             Ok(machine) => {
                 self.machine = Some(machine);
                 self.set_balloon().await;
+                self.give_up_shells();
                 if let Err(error) = self.finish_containers().await {
                     tracing::warn!(pod = %self.record.id, error = %error.sentence(), "a container cannot be cleared away yet");
                 }
@@ -72,6 +73,13 @@ impl Driver {
                 self.publish();
                 Ok(())
             }
+        }
+    }
+
+    /// Whoever was at a debug shell lost it with the daemon.
+    fn give_up_shells(&mut self) {
+        for record in self.containers.values_mut().filter(|c| c.spec.debug) {
+            record.phase = ContainerPhase::Removing;
         }
     }
 

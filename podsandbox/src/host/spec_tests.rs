@@ -35,6 +35,7 @@ fn container() -> ContainerSpec {
             ..Security::default()
         },
         resources: Resources::default(),
+        debug: false,
     }
 }
 

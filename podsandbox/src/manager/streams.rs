@@ -98,7 +98,7 @@ impl PodManager {
     }
 }
 
-fn serving(snapshot: &PodSnapshot) -> Result<AgentClient> {
+pub(super) fn serving(snapshot: &PodSnapshot) -> Result<AgentClient> {
     snapshot.agent.clone().ok_or_else(|| Error::PodNotReady {
         id: snapshot.pod.id.clone(),
         state: snapshot.pod.failure.clone().unwrap_or_default(),

@@ -29,13 +29,13 @@ const HANDLER: &str = "host";
 
 /// What a pod shares with the node.
 #[derive(Clone, Copy, Default)]
-struct Shared {
+pub struct Shared {
     network: bool,
     ipc: bool,
     pid: bool,
 }
 
-const NETWORK: Shared = Shared {
+pub const NETWORK: Shared = Shared {
     network: true,
     ipc: false,
     pid: false,
@@ -66,7 +66,7 @@ fn pod_config(node: &Node, name: &str, shared: Shared) -> PodSandboxConfig {
     config
 }
 
-fn run(node: &Node, name: &str, shared: Shared) -> Result<Pod> {
+pub fn run(node: &Node, name: &str, shared: Shared) -> Result<Pod> {
     node.run_pod_with(pod_config(node, name, shared))
 }
 

@@ -26,6 +26,8 @@ pub const MAX_EXECS: usize = 256;
 pub struct Wish<'a> {
     pub argv: &'a [String],
     pub terminal: bool,
+    /// Rows and columns of the terminal; 0 where they are not known.
+    pub size: (u16, u16),
     /// Reads from a pipe; a terminal is read from either way.
     pub stdin: bool,
 }
@@ -62,7 +64,7 @@ impl Containers {
         wish: Wish<'_>,
         permit: OwnedSemaphorePermit,
     ) -> Result<Command, Error> {
-        container.check_running()?;
+        container.check_takes_commands()?;
         let cgroup = container
             .cgroup
             .child(&format!("exec-{}", container.next_exec()))?;
@@ -91,17 +93,19 @@ impl Containers {
         wish: &Wish<'_>,
         cgroup: &Cgroup,
     ) -> Result<Begun, Error> {
+        let users = self.user_for(container.guest);
         let (stdio, mut stdin, outputs) = if wish.terminal {
+            let (rows, columns) = wish.size;
             let stdio = Stdio::Terminal {
-                rows: 0,
-                columns: 0,
+                rows,
+                columns,
                 console: false,
             };
             (stdio, None, Vec::new())
         } else {
             let uid = container.identity.uid;
             // It was there when the container was made.
-            let owner = self.user().and_then(|user| user.ids().in_guest(uid));
+            let owner = users.and_then(|users| users.ids().in_guest(uid));
             let streams = stdio::streams(owner.unwrap_or(uid), wish.stdin)?;
             (Stdio::Files(streams.child), streams.stdin, streams.outputs)
         };
@@ -122,7 +126,7 @@ impl Containers {
             container.envp.clone()
         };
         let plan = Plan {
-            user: self.user().cloned(),
+            user: users.cloned(),
             entry: Entry::Join {
                 pidfd: target,
                 namespaces: libc::CLONE_NEWNS | cgroup_namespace,

@@ -1,5 +1,6 @@
 //! CreateContainer: root mounted, process made, set up, and waiting.
 
+use std::ffi::CStr;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
@@ -31,10 +32,16 @@ use super::{
 use crate::cgroup::{Cgroup, POD};
 use crate::rootfs::{Rootfs, SCRATCH, Trees};
 use crate::stats::FsUsage;
+use crate::userns::UserNamespace;
 
 /// A child that sets itself up takes milliseconds; one that hangs in a mount
 /// of the shared directory takes for ever.
 pub const SETUP_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// Where a place in the guest has the guest's own files: as a link, since a mount
+/// of them would hold what the agent has long unmounted, other containers'
+/// volumes above all, and would not show what it mounts later.
+const GUEST_FILES: [&CStr; 2] = [c"/proc/1/root", c"/guest"];
 
 /// Takes its id for as long as a container is being created.
 struct Reservation {
@@ -87,7 +94,7 @@ impl Containers {
 
     async fn build(&self, request: CreateContainerRequest) -> Result<Arc<Container>, Error> {
         let mut spec = ContainerSpec::parse(&request.oci_spec)?;
-        let user = self.user().map(Arc::as_ref);
+        let user = self.user_for(request.guest).map(Arc::as_ref);
         let (mut rootfs, trees) = Rootfs::mount(
             &request.id,
             request.root.as_ref(),
@@ -131,15 +138,16 @@ impl Containers {
         made: &mut Option<Cgroup>,
     ) -> Result<Parts, Error> {
         let id = &request.id;
+        let users = self.user_for(request.guest);
         let user = user::resolve_in(trees.root.as_fd(), &requested_user(request, spec))?;
-        let owner = self.owner(&user)?;
+        let owner = owner(&user, users)?;
         let identity = spec.identity(&user, self.seccomp_filter(spec)?)?;
         let envp = Arc::new(spec.environment(&user)?);
 
         let cgroup = made.insert(Cgroup::create(PathBuf::from(POD).join(id))?);
         cgroup.prepare(spec.resources())?;
-        if let Some(user) = self.user().filter(|_| spec.has_writable_cgroup()) {
-            cgroup.delegate(user.ids().root())?;
+        if let Some(users) = users.filter(|_| spec.has_writable_cgroup()) {
+            cgroup.delegate(users.ids().root())?;
         }
         self.device_guard(spec)?.attach(cgroup.dir().as_fd())?;
         self.inner
@@ -175,14 +183,14 @@ impl Containers {
             false => None,
         };
         let volumes = self.inner.volumes.hold(shared, sources, root);
+        let ids = users.map(|users| users.ids());
+        let mut setup = spec.root_setup(trees, shared, request.provide_etc_files, ids)?;
+        if request.guest {
+            setup.symlinks.push(GUEST_FILES.map(CStr::to_owned).into());
+        }
         let plan = Plan {
-            user: self.user().cloned(),
-            entry: Entry::Create(Box::new(spec.root_setup(
-                trees,
-                shared,
-                request.provide_etc_files,
-                self.user().map(|user| user.ids()),
-            )?)),
+            user: users.cloned(),
+            entry: Entry::Create(Box::new(setup)),
             identity: identity.clone(),
             program: spec::program(spec.args(), envp.clone())?,
             stdio,
@@ -200,7 +208,7 @@ impl Containers {
                 target.check_running()?;
                 PidNamespace::Join(target.process.pidfd.as_fd())
             }
-            Pids::Guest if self.user().is_none() => PidNamespace::Guest,
+            Pids::Guest if users.is_none() => PidNamespace::Guest,
             // In a user namespace the guest's own will not do: it could not
             // mount a proc of it.
             Pids::Shared | Pids::Guest => {
@@ -267,6 +275,7 @@ impl Containers {
         };
         Ok(Parts {
             container: Draft {
+                guest: request.guest,
                 cgroup,
                 namespaces,
                 identity,
@@ -286,6 +295,7 @@ impl Containers {
     /// From here on the container is followed to its end by a task.
     fn follow(&self, id: String, parts: Parts, rootfs: Rootfs) -> Arc<Container> {
         let Draft {
+            guest,
             cgroup,
             namespaces,
             identity,
@@ -300,6 +310,7 @@ impl Containers {
         } = parts.container;
         let container = Arc::new(Container {
             id,
+            guest,
             cgroup,
             namespaces,
             identity,
@@ -330,25 +341,6 @@ impl Containers {
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = Some(task);
         container
-    }
-
-    /// The id in the guest of the user that a process is to run as, all of
-    /// whose ids must be there in the pod's user namespace.
-    fn owner(&self, user: &Resolved) -> Result<u32, Error> {
-        let Some(ids) = self.user().map(|user| user.ids()) else {
-            return Ok(user.uid);
-        };
-        let mapped = |what, id| {
-            ids.in_guest(id).ok_or(Error::Unmapped {
-                what,
-                id,
-                length: ids.length(),
-            })
-        };
-        for &gid in user.groups.iter().chain([&user.gid]) {
-            mapped("group", gid)?;
-        }
-        mapped("user", user.uid)
     }
 
     fn device_guard(&self, spec: &ContainerSpec) -> Result<Arc<Guard>, Error> {
@@ -387,6 +379,7 @@ impl Containers {
 
 /// A container whose process waits, before anybody else knows of it.
 struct Draft {
+    guest: bool,
     cgroup: Cgroup,
     namespaces: spec::OwnNamespaces,
     identity: super::plan::Identity,
@@ -403,6 +396,25 @@ struct Draft {
 struct Parts {
     container: Draft,
     vigil: Vigil,
+}
+
+/// The id in the guest of the user that a process is to run as, all of whose
+/// ids must be there in the container's user namespace.
+fn owner(user: &Resolved, users: Option<&Arc<UserNamespace>>) -> Result<u32, Error> {
+    let Some(ids) = users.map(|users| users.ids()) else {
+        return Ok(user.uid);
+    };
+    let mapped = |what, id| {
+        ids.in_guest(id).ok_or(Error::Unmapped {
+            what,
+            id,
+            length: ids.length(),
+        })
+    };
+    for &gid in user.groups.iter().chain([&user.gid]) {
+        mapped("group", gid)?;
+    }
+    mapped("user", user.uid)
 }
 
 /// The request's user, with what it leaves open taken from the spec.

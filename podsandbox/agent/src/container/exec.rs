@@ -65,6 +65,7 @@ impl Containers {
             let wish = Wish {
                 argv: &request.argv,
                 terminal: false,
+                size: (0, 0),
                 stdin: false,
             };
             let command = containers.command(container, wish, permit).await?;
@@ -77,15 +78,18 @@ impl Containers {
     /// killed when the receiver is dropped before its last event.
     pub fn exec(&self, request: ExecRequest) -> Result<Events<Error>, Error> {
         let container = self.get(&request.container_id)?;
-        container.check_running()?;
+        container.check_takes_commands()?;
         let permit = self.exec_permit()?;
         let (client, events) = self.inner.sessions.begin()?;
         let containers = self.clone();
         let (streams, terminal) = (request.streams.unwrap_or_default(), request.terminal);
+        let cut = |size| u16::try_from(size).unwrap_or(u16::MAX);
+        let size = (cut(request.height), cut(request.width));
         let begin = async move |streams: Streams| {
             let wish = Wish {
                 argv: &request.argv,
                 terminal,
+                size,
                 stdin: streams.stdin,
             };
             containers.command(container, wish, permit).await

@@ -52,6 +52,8 @@ pub(super) struct State {
 #[derive(Debug)]
 pub struct Container {
     pub(super) id: String,
+    /// A place in the guest itself: commands need no start of it.
+    pub(super) guest: bool,
     pub(super) cgroup: Cgroup,
     pub(super) namespaces: OwnNamespaces,
     pub(super) identity: Identity,
@@ -99,6 +101,15 @@ impl Container {
             phase: phase.name(),
             wanted: Phase::Running.name(),
         })
+    }
+
+    /// Whether commands can be run in it.
+    pub(super) fn check_takes_commands(&self) -> Result<(), Error> {
+        let waits = self.state().phase == Phase::Created && !*self.ended.borrow();
+        if self.guest && waits {
+            return Ok(());
+        }
+        self.check_running()
     }
 
     pub(super) fn oom_score(&self) -> MutexGuard<'_, Option<i32>> {

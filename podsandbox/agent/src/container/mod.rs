@@ -249,6 +249,12 @@ impl Containers {
         self.inner.user.get()
     }
 
+    /// The user namespace of a container, with `guest` of a place in the guest
+    /// itself.
+    fn user_for(&self, guest: bool) -> Option<&Arc<UserNamespace>> {
+        self.user().filter(|_| !guest)
+    }
+
     /// A process that has ended is past signals: that is no error.
     pub fn signal(&self, id: &str, signal: u32, all: bool) -> Result<(), Error> {
         let container = self.get(id)?;

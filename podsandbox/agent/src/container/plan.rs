@@ -348,7 +348,7 @@ impl Labels {
             Step::Root => "enter the container's root".to_owned(),
             Step::Mount => format!("mount {}", item(&self.mounts)),
             Step::Device => format!("make the device {}", item(&self.devices)),
-            Step::Symlink => "make a symbolic link in /dev".to_owned(),
+            Step::Symlink => "make a symbolic link".to_owned(),
             Step::Terminal => "set up the terminal".to_owned(),
             Step::Sysctl => format!("set the kernel parameter {}", item(&self.sysctls)),
             Step::Mask => format!("mask {}", item(&self.masked)),

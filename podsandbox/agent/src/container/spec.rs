@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use agent_api::PID_OF;
+use agent_api::{GUEST_PIDS, PID_OF};
 use oci_spec::runtime::{
     LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, LinuxNamespaceType, Mount, PosixRlimitType,
     Process, Spec,
@@ -80,9 +80,6 @@ pub enum Pids {
     /// All of the guest's, the agent among them.
     Guest,
 }
-
-/// The guest's PID namespace, as a spec names one to be joined.
-const GUEST_PIDS: &str = "/proc/1/ns/pid";
 
 impl ContainerSpec {
     pub fn parse(json: &[u8]) -> Result<Self, SpecError> {

@@ -21,6 +21,7 @@ fn command(id: &str, argv: &[&str]) -> ExecOptions {
         container_id: id.into(),
         argv: argv.iter().map(|&word| word.to_owned()).collect(),
         tty: false,
+        size: None,
         stdin: true,
         stdout: true,
         stderr: true,

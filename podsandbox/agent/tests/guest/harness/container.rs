@@ -120,6 +120,7 @@ impl Container {
             log: self.log,
             image_volumes: self.image_volumes.clone(),
             devices: Vec::new(),
+            guest: false,
         }
     }
 }
