@@ -3,6 +3,7 @@
 
 #[cfg(test)]
 mod page;
+mod validate;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -14,7 +15,7 @@ use crate::debug::DebugConfig;
 use crate::overhead::OverheadConfig;
 use crate::prometheus::MetricsConfig;
 use crate::streaming::StreamingConfig;
-use crate::traces::{self, TracesConfig};
+use crate::traces::TracesConfig;
 
 /// What `drupe config` prints; a test holds it to [`Config::default`].
 pub const DEFAULT_YAML: &str = include_str!("default.yaml");
@@ -141,114 +142,12 @@ impl Config {
                 message: with_nearest_key(&error.to_string()),
             })?
         };
-        config
-            .validate()
-            .map_err(|(field, why)| ConfigError::Value {
-                path: path.to_owned(),
-                field,
-                why,
-            })?;
+        validate::validate(&config).map_err(|(field, why)| ConfigError::Value {
+            path: path.to_owned(),
+            field,
+            why,
+        })?;
         Ok(config)
-    }
-
-    fn validate(&self) -> Result<(), (String, String)> {
-        let fail = |field: &str, why: String| Err((field.to_owned(), why));
-        if !self.runtimes.contains_key(&self.default_runtime) {
-            return fail(
-                "default_runtime",
-                format!("{:?} is not among runtimes", self.default_runtime),
-            );
-        }
-        let cdi = self.cdi_spec_dirs.iter().map(|dir| ("cdi_spec_dirs", dir));
-        for (field, path) in [
-            ("socket", &self.socket),
-            ("root", &self.root),
-            ("run_dir", &self.run_dir),
-        ]
-        .into_iter()
-        .chain(cdi)
-        {
-            if !path.is_absolute() {
-                return fail(field, format!("{path:?} is not an absolute path"));
-            }
-        }
-        if self.streaming.idle_timeout_seconds == 0 {
-            return fail(
-                "streaming.idle_timeout_seconds",
-                "must be positive".to_owned(),
-            );
-        }
-        if self.metrics.address.is_some_and(|at| at.port() == 0) {
-            let why = "has port 0, which no scraper can know: name one";
-            return fail("metrics.address", why.to_owned());
-        }
-        if let Some(endpoint) = &self.traces.endpoint
-            && let Err(why) = traces::check(endpoint)
-        {
-            return fail("traces.endpoint", why);
-        }
-        for (name, runtime) in &self.runtimes {
-            let field = |key: &str| format!("runtimes.{name}.{key}");
-            if name == HostPods::REFUSE {
-                let why = "is what `host_namespaces` says instead of a handler's name";
-                return fail(&format!("runtimes.{name}"), why.to_owned());
-            }
-            if let Some(program) = &runtime.oci {
-                let alone = RuntimeConfig {
-                    oci: runtime.oci.clone(),
-                    ..RuntimeConfig::default()
-                };
-                if *runtime != alone {
-                    let why =
-                        "runs pods on the host's kernel: no other key has a meaning beside it";
-                    return fail(&field("oci"), why.to_owned());
-                }
-                if program.as_os_str().is_empty() {
-                    return fail(&field("oci"), "is empty".to_owned());
-                }
-                continue;
-            }
-            if let HostPods::Handler(fallback) = &runtime.host_namespaces
-                && fallback != HostPods::HANDLER
-                && self
-                    .runtimes
-                    .get(fallback)
-                    .is_none_or(|to| to.oci.is_none())
-            {
-                return fail(
-                    &field("host_namespaces"),
-                    format!("{fallback:?} is no handler with `oci` among runtimes"),
-                );
-            }
-            if runtime.default_memory_mib < 64 {
-                return fail(
-                    &field("default_memory_mib"),
-                    "is below 64, too little for a guest kernel".to_owned(),
-                );
-            }
-            if !(1..=32).contains(&runtime.disk_slots) {
-                return fail(
-                    &field("disk_slots"),
-                    format!("{} is not in 1 to 32", runtime.disk_slots),
-                );
-            }
-            if !(1..=32).contains(&runtime.net_queues) {
-                return fail(
-                    &field("net_queues"),
-                    format!("{} is not in 1 to 32", runtime.net_queues),
-                );
-            }
-            if runtime.scratch_gib == 0
-                || runtime.boot_timeout_seconds == 0
-                || runtime.default_vcpus == 0
-            {
-                return fail(
-                    &field("scratch_gib, boot_timeout_seconds, default_vcpus"),
-                    "must be positive".to_owned(),
-                );
-            }
-        }
-        Ok(())
     }
 }
 
@@ -286,7 +185,7 @@ fn distance(a: &str, b: &str) -> usize {
 mod tests {
     use super::*;
 
-    fn load(text: &str) -> Result<Config, ConfigError> {
+    pub(super) fn load(text: &str) -> Result<Config, ConfigError> {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), text).unwrap();
         Config::load(file.path())
@@ -306,67 +205,5 @@ mod tests {
             .unwrap_err()
             .to_string();
         assert!(error.contains("did you mean `kernel`?"), "{error}");
-    }
-
-    #[test]
-    fn a_value_that_cannot_work_is_refused_by_its_key() {
-        let error = load("default_runtime: kata\n").unwrap_err().to_string();
-        assert!(error.contains("default_runtime"), "{error}");
-        for key in ["disk_slots", "net_queues"] {
-            let error = load(&format!("runtimes: {{microvm: {{{key}: 0}}}}\n"));
-            let error = error.unwrap_err().to_string();
-            assert!(
-                error.contains(&format!("runtimes.microvm.{key}")),
-                "{error}"
-            );
-        }
-        for (runtimes, field) in [
-            (
-                "h: {oci: runc, scratch_gib: 5}, microvm: {}",
-                "runtimes.h.oci",
-            ),
-            ("h: {oci: ''}, microvm: {}", "runtimes.h.oci"),
-            ("refuse: {oci: runc}, microvm: {}", "runtimes.refuse"),
-            (
-                "microvm: {host_namespaces: hsot}",
-                "runtimes.microvm.host_namespaces",
-            ),
-            (
-                "microvm: {host_namespaces: other}, other: {}",
-                "runtimes.microvm.host_namespaces",
-            ),
-        ] {
-            let error = load(&format!("runtimes: {{{runtimes}}}\n"));
-            let error = error.unwrap_err().to_string();
-            assert!(error.contains(field), "{error}");
-        }
-        for fine in [
-            "microvm: {}",
-            "microvm: {host_namespaces: refuse}",
-            "microvm: {host_namespaces: h}, h: {oci: /usr/bin/crun}",
-        ] {
-            load(&format!("runtimes: {{{fine}}}\n")).unwrap();
-        }
-        let error = load("cdi_spec_dirs: [etc/cdi]\n").unwrap_err().to_string();
-        assert!(error.contains("cdi_spec_dirs"), "{error}");
-        let error = load("streaming: {idle_timeout_seconds: 0}\n");
-        let error = error.unwrap_err().to_string();
-        assert!(error.contains("streaming.idle_timeout_seconds"), "{error}");
-        for bad in ["127.0.0.1:0", "127.0.0.1", "localhost:9750"] {
-            let error = load(&format!("metrics: {{address: '{bad}'}}\n"));
-            let error = error.unwrap_err().to_string();
-            assert!(error.contains("metrics.address"), "{error}");
-        }
-        for bad in ["", "localhost:4317", "https://traces:4317", "http://"] {
-            let error = load(&format!("traces: {{endpoint: '{bad}'}}\n"));
-            let error = error.unwrap_err().to_string();
-            assert!(error.contains("traces.endpoint"), "{bad}: {error}");
-        }
-        load("traces: {endpoint: 'http://[::1]:4317'}\n").unwrap();
-        let fine = load("metrics: {address: '[::1]:9750'}\n").unwrap();
-        assert_eq!(fine.metrics.address, "[::1]:9750".parse().ok());
-        let limit = "runtimes: {microvm: {disk_limit: {bytes_per_second: 0}}}\n";
-        let error = load(limit).unwrap_err().to_string();
-        assert!(error.contains("disk_limit"), "{error}");
     }
 }

@@ -152,6 +152,9 @@ pub enum Engine {
     Oci(PathBuf),
 }
 
+/// Of users and groups, one for each VMM.
+pub const UIDS: u32 = 65_536;
+
 /// Where pods live on this node.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -163,7 +166,7 @@ pub struct Config {
     pub vmm: PathBuf,
     /// The supervisor of pods on the host's kernel.
     pub shim: PathBuf,
-    /// First of the 65,536 uids and gids that VMMs run under.
+    /// First of the [`UIDS`] uids and gids that VMMs run under.
     pub uid_base: u32,
     /// Where CDI files are; a later directory wins.
     pub cdi_spec_dirs: Vec<PathBuf>,

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use disk_usage::Cached;
 use imagesvc::ImageService;
 
-use crate::config::{Config, Engine};
+use crate::config::{Config, Engine, UIDS};
 use crate::context::{Context, now_nanos};
 use crate::driver::{Command, Driver, Handle, max_vcpus};
 use crate::events::Events;
@@ -31,7 +31,6 @@ use crate::store::Store;
 use crate::{Error, Result, cgroup, host, ids, sizing, trash};
 pub use streams::ExecOutput;
 
-const UIDS: u32 = 65_536;
 /// How long a request waits for what pods on the host's kernel have written to
 /// be measured; beyond, it gets the number before.
 const TREES_PATIENCE: Duration = Duration::from_secs(1);
