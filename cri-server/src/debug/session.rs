@@ -17,6 +17,8 @@ use tonic::{Status, Streaming};
 
 use crate::convert::error;
 
+/// Exit code of a command that SIGKILL ended.
+const KILLED: i32 = 128 + 9;
 /// What of a command the log tells.
 const LOGGED_CHARS: usize = 1024;
 
@@ -106,6 +108,7 @@ pub async fn serve(
             end = begun => end.unwrap_or_else(|end| end),
         }
     };
+    let end = explained(end, &pods, &pod);
     // Whoever hears of its end finds it gone.
     pods.close_shell(shell).await;
     let seconds = since.elapsed().as_secs_f32();
@@ -127,6 +130,18 @@ pub async fn serve(
     };
     // As above.
     let _ = client.answers.send(last).await;
+}
+
+/// A pod that is stopped has all that runs in it killed: that is no exit of the
+/// command's own.
+fn explained(end: End, pods: &PodManager, pod: &str) -> End {
+    let is_ready = || pods.pod(pod).is_ok_and(|pod| pod.is_ready());
+    match end {
+        End::Exited(KILLED) if !is_ready() => {
+            End::Broke(Status::unavailable("the pod was stopped"))
+        }
+        end => end,
+    }
 }
 
 fn answer(response: Answer) -> ShellResponse {

@@ -93,7 +93,8 @@ fn it_ends_with_its_pod() -> Result<()> {
         let mut shell = Shell::start(node, &stays(&pod.id))?;
         shell.await_line("up")?;
         node.kill_pod_processes()?;
-        fails(&shell.await_end()?, &["the shell broke off"])?;
+        // The guest may yet tell that its command was killed.
+        ensure!(!shell.await_end()?.status.success());
         await_leases(node, 1)
     })
 }
