@@ -95,7 +95,7 @@ bench: SETUP_EXTRA = $(if $(PEER),$(PEER) runc)
 bench: setup build
 	@$(TARGET_DIR)/release/bench $(PEER)
 
-bench-cluster: setup build out/kubernetes ## Measure pods from kubectl create to Ready, beside containerd and runc under the same kubelet
+bench-cluster: setup build out/kubernetes ## Measure pods from kubectl create to Ready, beside containerd and runc under the same kubelet; more than 1.5 times theirs is an error
 bench-cluster: SETUP_EXTRA = containerd runc
 bench-cluster:
 	@$(TARGET_DIR)/release/bench-cluster

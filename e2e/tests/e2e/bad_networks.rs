@@ -11,18 +11,18 @@ use tonic::Code;
 
 use crate::{on_drupe, pod_refused, took_less};
 
-#[test]
-fn a_failing_cni_plugin_is_quoted_and_nothing_is_left() -> Result<()> {
-    let node = Node::builder().plugin("e2e-fails").prepare()?;
-    node.write_plugin(
-        "e2e-fails",
-        r#"#!/bin/sh
+/// A plugin that connects no pod and says why.
+pub const FAILS: &str = r#"#!/bin/sh
 case $CNI_COMMAND in
 ADD) echo '{"cniVersion":"1.0.0","code":100,"msg":"no cherries today","details":"sold out"}'; exit 1 ;;
 VERSION) echo '{"cniVersion":"1.0.0","supportedVersions":["0.4.0","1.0.0"]}' ;;
 esac
-"#,
-    )?;
+"#;
+
+#[test]
+fn a_failing_cni_plugin_is_quoted_and_nothing_is_left() -> Result<()> {
+    let node = Node::builder().plugin("e2e-fails").prepare()?;
+    node.write_plugin("e2e-fails", FAILS)?;
     node.start_server()?;
     on_drupe(node, |node| {
         let message = pod_refused(

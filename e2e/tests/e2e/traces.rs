@@ -11,7 +11,7 @@ use e2e::{Node, eventually};
 use serde_json::json;
 use tonic::Code;
 
-use crate::{on_drupe, pod_refused};
+use crate::{bad_networks, on_drupe, pod_refused};
 
 const ADDRESS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 4317);
 /// OTLP's numbers.
@@ -129,15 +129,7 @@ fn a_start_arrives_with_its_steps_below_the_callers_span() -> Result<()> {
 #[test]
 fn a_failed_start_arrives_as_an_error_that_names_its_step() -> Result<()> {
     let node = with_traces(Node::builder().plugin("e2e-fails")).prepare()?;
-    node.write_plugin(
-        "e2e-fails",
-        r#"#!/bin/sh
-case $CNI_COMMAND in
-ADD) echo '{"cniVersion":"1.0.0","code":100,"msg":"no cherries today"}'; exit 1 ;;
-VERSION) echo '{"cniVersion":"1.0.0","supportedVersions":["0.4.0","1.0.0"]}' ;;
-esac
-"#,
-    )?;
+    node.write_plugin("e2e-fails", bad_networks::FAILS)?;
     node.start_server()?;
     on_drupe(node, |node| {
         let collector = Collector::start(&node.netns, ADDRESS)?;
