@@ -10,6 +10,7 @@
 //! node's.
 
 mod choice;
+mod mounts;
 mod table;
 
 use std::ffi::OsStr;
@@ -19,25 +20,39 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sys::statvfs::{FsFlags, statvfs};
+use nix::mount::{MsFlags, mount};
+use nix::sys::statvfs::statvfs;
 
 use crate::spec::{Mount, Propagation};
 use crate::{Error, Result};
 use choice::choose;
 pub use choice::{Access, Bind, Source, View};
+pub use mounts::unmount_below;
+use mounts::{GUARDS, detach, detach_below, guard};
 use table::Table;
 pub(crate) use table::unescape;
 
+/// What the shared directory itself holds: an empty file or directory for each
+/// bind. A guest cannot write there, whatever it does to its monitor.
+const SHARED_OPTIONS: &str = "mode=0700,size=64k,nr_inodes=4096";
+
 const NONE: Option<&str> = None;
 
-/// Makes `shared` a mount whose submounts reach the VMM and nobody else, and
-/// `stage` one whose submounts reach nobody.
+/// Makes `shared` a small file system of its own whose submounts reach the
+/// monitor and nobody else, and `stage` a mount whose submounts reach nobody.
 pub fn prepare(shared: &Path, stage: &Path) -> Result<()> {
+    let made = [
+        (shared, Some("tmpfs"), GUARDS, Some(SHARED_OPTIONS)),
+        (stage, None, MsFlags::MS_BIND, None),
+    ];
+    for (dir, kind, flags, options) in made {
+        let source = kind.map_or(dir, Path::new);
+        mount(Some(source), dir, kind, flags, options)
+            .map_err(|error| failed(dir, error.into()))?;
+    }
     for (dir, propagation) in [(shared, MsFlags::MS_SHARED), (stage, MsFlags::MS_PRIVATE)] {
         let change = |flags| mount(NONE, dir, NONE, flags, NONE);
-        mount(Some(dir), dir, NONE, MsFlags::MS_BIND, NONE)
-            .and_then(|()| change(MsFlags::MS_PRIVATE))
+        change(MsFlags::MS_PRIVATE)
             .and_then(|()| change(propagation))
             .map_err(|error| failed(dir, error.into()))?;
     }
@@ -157,19 +172,12 @@ fn bind(stage: &Path, target: &Path, volume: &Mount, access: Access) -> Result<(
     )?;
     // Private by now, where it is to be so with all that is below: nothing
     // can be mounted there any more.
-    let below = match access {
-        Access::Write => Vec::new(),
-        Access::Read => vec![staged.clone()],
-        Access::ReadRecursively => Table::read()?.at_and_below(&staged).cloned().collect(),
-    };
-    for path in below {
-        let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-        kept_flags(&path)
-            .and_then(|kept| Ok(mount(NONE, &path, NONE, flags | kept, NONE)?))
-            .map_err(failed)?;
-    }
-    // The guest can write where the target is: what it may have put there in
-    // its place is not followed.
+    guard(&staged, |path| match access {
+        Access::Write => false,
+        Access::Read => path == staged,
+        Access::ReadRecursively => true,
+    })?;
+    // Never a link: the directory is the daemon's own, and this says so.
     let flags = nix::libc::O_PATH | nix::libc::O_NOFOLLOW;
     let place = fs::File::options()
         .read(true)
@@ -198,38 +206,18 @@ fn bind(stage: &Path, target: &Path, volume: &Mount, access: Access) -> Result<(
 /// be in the node's way, which could not remove a directory on which something
 /// is mounted in any copy of this namespace.
 fn let_go_below(target: &Path) -> Result<()> {
-    let paths = Table::read()?;
-    let below: Vec<&PathBuf> = paths
-        .at_and_below(target)
-        .filter(|path| *path != target)
-        .collect();
-    if below.is_empty() {
+    if !Table::read()?.has_below(target) {
         return Ok(());
     }
     let alone = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
     mount(NONE, target, NONE, alone, NONE).map_err(|error| failed(target, error.into()))?;
-    below.into_iter().rev().try_for_each(|path| unmount(path))
-}
-
-/// A remount states all flags; those the mount has must not get lost.
-fn kept_flags(path: &Path) -> io::Result<MsFlags> {
-    let has = statvfs(path).map_err(io::Error::from)?.flags();
-    let pairs = [
-        (FsFlags::ST_NOSUID, MsFlags::MS_NOSUID),
-        (FsFlags::ST_NODEV, MsFlags::MS_NODEV),
-        (FsFlags::ST_NOEXEC, MsFlags::MS_NOEXEC),
-        (FsFlags::ST_NOATIME, MsFlags::MS_NOATIME),
-        (FsFlags::ST_NODIRATIME, MsFlags::MS_NODIRATIME),
-        (FsFlags::ST_RELATIME, MsFlags::MS_RELATIME),
-    ];
-    let kept = pairs.into_iter().filter(|(flag, _)| has.contains(*flag));
-    Ok(kept.fold(MsFlags::empty(), |all, (_, flag)| all | flag))
+    detach_below(target)
 }
 
 /// Unmounts and removes a bind, however far [`bind_all`] came.
 pub fn unbind(shared: &Path, bind: &Bind) -> Result<()> {
     let path = shared.join(&bind.name);
-    unmount(&path)?;
+    detach(&path)?;
     let is_dir = match fs::symlink_metadata(&path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         other => other.map_err(|source| failed(&path, source))?.is_dir(),
@@ -241,30 +229,6 @@ pub fn unbind(shared: &Path, bind: &Bind) -> Result<()> {
         fs::remove_file(&path)
     };
     removed.map_err(|source| failed(&path, source))
-}
-
-/// Detaches every mount stacked on `path`; none is no error.
-fn unmount(path: &Path) -> Result<()> {
-    loop {
-        match umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
-            Ok(()) => {}
-            Err(nix::Error::EINVAL | nix::Error::ENOENT) => return Ok(()),
-            Err(error) => return Err(failed(path, error.into())),
-        }
-    }
-}
-
-/// Unmounts everything at and below `dir`, so that removing it can reach
-/// nothing of the node's.
-pub fn unmount_below(dir: &Path) -> Result<()> {
-    let paths: Vec<PathBuf> = Table::read()?.at_and_below(dir).cloned().collect();
-    for path in paths.iter().rev() {
-        unmount(path)?;
-    }
-    match Table::read()?.at_and_below(dir).next() {
-        None => Ok(()),
-        Some(left) => Err(failed(left, io::ErrorKind::ResourceBusy.into())),
-    }
 }
 
 fn failed(path: &Path, source: io::Error) -> Error {
@@ -279,7 +243,10 @@ fn failed(path: &Path, source: io::Error) -> Error {
 mod tests {
     use std::sync::mpsc;
 
+    use nix::mount::{MntFlags, umount2};
     use nix::sched::{CloneFlags, unshare};
+    use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+    use nix::sys::statvfs::FsFlags;
 
     use super::*;
 
@@ -416,6 +383,45 @@ mod tests {
         let (_, seen) = pod.bind(&pod.volume(false, Propagation::Private));
         umount2(&pod.at("source/sub"), MntFlags::MNT_DETACH).unwrap();
         assert!(seen.join("sub/file").exists(), "it has followed");
+    }
+
+    #[test]
+    fn no_mount_of_a_volume_has_devices_or_programs() {
+        for propagation in [Propagation::Private, Propagation::HostToContainer] {
+            let pod = Pod::new();
+            let null = pod.at("source/sub/null");
+            mknod(
+                &null,
+                SFlag::S_IFCHR,
+                Mode::from_bits_retain(0o666),
+                makedev(1, 3),
+            )
+            .unwrap();
+            fs::write(&null, "x").unwrap();
+            let (_, seen) = pod.bind(&pod.volume(false, propagation));
+            let error = fs::write(seen.join("sub/null"), "x").unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+            let shared = pod
+                .vmm_root
+                .join(pod.at("shared").strip_prefix("/").unwrap());
+            for path in [shared, seen.clone(), seen.join("sub")] {
+                let has = statvfs(&path).unwrap().flags();
+                let guards = FsFlags::ST_NODEV | FsFlags::ST_NOSUID | FsFlags::ST_NOEXEC;
+                assert!(has.contains(guards), "{path:?}: {has:?}");
+            }
+            // The node's own mounts are as they were.
+            fs::write(&null, "x").unwrap();
+        }
+    }
+
+    #[test]
+    fn the_shared_directory_holds_little() {
+        let pod = Pod::new();
+        let error = fs::write(pod.at("shared/large"), vec![0; 1 << 20]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+        fs::remove_file(pod.at("shared/large")).unwrap();
+        let full = (0..10_000).find_map(|n| fs::File::create(pod.at(&format!("shared/{n}"))).err());
+        assert_eq!(full.unwrap().kind(), io::ErrorKind::StorageFull);
     }
 
     #[test]

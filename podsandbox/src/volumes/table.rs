@@ -27,6 +27,19 @@ impl Table {
         self.0.iter().filter(move |path| path.starts_with(dir))
     }
 
+    /// Of those at and below `dir` the ones that are on no other of them.
+    pub(super) fn tops<'a>(&'a self, dir: &'a Path) -> Vec<&'a PathBuf> {
+        let mut tops: Vec<&PathBuf> = Vec::new();
+        let mut all: Vec<&PathBuf> = self.at_and_below(dir).collect();
+        all.sort();
+        for path in all {
+            if !tops.iter().any(|top| path.starts_with(top)) {
+                tops.push(path);
+            }
+        }
+        tops
+    }
+
     pub(super) fn has_below(&self, dir: &Path) -> bool {
         self.at_and_below(dir).any(|path| path != dir)
     }
@@ -59,5 +72,10 @@ mod tests {
         let table = Table(["/a", "/a/b", "/ab"].map(PathBuf::from).into());
         assert_eq!(table.at_and_below(Path::new("/a")).count(), 2);
         assert!(table.has_below(Path::new("/a")) && !table.has_below(Path::new("/a/b")));
+        let table = Table(["/a/b/c", "/a/b", "/a/b", "/a/d"].map(PathBuf::from).into());
+        assert_eq!(
+            table.tops(Path::new("/a")),
+            [Path::new("/a/b"), Path::new("/a/d")]
+        );
     }
 }
