@@ -1,15 +1,17 @@
 //! From exec to a running guest.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Instant;
 
 use nix::sys::signalfd::SignalFd;
 use vmm_client::protocol::{LOG_PORT, READY_PORT};
-use vmm_client::{Machine, VmSpec};
+use vmm_client::{Machine, VmSpec, packet};
 
 use crate::console::Console;
 use crate::devices::Device;
@@ -20,6 +22,7 @@ use crate::devices::net::Net;
 use crate::devices::rng::Rng;
 use crate::devices::vsock::{HostPorts, Vsock};
 use crate::event_loop::{DeviceRef, EventLoop};
+use crate::files::{self, FilesSpec};
 use crate::handoff::{Answer, Fds, HandoffError};
 use crate::jail;
 use crate::logs::{LogHandle, LogService};
@@ -38,6 +41,8 @@ const SHARED_TAG: &str = "shared";
 pub enum BootError {
     #[error("{0}")]
     Prepare(&'static str, #[source] io::Error),
+    #[error("the file server")]
+    FileServer(#[source] io::Error),
     #[error("device {label}")]
     Device {
         label: String,
@@ -55,7 +60,7 @@ pub enum BootError {
 
 /// Runs the VM that the daemon hands over on standard input, until it ends.
 pub fn run(since: Instant) -> Result<(), BootError> {
-    close_surplus_descriptors();
+    crate::close_surplus_descriptors();
     let answer = Answer::from_stdin()?;
     let supervisor = match boot(&answer, since) {
         Ok(supervisor) => supervisor,
@@ -73,25 +78,45 @@ pub fn run(since: Instant) -> Result<(), BootError> {
         .map_err(|e| BootError::Prepare("supervise the machine", e))
 }
 
-/// Whatever the daemon's other threads had open at the wrong moment.
-fn close_surplus_descriptors() {
-    // SAFETY: nothing in this process owns a descriptor above 2 yet.
-    unsafe { libc::close_range(3, libc::c_uint::MAX, 0) };
-}
-
 fn boot(answer: &Answer, since: Instant) -> Result<Supervisor, BootError> {
     let (spec, mut fds) = answer.receive()?;
     tracing::info!(pod = spec.pod_id, machine = ?spec.machine, "starting");
     let signals =
         supervisor::block_signals().map_err(|e| BootError::Prepare("block signals", e))?;
-    jail::enter(&spec, fds.netns.take())?;
+    // Both before this process loses the right to.
+    jail::refuse_devices(std::mem::take(&mut fds.control_groups));
+    let files = start_file_server(&spec).map_err(BootError::FileServer)?;
+    jail::enter(&spec, fds.kernel.as_fd(), fds.initramfs.as_fd())?;
     let jailed_us = microseconds(since);
-    start(spec, fds, signals, since, jailed_us)
+    start(spec, fds, files, signals, since, jailed_us)
+}
+
+/// Executes this program again as the pod's file server; the channel to it.
+fn start_file_server(spec: &VmSpec) -> io::Result<OwnedFd> {
+    let (ours, theirs) = files::channel::pair()?;
+    Command::new("/proc/self/exe")
+        .arg0(files::NAME)
+        .args([files::NAME, &spec.pod_id])
+        .stdin(theirs)
+        .stdout(Stdio::null())
+        // The log of the pod's monitor is its own as well.
+        .stderr(Stdio::inherit())
+        .spawn()?;
+    let told = FilesSpec {
+        shared_dir: spec.shared_dir.clone(),
+        root: spec.jail_root.clone(),
+        ids: spec.shared_ids,
+        uid: spec.uid,
+        gid: spec.gid,
+    };
+    packet::send(&ours, &told, &[])?;
+    Ok(ours)
 }
 
 fn start(
     spec: VmSpec,
     mut fds: Fds,
+    files: OwnedFd,
     signals: SignalFd,
     since: Instant,
     jailed_us: u64,
@@ -146,8 +171,9 @@ fn start(
     let balloon = balloon.map_err(device_error("balloon"))?;
     let balloon = devices.add(Kind::Quick, "balloon", balloon)?;
 
-    let shared = Path::new(jail::SHARED_DIR);
-    let shared = Fs::with_ids(shared, SHARED_TAG, spec.shared_ids).map_err(device_error("fs"))?;
+    // It has had all the time of the other devices.
+    files::started(&files).map_err(BootError::FileServer)?;
+    let shared = Fs::new(files, SHARED_TAG).map_err(device_error("fs"))?;
     devices.add(Kind::Shared, "fs", shared)?;
 
     let console = Console::new(fds.console, spec.console_limit_bytes)

@@ -51,9 +51,9 @@ pub enum HandoffError {
 pub struct Fds {
     pub kernel: OwnedFd,
     pub initramfs: OwnedFd,
-    pub netns: Option<OwnedFd>,
     /// Its queues; none in a pod without a network.
     pub tap: Vec<File>,
+    pub control_groups: Vec<OwnedFd>,
     pub console: File,
     pub control: OwnedFd,
     pub vsock: UnixListener,
@@ -67,15 +67,8 @@ pub struct Fds {
 pub struct Answer(OwnedFd);
 
 impl Answer {
-    /// Takes standard input, which stays as /dev/null.
     pub fn from_stdin() -> Result<Self, HandoffError> {
-        let socket = io::stdin()
-            .as_fd()
-            .try_clone_to_owned()
-            .map_err(HandoffError::Receive)?;
-        let null = File::open("/dev/null").map_err(HandoffError::Receive)?;
-        dup2_stdin(&null).map_err(|e| HandoffError::Receive(e.into()))?;
-        Ok(Self(socket))
+        Ok(Self(take_stdin().map_err(HandoffError::Receive)?))
     }
 
     pub fn receive(&self) -> Result<(VmSpec, Fds), HandoffError> {
@@ -95,6 +88,14 @@ impl Answer {
         };
         sender::send(&self.0, &reply, &[]).map_err(HandoffError::Answer)
     }
+}
+
+/// Takes standard input, which stays as /dev/null.
+pub(crate) fn take_stdin() -> io::Result<OwnedFd> {
+    let socket = io::stdin().as_fd().try_clone_to_owned()?;
+    let null = File::open("/dev/null")?;
+    dup2_stdin(&null)?;
+    Ok(socket)
 }
 
 fn check(spec: &VmSpec) -> Result<(), HandoffError> {
@@ -161,14 +162,18 @@ fn sort(spec: &VmSpec, fds: Vec<OwnedFd>) -> Result<Fds, HandoffError> {
     }
     let mut sorted: Vec<(FdRole, OwnedFd)> = Vec::new();
     for (&role, fd) in spec.fds.iter().zip(fds) {
-        if role != FdRole::Tap && sorted.iter().any(|(known, _)| *known == role) {
+        let several = [FdRole::Tap, FdRole::ControlGroup];
+        if !several.contains(&role) && sorted.iter().any(|(known, _)| *known == role) {
             return Err(HandoffError::Twice { role });
         }
         sorted.push((role, fd));
     }
-    let is_tap = |(role, _): &mut (FdRole, OwnedFd)| *role == FdRole::Tap;
-    let tap = sorted.extract_if(.., is_tap);
-    let tap = tap.map(|(_, fd)| fd.into()).collect();
+    let mut all_of = |wanted| -> Vec<OwnedFd> {
+        let of_role = sorted.extract_if(.., |(role, _)| *role == wanted);
+        of_role.map(|(_, fd)| fd).collect()
+    };
+    let tap = all_of(FdRole::Tap).into_iter().map(File::from).collect();
+    let control_groups = all_of(FdRole::ControlGroup);
     let mut take = |role| {
         let at = sorted.iter().position(|(known, _)| *known == role)?;
         Some(sorted.swap_remove(at).1)
@@ -180,8 +185,8 @@ fn sort(spec: &VmSpec, fds: Vec<OwnedFd>) -> Result<Fds, HandoffError> {
         console: need(FdRole::ConsoleLog)?.into(),
         control: need(FdRole::ControlListener)?,
         vsock: need(FdRole::VsockListener)?.into(),
-        netns: take(FdRole::Netns),
         tap,
+        control_groups,
         scratch: take(FdRole::Scratch).map(File::from),
         kvm: take(FdRole::Kvm),
     })
@@ -232,7 +237,7 @@ mod tests {
     fn descriptors_are_found_in_any_order() {
         check(&spec()).unwrap();
         let sorted = sort(&spec(), fds(5)).unwrap();
-        assert!(sorted.tap.is_empty() && sorted.netns.is_none());
+        assert!(sorted.tap.is_empty() && sorted.scratch.is_none());
     }
 
     #[test]

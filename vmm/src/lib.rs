@@ -7,6 +7,8 @@
 //!   ├─ machine: kvm (threads), uml (a child)     kernel ◀─┐
 //!   └─ event loops: net vsock rng | disks | shared dir    │ virtqueues
 //!        devices ── transport (virtio-mmio, vhost-user) ──┘
+//!           │
+//!        channel ── file server, a process of its own ── the pod's shared directory
 //! ```
 //!
 //! `main` hands over to [`run`]. The modules are public for tests only.
@@ -16,6 +18,7 @@ pub mod bounded;
 pub mod console;
 pub mod devices;
 pub mod event_loop;
+pub mod files;
 pub mod handoff;
 pub mod jail;
 pub mod logs;
@@ -25,3 +28,10 @@ pub mod supervisor;
 pub mod transport;
 
 pub use boot::{BootError, run};
+
+/// Whatever the other threads of whoever started this process had open at the
+/// wrong moment.
+fn close_surplus_descriptors() {
+    // SAFETY: nothing in this process owns a descriptor above 2 yet.
+    unsafe { libc::close_range(3, libc::c_uint::MAX, 0) };
+}

@@ -1,11 +1,13 @@
 //! `drupe-vmm`: one pod's virtual machine. Started by the daemon only, which
-//! hands the spec over on standard input.
+//! hands the spec over on standard input; and by itself, as the pod's file
+//! server.
 
 use std::process::ExitCode;
 use std::sync::Mutex;
 use std::time::Instant;
 
 use drupe_vmm::bounded::BoundedLog;
+use drupe_vmm::files;
 use tracing_subscriber::EnvFilter;
 
 /// A guest can make its monitor say something as often as it likes.
@@ -28,13 +30,18 @@ fn main() -> ExitCode {
     if tracing::subscriber::set_global_default(log).is_err() {
         return ExitCode::FAILURE;
     }
-    match drupe_vmm::run(since) {
+    let is_file_server = std::env::args_os()
+        .nth(1)
+        .is_some_and(|word| word == files::NAME);
+    let outcome = if is_file_server {
+        files::run().map_err(anyhow::Error::from)
+    } else {
+        drupe_vmm::run(since).map_err(anyhow::Error::from)
+    };
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            tracing::error!(
-                error = format!("{:#}", anyhow::Error::from(error)),
-                "cannot run"
-            );
+            tracing::error!(error = format!("{error:#}"), "cannot run");
             ExitCode::FAILURE
         }
     }

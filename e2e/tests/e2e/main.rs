@@ -9,6 +9,7 @@ mod bad_pods;
 mod cdi;
 mod cgroups;
 mod command_line;
+mod confinement;
 mod containers;
 mod debug_shell;
 mod debugging;

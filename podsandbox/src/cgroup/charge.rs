@@ -5,7 +5,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::{ROOT, beside, dirs_of, failed, group, is_unified};
+use super::{ROOT, dirs_of, failed, groups, is_unified};
 use crate::{Error, Result};
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -56,13 +56,6 @@ pub fn proportional_bytes(parent: &Path, id: &str) -> Result<u64> {
         }
     }
     Ok(sum)
-}
-
-/// Where the pod asked for no group there is no other to boot in.
-fn groups(parent: &Path, id: &str) -> Result<Vec<PathBuf>> {
-    let mut groups = vec![group(parent, id)?, group(beside(parent), id)?];
-    groups.dedup();
-    Ok(groups)
 }
 
 fn charge_of(group: &Path) -> Result<Option<Charge>> {
@@ -129,7 +122,7 @@ fn keyed(text: &str, key: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cgroup::{join, make_for_boot, remove};
+    use crate::cgroup::{beside, join, make_for_boot, remove};
 
     #[test]
     fn a_key_is_not_the_beginning_of_another() {

@@ -12,6 +12,7 @@
 //! hierarchy that there is.
 
 mod charge;
+mod limits;
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek};
@@ -26,6 +27,7 @@ use nix::unistd::Pid;
 
 use crate::{Error, Result};
 pub use charge::{Charge, charge, proportional_bytes};
+pub use limits::Limits;
 
 /// A killed process leaves its group once the kernel has freed its memory.
 const EMPTY_WITHIN: Duration = Duration::from_secs(5);
@@ -43,7 +45,7 @@ const MAKE_TRIES: u32 = 5;
 const MOVE_ROUNDS: u32 = 100;
 /// v1 hierarchies that account or limit; a cpuset would need to be filled in
 /// before it takes a process.
-const V1_CONTROLLERS: [&str; 5] = ["memory", "cpu", "cpuacct", "pids", "blkio"];
+const V1_CONTROLLERS: [&str; 6] = ["memory", "cpu", "cpuacct", "pids", "blkio", "devices"];
 const V2_CONTROLLERS: [&str; 4] = ["memory", "cpu", "pids", "io"];
 
 /// Makes the group below `parent` in every hierarchy, and returns the files
@@ -59,6 +61,43 @@ pub fn make_for_boot(parent: &Path, id: &str) -> Result<Vec<PathBuf>> {
     // Refused as the pod's own would be.
     group(parent, id)?;
     make_all(&dirs_of(&group(beside(parent), id)?))
+}
+
+/// Makes the groups in which a pod's machine boots and runs, all with `limits`:
+/// two in a parent that was asked for, in our own one for both.
+pub fn make_for_machine(parent: &Path, id: &str, limits: Limits) -> Result<MachineGroups> {
+    let mut procs = make(parent, id)?;
+    let mut made = vec![group(parent, id)?];
+    if parent != Path::new(OWN_PARENT) {
+        procs = make_for_boot(parent, id)?;
+        made = groups(parent, id)?;
+    }
+    let mut without_device_rule = Vec::new();
+    for group in made {
+        limits.set(&group)?;
+        without_device_rule.extend(limits::without_device_rule(&group));
+    }
+    Ok(MachineGroups {
+        procs,
+        without_device_rule,
+    })
+}
+
+/// The groups of a pod whose machine is about to boot.
+#[derive(Debug, Default)]
+pub struct MachineGroups {
+    /// The files that take its process.
+    pub procs: Vec<PathBuf>,
+    /// Directories of v2, where a program is what refuses devices.
+    pub without_device_rule: Vec<PathBuf>,
+}
+
+/// The group of the boot and the pod's own, which are one where there is no
+/// other to boot in.
+fn groups(parent: &Path, id: &str) -> Result<Vec<PathBuf>> {
+    let mut groups = vec![group(parent, id)?, group(beside(parent), id)?];
+    groups.dedup();
+    Ok(groups)
 }
 
 /// The parent of the group in which the machine of a pod in `parent` boots.

@@ -144,7 +144,6 @@ impl Driver {
                 FdRole::Initramfs,
                 open("initramfs", &runtime.settings.initramfs)?,
             ),
-            (FdRole::Netns, parts.netns.fd()?),
             (
                 FdRole::ConsoleLog,
                 log_file("console log", &self.paths.console)?.into(),
@@ -167,6 +166,14 @@ impl Driver {
             let opened = fs::File::options().read(true).write(true).open(device);
             let kvm = opened.map_err(Error::Kvm)?;
             fds.push((FdRole::Kvm, kvm.into()));
+        }
+        let limits = cgroup::Limits::of_machine(decision.machine, self.record.machine_mib());
+        let groups = match &self.record.cgroup {
+            Some(parent) => cgroup::make_for_machine(parent, &self.record.id, limits)?,
+            None => cgroup::MachineGroups::default(),
+        };
+        for dir in &groups.without_device_rule {
+            fds.push((FdRole::ControlGroup, open("control group", dir)?));
         }
         let spec = VmSpec {
             pod_id: self.record.id.clone(),
@@ -196,11 +203,7 @@ impl Driver {
             spec,
             fds: fds.into_iter().map(|(_, fd)| fd).collect(),
             log: log_file("VMM log", &self.paths.vmm_log)?,
-            cgroup_procs: match (&self.record.spec.cgroup_parent, &self.record.cgroup) {
-                (Some(parent), _) => cgroup::make_for_boot(parent, &self.record.id)?,
-                (None, Some(own)) => cgroup::make(own, &self.record.id)?,
-                (None, None) => Vec::new(),
-            },
+            cgroup_procs: groups.procs,
         };
         let process = vmm_client::spawn(request).await?;
         parts.vmm_pid.get_or_init(|| process.pid());

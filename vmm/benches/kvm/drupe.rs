@@ -69,7 +69,6 @@ impl Drupe {
             (FdRole::Kvm, writable(Path::new("/dev/kvm"))?.into()),
         ];
         if let Some(tap) = vm.tap {
-            fds.push((FdRole::Netns, host::netns(tap.netns)?.into()));
             fds.push((FdRole::Tap, host::open_tap(tap.netns, tap.name)?));
         }
         let (roles, fds) = fds.into_iter().unzip();

@@ -124,11 +124,12 @@ pub enum FdRole {
     Kernel,
     /// The initramfs, read-only.
     Initramfs,
-    /// The pod's network namespace.
-    Netns,
     /// The tap beside CNI's interface (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR);
     /// once for each of its queues, if they are several (IFF_MULTI_QUEUE).
     Tap,
+    /// A control group (v2) in which the pod's processes are, or will be, and
+    /// in which no device is to be opened; any number of them.
+    ControlGroup,
     /// The console log, opened for append and read.
     ConsoleLog,
     /// Listening SOCK_SEQPACKET socket of the control protocol.

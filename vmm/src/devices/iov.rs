@@ -219,6 +219,53 @@ impl<'m> Iov<'m> {
         })
     }
 
+    /// Fills the list from `file` at `offset` as far as the file goes; the
+    /// bytes read. What was read before a failure counts.
+    pub fn read_at(self, file: impl AsFd, offset: u64) -> io::Result<usize> {
+        let fd = file.as_fd().as_raw_fd();
+        self.transfer_some(offset, |iov, count, at| {
+            // SAFETY: every iovec lies in guest memory that `self` borrows and
+            // that is only ever accessed as volatile.
+            unsafe { libc::preadv(fd, iov, count, at) }
+        })
+    }
+
+    /// Writes the list to `file` at `offset` as far as it takes it, with
+    /// `flags` of pwritev2(2); the bytes written. What was written before a
+    /// failure counts.
+    pub fn write_at(self, file: impl AsFd, offset: u64, flags: libc::c_int) -> io::Result<usize> {
+        let fd = file.as_fd().as_raw_fd();
+        self.transfer_some(offset, |iov, count, at| {
+            // SAFETY: every iovec lies in guest memory that `self` borrows and
+            // that is only ever accessed as volatile.
+            unsafe { libc::pwritev2(fd, iov, count, at, flags) }
+        })
+    }
+
+    /// Calls until all of the list was moved or a call moves nothing.
+    fn transfer_some(
+        mut self,
+        mut offset: u64,
+        call: impl Fn(*const libc::iovec, libc::c_int, libc::off_t) -> isize,
+    ) -> io::Result<usize> {
+        let mut moved = 0;
+        while !self.is_empty() {
+            let at = libc::off_t::try_from(offset)
+                .map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+            match self.call(|iov, count| call(iov, count, at)) {
+                Ok(0) => break,
+                Ok(done) => {
+                    moved += done;
+                    offset = offset.saturating_add(done as u64);
+                    drop(self.take(done));
+                }
+                Err(error) if moved == 0 => return Err(error),
+                Err(_) => break,
+            }
+        }
+        Ok(moved)
+    }
+
     /// Calls until all of the list was moved; `end` when a call moves nothing.
     fn transfer(
         mut self,

@@ -155,7 +155,8 @@ mod tests {
         rng.set_features(u64::MAX);
         survives(&rng.state());
         let dir = tempfile::tempdir().unwrap();
-        survives(&fs::Fs::new(dir.path(), "shared").unwrap().state());
+        let files = crate::files::on_thread::start(dir.path(), None, || {}).unwrap();
+        survives(&fs::Fs::new(files, "shared").unwrap().state());
         survives(&net::State {
             features: 1,
             mac: [2; 6],

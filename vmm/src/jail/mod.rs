@@ -1,30 +1,40 @@
-//! The confinement of a pod's VMM, entered once, before any thread exists:
-//! PID 1 of its namespace (made by the daemon), own mount, IPC and UTS
-//! namespaces, the pod's network namespace, an almost empty root, the pod's
-//! uid, and of root's capabilities only those that serving the shared
-//! directory needs.
+//! The confinement of a pod's processes on the node, each entered once, before
+//! any thread of the process exists.
+//!
+//! | | monitor | file server |
+//! | --- | --- | --- |
+//! | root | a tmpfs with next to nothing in it | the pod's shared directory |
+//! | ids | the pod's | effective and saved root's, real the pod's |
+//! | capabilities | none | what serving files takes |
+//! | namespaces | PID (made by the daemon), mount, IPC, UTS, network, cgroup | the monitor's PID; others of its own |
+//!
+//! Both have an empty network namespace, a session keyring of their own and
+//! `no_new_privs`, and nobody of the same uid may look into them.
 
 mod creds;
+mod devices;
+mod landlock;
 mod mounts;
 
-#[cfg(test)]
-pub(crate) use creds::KEPT;
+pub use creds::OF_FILE_SERVER;
+pub use devices::refuse_devices;
+use landlock::Enforced;
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 
-use nix::sched::{CloneFlags, setns, unshare};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::{Mode, umask};
 use vmm_client::VmSpec;
 
-/// Inside the jail: the directory that virtio-fs serves.
-pub const SHARED_DIR: &str = "/shared";
-/// Inside the jail: where the VMM binds its devices' sockets.
+use crate::files::{self, FilesSpec};
+
+/// Inside the monitor's jail: where it binds its devices' sockets.
 pub const RUN_DIR: &str = "/run";
-/// Inside the jail: where UML keeps the guest's memory.
+/// There too: where UML keeps the guest's memory.
 pub const TMP_DIR: &str = "/tmp";
 pub const URANDOM: &str = "/dev/urandom";
 
@@ -54,32 +64,64 @@ fn step<E: Into<io::Error>>(step: &'static str) -> impl FnOnce(E) -> JailError {
     }
 }
 
-/// Enters the jail of `spec`. `netns` is the pod's; without one the VMM gets
-/// an empty one.
-pub fn enter(spec: &VmSpec, netns: Option<OwnedFd>) -> Result<(), JailError> {
+/// Enters the monitor's jail. The guest's kernel and initramfs are what it may
+/// still have run and read.
+pub fn enter(
+    spec: &VmSpec,
+    kernel: BorrowedFd<'_>,
+    initramfs: BorrowedFd<'_>,
+) -> Result<(), JailError> {
     umask(Mode::from_bits_retain(0o077));
-    limits()?;
-    oom_score();
-
-    let own = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS;
-    unshare(own).map_err(step("unshare mount, IPC and UTS namespaces"))?;
-    match netns {
-        Some(netns) => setns(netns, CloneFlags::CLONE_NEWNET)
-            .map_err(step("enter the pod's network namespace"))?,
-        None => {
-            unshare(CloneFlags::CLONE_NEWNET).map_err(step("unshare the network namespace"))?;
-        }
-    }
-    mounts::pivot(spec)?;
-    creds::drop_privileges(spec.uid, spec.gid)
-}
-
-fn limits() -> Result<(), JailError> {
-    // A guest kernel's panic aborts its process: no image of it on the disk.
-    setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(step("limit core dumps"))?;
     // One descriptor for each of a guest's vsock connections and open files.
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(step("read the file limit"))?;
-    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).map_err(step("raise the file limit"))
+    limits(hard)?;
+    oom_score();
+    own_namespaces()?;
+    mounts::pivot(spec)?;
+    creds::become_the_pod(spec.uid, spec.gid)?;
+    tell(landlock::restrict_monitor(spec.machine, kernel, initramfs)?);
+    Ok(())
+}
+
+fn tell(enforced: Enforced) {
+    match enforced {
+        Enforced::Fully => {}
+        Enforced::Partly => tracing::info!("the node's kernel knows a part of Landlock only"),
+        Enforced::No => {
+            tracing::warn!("the node's kernel has no Landlock to restrict this process by")
+        }
+    }
+}
+
+/// Enters the file server's jail; its own /proc/self/fd, which is not to be
+/// found there.
+pub fn enter_as_file_server(spec: &FilesSpec) -> Result<File, JailError> {
+    // Modes of files are the guest's to say.
+    umask(Mode::empty());
+    limits(files::GUEST_FILES + files::OWN_FDS)?;
+    own_namespaces()?;
+    let own_fds = mounts::own_fds()?;
+    mounts::pivot_into(&spec.shared_dir, &spec.root)?;
+    creds::become_the_file_server(spec.uid, spec.gid)?;
+    tell(landlock::restrict_file_server()?);
+    Ok(own_fds)
+}
+
+fn own_namespaces() -> Result<(), JailError> {
+    let own = CloneFlags::CLONE_NEWNS
+        | CloneFlags::CLONE_NEWIPC
+        | CloneFlags::CLONE_NEWUTS
+        | CloneFlags::CLONE_NEWNET
+        | CloneFlags::CLONE_NEWCGROUP;
+    unshare(own).map_err(step("unshare namespaces"))
+}
+
+fn limits(files: u64) -> Result<(), JailError> {
+    // A guest kernel's panic aborts its process: no image of it on the disk.
+    setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(step("limit core dumps"))?;
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(step("read the file limit"))?;
+    let files = files.min(hard);
+    setrlimit(Resource::RLIMIT_NOFILE, files, files).map_err(step("set the file limit"))
 }
 
 /// Pods do not inherit the daemon's protection from the OOM killer.

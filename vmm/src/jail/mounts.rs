@@ -1,21 +1,26 @@
-//! The jail's root: a tmpfs with a /proc of the own PID namespace, three
-//! device nodes, room for the guest's memory, and the shared directory.
+//! The roots of the jails: for the monitor a tmpfs with a /proc of the own PID
+//! namespace, three device nodes and room for the guest's memory; for the file
+//! server the shared directory and nothing else.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt, chown};
+use std::os::fd::FromRawFd;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt, chown, symlink};
 use std::path::Path;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::unistd::{chdir, pivot_root};
 use vmm_client::{Machine, VmSpec};
 
-use super::{JailError, RUN_DIR, SHARED_DIR, TMP_DIR, step};
+use super::{JailError, RUN_DIR, TMP_DIR, step};
 
 /// The root's size beyond the guest's memory: sockets and directories.
 const ROOT_KIB: u64 = 1024;
 /// Files in the root; one a device and some directories.
 const ROOT_INODES: u32 = 1024;
+/// Where the own PID namespace's processes are. /proc holds what is needed of
+/// it, and one file of the node's: User Mode Linux reads about the CPU.
+const PIDS_DIR: &str = "pids";
 /// Room of a socket-only root.
 const NONE: Option<&str> = None;
 
@@ -36,7 +41,7 @@ pub(super) fn pivot(spec: &VmSpec) -> Result<(), JailError> {
     mount(Some("tmpfs"), root, Some("tmpfs"), flags, Some(&*options))
         .map_err(at("mount a tmpfs on", root))?;
 
-    for dir in ["proc", "dev"] {
+    for dir in ["proc", "dev", PIDS_DIR] {
         make_dir(&root.join(dir), 0o755)?;
     }
     for dir in [TMP_DIR, RUN_DIR] {
@@ -44,17 +49,34 @@ pub(super) fn pivot(spec: &VmSpec) -> Result<(), JailError> {
         make_dir(&dir, 0o700)?;
         chown(&dir, Some(spec.uid), Some(spec.gid)).map_err(at("give the pod's uid", &dir))?;
     }
-    bind_shared(&spec.shared_dir, &inside(root, SHARED_DIR))?;
-    for node in ["null", "zero", "urandom"] {
-        let target = root.join("dev").join(node);
-        let source = Path::new("/dev").join(node);
-        fs::write(&target, "").map_err(at("create", &target))?;
-        mount(Some(&source), &target, NONE, MsFlags::MS_BIND, NONE).map_err(at("bind", &source))?;
+    for node in ["dev/null", "dev/zero", "dev/urandom"] {
+        bind_file(&Path::new("/").join(node), &root.join(node))?;
     }
-    let proc = root.join("proc");
-    let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    mount(Some("proc"), &proc, Some("proc"), flags, NONE).map_err(at("mount /proc on", &proc))?;
+    mount_pids(&root.join(PIDS_DIR))?;
+    bind_file(Path::new("/proc/cpuinfo"), &root.join("proc/cpuinfo"))?;
+    let own = root.join("proc/self");
+    symlink(format!("/{PIDS_DIR}/self"), &own).map_err(at("link", &own))?;
+    enter(root)
+}
 
+fn bind_file(source: &Path, target: &Path) -> Result<(), JailError> {
+    fs::write(target, "").map_err(at("create", target))?;
+    mount(Some(source), target, NONE, MsFlags::MS_BIND, NONE).map_err(at("bind", source))
+}
+
+fn mount_pids(target: &Path) -> Result<(), JailError> {
+    let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    let mounted = |options| mount(Some("proc"), target, Some("proc"), flags, options);
+    match mounted(Some("subset=pid")) {
+        // Linux before 5.8 has no such option.
+        Err(nix::Error::EINVAL) => mounted(NONE),
+        mounted => mounted,
+    }
+    .map_err(at("mount the own processes on", target))
+}
+
+/// Makes `root` the root, and lets go of the old one.
+fn enter(root: &Path) -> Result<(), JailError> {
     // Stacks the old root over the new one, from where it is taken off.
     chdir(root).map_err(at("change to", root))?;
     pivot_root(".", ".").map_err(step("pivot into the jail's root"))?;
@@ -62,18 +84,40 @@ pub(super) fn pivot(spec: &VmSpec) -> Result<(), JailError> {
     chdir("/").map_err(step("change to the new root"))
 }
 
-fn bind_shared(source: &Path, target: &Path) -> Result<(), JailError> {
-    make_dir(target, 0o755)?;
-    let flags = MsFlags::MS_BIND | MsFlags::MS_REC;
-    mount(Some(source), target, NONE, flags, NONE).map_err(at("bind", source))?;
-    let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(step("read mountinfo"))?;
-    if is_slave(&mounts, target) {
-        Ok(())
-    } else {
-        Err(JailError::NotShared {
-            path: source.to_owned(),
-        })
+/// This process's /proc/self/fd, by a mount of its own: nothing above the
+/// directory can be reached from it.
+pub(super) fn own_fds() -> Result<File, JailError> {
+    let path = c"/proc/self/fd";
+    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
+    // SAFETY: the path is a string that lives until after the call.
+    let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) };
+    let fd = i32::try_from(fd).unwrap_or(-1);
+    if fd < 0 {
+        return Err(step("open its own descriptors")(io::Error::last_os_error()));
     }
+    // SAFETY: the kernel has just made this descriptor for this process and
+    // nothing else knows it.
+    Ok(unsafe { File::from_raw_fd(fd) })
+}
+
+/// Makes the shared directory the root, by way of the directory `root`. Nothing
+/// can be made in it, only in what is mounted below.
+pub(super) fn pivot_into(shared: &Path, root: &Path) -> Result<(), JailError> {
+    // From here on mounts of the daemon reach us and none of ours reach it.
+    mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_SLAVE, NONE)
+        .map_err(step("make all mounts slaves"))?;
+    let flags = MsFlags::MS_BIND | MsFlags::MS_REC;
+    mount(Some(shared), root, NONE, flags, NONE).map_err(at("bind", shared))?;
+    let flags = MsFlags::MS_RDONLY | MsFlags::MS_NODEV | MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
+    let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | flags;
+    mount(NONE, root, NONE, flags, NONE).map_err(at("make read-only", root))?;
+    let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(step("read mountinfo"))?;
+    if !is_slave(&mounts, root) {
+        return Err(JailError::NotShared {
+            path: shared.to_owned(),
+        });
+    }
+    enter(root)
 }
 
 /// Whether the topmost mount at `target` receives mounts from elsewhere

@@ -292,8 +292,7 @@ pub fn prepare(kernel: &Path, setup: &Setup, dir: &Path) -> (SpawnRequest, Clean
         fds.push((FdRole::Kvm, kvm.unwrap().into()));
     }
     let netns = setup.network.then(|| {
-        let (name, netns, tap) = make_network();
-        fds.push((FdRole::Netns, netns));
+        let (name, tap) = make_network();
         fds.push((FdRole::Tap, tap));
         name
     });
@@ -372,7 +371,7 @@ fn compile_vsock_tool(dir: &Path) -> PathBuf {
 }
 
 /// A network namespace whose tap carries [`HOST_ADDRESS`].
-fn make_network() -> (String, OwnedFd, OwnedFd) {
+fn make_network() -> (String, OwnedFd) {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     let name = format!("drupe-vmm-test-{}-{number}", std::process::id());
@@ -390,9 +389,8 @@ fn make_network() -> (String, OwnedFd, OwnedFd) {
         "tap0",
     ]);
     ip(&["-n", &name, "link", "set", "tap0", "up"]);
-    let netns = host::netns(&name).unwrap().into();
     let tap = host::open_tap(&name, "tap0").unwrap();
-    (name, netns, tap)
+    (name, tap)
 }
 
 pub fn ip(args: &[&str]) {

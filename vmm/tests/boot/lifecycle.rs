@@ -91,15 +91,22 @@ async fn nothing_in_the_jail_has_more_rights_than_it_needs() {
     assert!(processes.len() > 1 || is_kvm());
     for process in &processes {
         let is_vmm = process.ends_with(vmm.to_string());
-        match check_rights(process, is_vmm) {
+        match check_rights(process) {
             // One of the guest's processes that ended meanwhile.
             Err(_) if !is_vmm && has_ended(process) => {}
             other => other.unwrap(),
         }
     }
+    let servers = processes.iter().filter(|p| is_file_server(p)).count();
+    assert_eq!(servers, 1);
 }
 
-fn check_rights(process: &Path, is_vmm: bool) -> io::Result<()> {
+fn is_file_server(process: &Path) -> bool {
+    let line = fs::read(process.join("cmdline")).unwrap_or_default();
+    line.starts_with(b"drupe-files\0")
+}
+
+fn check_rights(process: &Path) -> io::Result<()> {
     let status = fs::read_to_string(process.join("status"))?;
     let entries = |path: &str| -> io::Result<Vec<_>> {
         let mut names = fs::read_dir(process.join("root").join(path))?
@@ -108,24 +115,39 @@ fn check_rights(process: &Path, is_vmm: bool) -> io::Result<()> {
         names.sort();
         Ok(names)
     };
-    let (root, dev) = (entries("")?, entries("dev")?);
     let links = fs::read_to_string(process.join("net/dev"))?;
 
     let field = |name: &str| {
         let line = status.lines().find(|l| l.starts_with(name)).unwrap();
         line.split_whitespace().nth(1).unwrap().to_owned()
     };
+    let number = |name: &str| u64::from_str_radix(&field(name), 16).unwrap();
     assert_eq!(field("Uid:"), UID.to_string());
     assert_eq!(field("Gid:"), UID.to_string());
     assert_eq!(field("NoNewPrivs:"), "1");
-    // CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, MKNOD, SETFCAP; see
+    // CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, SETFCAP; see
     // capability.h.
-    let allowed = if is_vmm { 0x8800_00db } else { 0u64 };
-    let effective = u64::from_str_radix(&field("CapEff:"), 16).unwrap();
-    let permitted = u64::from_str_radix(&field("CapPrm:"), 16).unwrap();
-    assert_eq!((effective, permitted), (allowed, allowed), "{status}");
-    assert_eq!(root, ["dev", "proc", "run", "shared", "tmp"]);
-    assert_eq!(dev, ["null", "urandom", "zero"]);
+    let allowed = if is_file_server(process) {
+        0x8000_00db
+    } else {
+        0
+    };
+    for set in ["CapEff:", "CapPrm:", "CapBnd:"] {
+        assert_eq!(number(set), allowed, "{set} {status}");
+    }
+    assert_eq!((number("CapInh:"), number("CapAmb:")), (0, 0), "{status}");
+    let root = entries("")?;
+    if is_file_server(process) {
+        assert!(root.is_empty(), "{root:?}");
+    } else {
+        assert_eq!(root, ["dev", "pids", "proc", "run", "tmp"]);
+        assert_eq!(entries("dev")?, ["null", "urandom", "zero"]);
+        assert_eq!(entries("proc")?, ["cpuinfo", "self"]);
+    }
+    for kind in ["mnt", "net", "ipc", "uts", "cgroup", "pid"] {
+        let of = |process: &Path| fs::read_link(process.join("ns").join(kind));
+        assert_ne!(of(process)?, of(Path::new("/proc/self"))?, "{kind}");
+    }
     assert_eq!(links.lines().count(), 3, "only loopback: {links}");
     Ok(())
 }

@@ -54,15 +54,14 @@ impl Network {
         network
     }
 
-    pub fn descriptors(&self) -> (OwnedFd, OwnedFd) {
+    pub fn tap(&self) -> OwnedFd {
         let netns = File::open(Path::new("/run/netns").join(&self.name)).unwrap();
-        let inside = netns.try_clone().unwrap();
         // A thread of its own: it stays in the namespace.
         let tap = std::thread::spawn(move || {
-            setns(inside, CloneFlags::CLONE_NEWNET).unwrap();
+            setns(netns, CloneFlags::CLONE_NEWNET).unwrap();
             open_tap("tap0")
         });
-        (netns.into(), tap.join().unwrap())
+        tap.join().unwrap()
     }
 
     pub fn ping(&self, address: &str) {

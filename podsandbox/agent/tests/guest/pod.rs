@@ -90,9 +90,9 @@ async fn the_idle_agent_is_small() {
 async fn the_pod_has_its_address_and_routes() {
     let Some(artifacts) = artifacts() else { return };
     let network = network::Network::create();
-    let (netns, tap) = network.descriptors();
+    let tap = network.tap();
     let options = Options {
-        network: Some((netns, tap, network::MAC)),
+        network: Some((tap, network::MAC)),
         ..Options::default()
     };
     let mut guest = Guest::start(&artifacts, options).await;

@@ -28,6 +28,7 @@ use crate::devices::fs::Fs;
 use crate::devices::net::Net;
 use crate::devices::rng::Rng;
 use crate::devices::vsock::{HostPorts, Vsock};
+use crate::files::on_thread;
 
 const GUEST_CID: u32 = 3;
 /// Ends of connections kept by a host's side; the oldest is closed then.
@@ -212,7 +213,8 @@ fn make_directory() -> io::Result<()> {
 }
 
 fn fs(script: &[u8]) -> io::Result<Ended> {
-    let device = Fs::new(&std::env::temp_dir(), "shared").map_err(io::Error::other)?;
+    let files = on_thread::start(&std::env::temp_dir(), None, || {})?;
+    let device = Fs::new(files, "shared").map_err(io::Error::other)?;
     let mut script = Script::new(script);
     play(device, &mut script, templates::fs(), |_, _, _| {})
 }

@@ -56,7 +56,7 @@ pub struct Options {
     pub memory_mib: u32,
     pub mode: UmlMode,
     /// Network namespace, tap and the NIC's address.
-    pub network: Option<(OwnedFd, OwnedFd, [u8; 6])>,
+    pub network: Option<(OwnedFd, [u8; 6])>,
 }
 
 impl Default for Options {
@@ -115,8 +115,7 @@ impl Guest {
             (FdRole::Scratch, scratch(&path("scratch")).into()),
         ];
         let mut mac = None;
-        if let Some((netns, tap, address)) = options.network {
-            fds.push((FdRole::Netns, netns));
+        if let Some((tap, address)) = options.network {
             fds.push((FdRole::Tap, tap));
             mac = Some(address);
         }

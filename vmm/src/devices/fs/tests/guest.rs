@@ -2,11 +2,12 @@
 
 use std::io;
 use std::mem::size_of;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use nix::sys::epoll::{Epoll, EpollCreateFlags};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent};
 use virtio_queue::{Queue, QueueT};
 use virtiofsd::fuse::{
     CreateIn, EntryOut, InHeader, InitInCompat, InitInExt, InitOut, Opcode, OpenIn, OpenOut,
@@ -14,12 +15,13 @@ use virtiofsd::fuse::{
 };
 use virtiofsd::soft_idmap::{GuestGid, GuestUid};
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryMmap};
-use vmm_client::IdRange;
 
-use crate::devices::fs::{Fs, OUT_HEADER_LEN, QUEUE_SIZES};
+use crate::devices::fs::{Fs, QUEUE_SIZES};
 use crate::devices::hostile::descriptor;
 use crate::devices::test_driver::Irqs;
 use crate::devices::{Device, Io, Poller};
+use crate::files::channel::OUT_HEADER_LEN;
+use crate::files::on_thread;
 use crate::transport::place_rings;
 
 /// Queues.
@@ -31,7 +33,7 @@ pub(super) const ROOT: u64 = 1;
 
 /// Flags of descriptors.
 pub(super) const NEXT: u16 = 1;
-const WRITE: u16 = 2;
+pub(super) const WRITE: u16 = 2;
 
 /// Where a request and its reply lie.
 pub(super) const REQUEST: u64 = 0x10_0000;
@@ -40,6 +42,9 @@ const REPLY: u64 = 0x40_0000;
 /// FUSE_SUBMOUNTS | FUSE_INIT_EXT, and FUSE_CREATE_SUPP_GROUP in the upper half.
 const INIT_FLAGS: u32 = 1 << 27 | 1 << 30;
 const INIT_FLAGS2: u32 = 1 << 2;
+
+/// How long the file server may take on a busy machine, in milliseconds.
+const WAIT: u16 = 60_000;
 
 pub(super) struct Guest {
     pub(super) fs: Fs,
@@ -59,12 +64,8 @@ fn ring(queue: usize) -> (u64, u64, u64) {
 }
 
 impl Guest {
-    pub(super) fn new(root: &Path) -> Self {
-        Self::with_ids(root, None)
-    }
-
-    fn with_ids(root: &Path, ids: Option<IdRange>) -> Self {
-        let mut fs = Fs::with_ids(root, "shared", ids).unwrap();
+    pub(super) fn new(files: OwnedFd) -> Self {
+        let mut fs = Fs::new(files, "shared").unwrap();
         let epoll = Arc::new(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).unwrap());
         fs.start(Poller::new(epoll.clone(), 0)).unwrap();
         let mem = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 8 << 20)]).unwrap();
@@ -92,11 +93,11 @@ impl Guest {
 
     /// With the file system mounted.
     pub(super) fn mounted(root: &Path) -> Self {
-        Self::mounted_with_ids(root, None)
+        Self::mounted_from(on_thread::start(root, None, || {}).unwrap())
     }
 
-    pub(super) fn mounted_with_ids(root: &Path, ids: Option<IdRange>) -> Self {
-        let mut guest = Self::with_ids(root, ids);
+    pub(super) fn mounted_from(files: OwnedFd) -> Self {
+        let mut guest = Self::new(files);
         let init = InitInCompat {
             major: 7,
             minor: 38,
@@ -150,6 +151,30 @@ impl Guest {
         self.fs.kicked(queue, &mut io)
     }
 
+    /// Has the device handle its events until all that was offered is back.
+    pub(super) fn settle(&mut self) {
+        while (0..2).any(|queue| self.used(queue) != self.next_avail[queue]) {
+            self.turn().unwrap();
+        }
+    }
+
+    /// Waits for events and has the device handle them.
+    pub(super) fn turn(&mut self) -> io::Result<()> {
+        let mut events = [EpollEvent::empty(); 4];
+        let ready = self.epoll.wait(&mut events, WAIT).unwrap();
+        assert!(ready > 0, "nothing happens any more");
+        for event in &events[..ready] {
+            let mut io = Io {
+                mem: &self.mem,
+                queues: &mut self.queues,
+                irq: &self.irqs,
+            };
+            self.fs
+                .host_ready(event.data() as u32, event.events(), &mut io)?;
+        }
+        Ok(())
+    }
+
     pub(super) fn used(&self, queue: usize) -> u16 {
         let (_, _, used) = ring(queue);
         self.mem
@@ -176,7 +201,7 @@ impl Guest {
         self.describe(REQUESTS, 1, REPLY, room, WRITE, 0);
         self.offer(REQUESTS, 0);
         self.kick(REQUESTS).unwrap();
-        assert_eq!(self.used(REQUESTS), self.next_avail[REQUESTS]);
+        self.settle();
         let len = self.last_used_len(REQUESTS) as usize;
         if len == 0 {
             return None;

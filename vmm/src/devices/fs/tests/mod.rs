@@ -6,14 +6,13 @@ mod guest;
 mod hostile;
 mod tmpfs;
 
-use std::fs;
-
 use super::*;
+use crate::files::on_thread;
 
 #[test]
 fn the_config_space_is_tag_and_queue_count() {
     let dir = tempfile::tempdir().unwrap();
-    let fs = Fs::new(dir.path(), "shared").unwrap();
+    let fs = Fs::new(on_thread::start(dir.path(), None, || {}).unwrap(), "shared").unwrap();
     let mut config = [0xff; 44];
     fs.read_config(0, &mut config);
     assert_eq!(&config[..7], b"shared\0");
@@ -21,18 +20,9 @@ fn the_config_space_is_tag_and_queue_count() {
 }
 
 #[test]
-fn a_root_or_tag_that_cannot_be_is_an_error() {
-    let dir = tempfile::tempdir().unwrap();
+fn a_tag_that_cannot_be_is_an_error() {
     for tag in ["", "a\0b", &"t".repeat(37)] {
-        assert!(matches!(Fs::new(dir.path(), tag), Err(FsError::Tag(_))));
+        let (channel, _files) = channel::pair().unwrap();
+        assert!(matches!(Fs::new(channel, tag), Err(FsError::Tag(_))));
     }
-    let missing = dir.path().join("missing");
-    let error = Fs::new(&missing, "shared").err().unwrap();
-    assert!(error.to_string().contains("missing"), "{error}");
-    let file = dir.path().join("file");
-    fs::write(&file, "").unwrap();
-    assert!(matches!(
-        Fs::new(&file, "shared"),
-        Err(FsError::Root { .. })
-    ));
 }
