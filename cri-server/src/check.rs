@@ -7,6 +7,7 @@ use std::process::Command;
 
 use podsandbox::host::find_program;
 use podsandbox::machine::NodeFacts;
+use podsandbox::{Exempt, Network};
 
 use crate::config::Config;
 
@@ -76,6 +77,7 @@ pub fn report(config: &Config) -> bool {
             ),
         ));
     }
+    rows.push(("source check".to_owned(), source_check(config)));
     rows.push(("CNI plugins".to_owned(), plugins(config)));
     rows.push(("CNI configuration".to_owned(), cni(config)));
 
@@ -214,6 +216,33 @@ fn mkfs() -> Verdict {
     }
 }
 
+/// Whether pods can be held to their addresses.
+fn source_check(config: &Config) -> Verdict {
+    let exempt = Exempt::new(&config.network.source_check_exempt);
+    if exempt.all() {
+        return Note {
+            found: "off: pods may send from any MAC and IP address".to_owned(),
+            remedy: "take \"*\" out of `network.source_check_exempt`".to_owned(),
+        };
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let tried = match runtime {
+        Ok(runtime) => runtime.block_on(Network::try_source_check()),
+        Err(error) => Err(error.to_string()),
+    };
+    match tried {
+        Ok(()) => Good("pods are held to their MAC and IP addresses".to_owned()),
+        Err(found) => Bad {
+            found,
+            remedy: "modprobe -a sch_ingress cls_bpf act_mirred; or do without: \
+                     `network.source_check_exempt: [\"*\"]`"
+                .to_owned(),
+        },
+    }
+}
+
 fn plugins(config: &Config) -> Verdict {
     let dirs = &config.network.bin_dirs;
     let has = |name: &str| dirs.iter().any(|dir| dir.join(name).is_file());
@@ -233,7 +262,7 @@ fn plugins(config: &Config) -> Verdict {
 }
 
 fn cni(config: &Config) -> Verdict {
-    match podsandbox::Network::probe(&config.network.conf_dir, &config.network.bin_dirs) {
+    match Network::probe(&config.network.conf_dir, &config.network.bin_dirs) {
         Ok(name) => Good(format!("network {name:?} in {:?}", config.network.conf_dir)),
         Err(reason) => Note {
             found: reason,

@@ -71,6 +71,7 @@ pub struct NetworkConfig {
     pub bin_dirs: Vec<PathBuf>,
     pub netns_dir: PathBuf,
     pub plugin_timeout_seconds: u64,
+    pub source_check_exempt: Vec<String>,
 }
 
 impl Default for NetworkConfig {
@@ -80,6 +81,7 @@ impl Default for NetworkConfig {
             bin_dirs: vec!["/opt/cni/bin".into(), "/usr/lib/cni".into()],
             netns_dir: "/run/netns".into(),
             plugin_timeout_seconds: 30,
+            source_check_exempt: Vec::new(),
         }
     }
 }

@@ -14,7 +14,7 @@ use cri_api::v1::runtime_service_server::RuntimeServiceServer;
 use imagesvc::ImageService;
 use podsandbox::config::Engine;
 use podsandbox::machine::NodeFacts;
-use podsandbox::{Network, NetworkOptions, PodManager};
+use podsandbox::{Exempt, Network, NetworkOptions, PodManager};
 use sd_notify::NotifyState;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::signal::unix::{SignalKind, signal};
@@ -78,6 +78,7 @@ async fn serve(config: Config) -> Result<()> {
         bin_dirs: config.network.bin_dirs.clone(),
         record_dir: config.root.join("cni"),
         plugin_timeout: Duration::from_secs(config.network.plugin_timeout_seconds),
+        source_check_exempt: Exempt::new(&config.network.source_check_exempt),
     })
     .await
     .context("network")?;

@@ -22,6 +22,20 @@ pub enum NetnsError {
         netns: PathBuf,
         what: &'static str,
     },
+    #[error(
+        "interface {interface} in network namespace {netns} has {count} addresses, \
+         more than can be checked"
+    )]
+    TooManyAddresses {
+        interface: String,
+        netns: PathBuf,
+        count: usize,
+    },
+    #[error(
+        "the node's kernel has no tc classifier `bpf` or no tc action `mirred` \
+         (modules cls_bpf and act_mirred)"
+    )]
+    NoClassifier { source: io::Error },
     #[error("cannot {action} {path}")]
     File {
         action: &'static str,

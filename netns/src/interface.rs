@@ -3,13 +3,13 @@
 //! The kernel is asked rather than the CNI result: plugins may add routes or
 //! change the MTU without saying so.
 
-use std::{net::IpAddr, path::Path};
+use std::net::IpAddr;
 
 use futures_util::TryStreamExt;
 use ipnet::IpNet;
 use rtnetlink::packet_route::{
     address::{AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope},
-    link::LinkAttribute,
+    link::{LinkAttribute, LinkMessage},
     neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
     route::{
         RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteNextHopFlags,
@@ -67,18 +67,20 @@ pub async fn read_interface(netns: &Netns, interface: &str) -> Result<InterfaceC
     let path = netns.path().to_owned();
     let interface = interface.to_owned();
     netns
-        .run(move || async move { read(&path, &interface).await })
+        .run(move || async move {
+            let links = Links::connect(&path)?;
+            let link = links.find(&interface).await?;
+            read(&links, &interface, &link).await
+        })
         .await
 }
 
-async fn read(netns: &Path, interface: &str) -> Result<InterfaceConfig, NetnsError> {
-    let incomplete = |what| NetnsError::Incomplete {
-        interface: interface.to_owned(),
-        netns: netns.to_owned(),
-        what,
-    };
-    let links = Links::connect(netns)?;
-    let link = links.find(interface).await?;
+/// Reads `interface`, which is `link`, in the namespace of `links`.
+pub(crate) async fn read(
+    links: &Links,
+    interface: &str,
+    link: &LinkMessage,
+) -> Result<InterfaceConfig, NetnsError> {
     let index = link.header.index;
     let mac = link
         .attributes
@@ -87,8 +89,8 @@ async fn read(netns: &Path, interface: &str) -> Result<InterfaceConfig, NetnsErr
             LinkAttribute::Address(bytes) => <[u8; 6]>::try_from(bytes.as_slice()).ok(),
             _ => None,
         })
-        .ok_or_else(|| incomplete("Ethernet address"))?;
-    let mtu = mtu_of(&link).ok_or_else(|| incomplete("MTU"))?;
+        .ok_or_else(|| links.incomplete(interface, "Ethernet address"))?;
+    let mtu = mtu_of(link).ok_or_else(|| links.incomplete(interface, "MTU"))?;
 
     let addresses: Vec<AddressMessage> = links
         .handle

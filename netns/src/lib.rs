@@ -4,16 +4,18 @@
 //! The pod driver calls this crate in the order
 //!
 //! ```text
-//! Netns::create ─► Cni::add ─► read_interface ─► (agent configures the guest's NIC)
-//!        └───────► create_tap ─► redirect  (tap ◄─tc mirred─► eth0)
+//! Netns::create ─► create_tap ─► Cni::add ─► redirect  (tap ◄─tc mirred─► eth0)
+//!                                                └─► (agent configures the guest's NIC)
 //!
 //! Cni::del ─► Netns::remove      in every undo; both may be repeated
 //! ```
 //!
+//! For a pod on the node's kernel it stops at [`read_interface`].
+//!
 //! CNI's interface keeps its addresses, so that CHECK and the plugins' DEL find
 //! what they made, but the namespace's own stack never sees a packet: both
 //! directions are redirected before it. The guest takes the interface's MAC,
-//! addresses, routes and MTU.
+//! addresses, routes and MTU, and is held to them: see [`SourceCheck`].
 //!
 //! Nothing here is kept in memory across calls: namespaces are mounts, CNI
 //! attachments are files (see [`cni`]), and the tap lives as long as its
@@ -25,7 +27,9 @@ mod interface;
 mod namespace;
 mod netlink;
 mod redirect;
+mod source_check;
 mod tap;
+mod tc;
 
 #[cfg(test)]
 mod testing;
@@ -33,5 +37,6 @@ mod testing;
 pub use error::NetnsError;
 pub use interface::{InterfaceConfig, Neighbor, RouteConfig, read_interface};
 pub use namespace::{DEFAULT_DIR, Netns};
-pub use redirect::redirect;
+pub use redirect::{redirect, try_source_check};
+pub use source_check::SourceCheck;
 pub use tap::create_tap;

@@ -126,6 +126,26 @@ impl Netns {
         .await
     }
 
+    /// Runs `work` inside a namespace that has no name and ends with it.
+    pub(crate) async fn run_in_nameless<T, F, W>(work: W) -> Result<T, NetnsError>
+    where
+        T: Send + 'static,
+        W: FnOnce(PathBuf) -> F + Send + 'static,
+        F: Future<Output = Result<T, NetnsError>>,
+    {
+        // What errors call it.
+        let path = PathBuf::from("of its own");
+        on_thread(path.clone(), move |runtime| {
+            unshare(CloneFlags::CLONE_NEWNET).map_err(|errno| NetnsError::System {
+                action: "make a new namespace",
+                netns: path.clone(),
+                source: errno.into(),
+            })?;
+            runtime.block_on(work(path))
+        })
+        .await
+    }
+
     fn at(dir: &Path, name: &str) -> Result<Self, NetnsError> {
         let plain = !name.is_empty()
             && name.len() <= 200

@@ -89,6 +89,14 @@ impl Links {
         }
     }
 
+    pub(crate) fn incomplete(&self, interface: &str, what: &'static str) -> NetnsError {
+        NetnsError::Incomplete {
+            interface: interface.to_owned(),
+            netns: self.netns.clone(),
+            what,
+        }
+    }
+
     fn no_interface(&self, interface: &str) -> NetnsError {
         NetnsError::NoInterface {
             interface: interface.to_owned(),

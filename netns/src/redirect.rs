@@ -1,21 +1,27 @@
 //! Joins CNI's interface and the tap, both ways, with tc.
 //!
-//! Each gets an ingress qdisc with one filter that matches every packet and
-//! redirects it to the egress of the other (`tc-mirred`). It runs before the
-//! stack, so CNI's interface may keep its addresses: nothing that arrives
-//! reaches them, and the guest may use the same ones.
+//! Each gets an ingress qdisc whose filter redirects packets to the egress of
+//! the other (`tc-mirred`). It runs before the stack, so CNI's interface may
+//! keep its addresses: nothing that arrives reaches them, and the guest may use
+//! the same ones. What comes from CNI's interface is redirected whole; of what
+//! the guest sends, that which passes the [source check](crate::SourceCheck),
+//! and the rest is dropped.
+//!
+//! The tap is down until its filters are there: a frame that the guest sends
+//! before is refused by the tap itself. The namespace's own stack sees none
+//! from the guest at any time, and would forward none.
 
-use rtnetlink::{LinkUnspec, packet_route::tc::TcHandle};
+use rtnetlink::LinkUnspec;
 
 use crate::{
     error::NetnsError,
+    interface::{self, InterfaceConfig},
     namespace::Netns,
-    netlink::{Links, is, mtu_of},
+    netlink::Links,
+    source_check::{MAX_INSTRUCTIONS, Program, Sender, SourceCheck},
     tap::set_sysctl,
+    tc::Ingress,
 };
-
-/// `ffff:`, the handle of an ingress qdisc.
-const INGRESS_QDISC: u32 = 0xffff_0000;
 
 /// What the kernel would still send on its own from CNI's interface, as if it
 /// were the pod: solicitations and duplicate address detection. And it shall
@@ -27,152 +33,92 @@ const SILENCE: [(&str, &str, &str); 4] = [
     ("ipv4", "arp_ignore", "8"),
 ];
 
-/// Redirects all packets between `interface` and `tap`, and gives the tap the
-/// interface's MTU. A redirect that is there already is replaced.
-pub async fn redirect(netns: &Netns, interface: &str, tap: &str) -> Result<(), NetnsError> {
+/// A new namespace takes over from the node that it forwards IPv4, and plugins
+/// may turn it on.
+const FORWARDING: [&str; 2] = ["net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"];
+
+/// Redirects packets between `interface` and `tap`, gives the tap the
+/// interface's MTU, and brings it up. Returns how the guest's NIC is to be set
+/// up; with [`SourceCheck::On`] the guest can speak in no other way. A redirect
+/// that is there already is replaced.
+///
+/// Fails with [`NetnsError::NoClassifier`] where the node's kernel cannot check
+/// what the guest sends.
+pub async fn redirect(
+    netns: &Netns,
+    interface: &str,
+    tap: &str,
+    check: SourceCheck,
+) -> Result<InterfaceConfig, NetnsError> {
     let path = netns.path().to_owned();
     let (interface, tap) = (interface.to_owned(), tap.to_owned());
     netns
         .run(move || async move {
             let links = Links::connect(&path)?;
             let outer = links.find(&interface).await?;
-            let inner = links.find(&tap).await?;
-            let mtu = mtu_of(&outer).ok_or_else(|| NetnsError::Incomplete {
-                interface: interface.clone(),
-                netns: path.clone(),
-                what: "MTU",
-            })?;
-            links
-                .set(
-                    &tap,
-                    LinkUnspec::new_with_index(inner.header.index)
-                        .mtu(mtu)
-                        .build(),
-                )
-                .await?;
+            let inner = links.find(&tap).await?.header.index;
+            let config = interface::read(&links, &interface, &outer).await?;
+            let outer = outer.header.index;
             for (family, key, value) in SILENCE {
                 set_sysctl(&format!("net/{family}/conf/{interface}/{key}"), value)?;
             }
-            one_way(&links, &tap, inner.header.index, outer.header.index).await?;
-            one_way(&links, &interface, outer.header.index, inner.header.index).await
+            for key in FORWARDING {
+                set_sysctl(key, "0")?;
+            }
+            let down = LinkUnspec::new_with_index(inner).mtu(config.mtu).down();
+            links.set(&tap, down.build()).await?;
+            let from_guest = Ingress::renew(&links, &tap, inner).await?;
+            match check {
+                SourceCheck::Off => from_guest.redirect_all(outer).await?,
+                SourceCheck::On => {
+                    let program = Sender::of(&config).program();
+                    if program.len() > MAX_INSTRUCTIONS {
+                        return Err(NetnsError::TooManyAddresses {
+                            interface,
+                            netns: path,
+                            count: config.addresses.len(),
+                        });
+                    }
+                    from_guest.redirect_matches(&program, outer).await?;
+                }
+            }
+            links.set_up(&tap).await?;
+            let to_guest = Ingress::renew(&links, &interface, outer).await?;
+            to_guest.redirect_all(inner).await?;
+            Ok(config)
         })
         .await
 }
 
-async fn one_way(links: &Links, name: &str, from: u32, to: u32) -> Result<(), NetnsError> {
-    let index = from.cast_signed();
-    let mut qdiscs = links.handle.qdisc();
-
-    let mut old = qdiscs.del(index);
-    old.message_mut().header.parent = TcHandle::INGRESS;
-    old.message_mut().header.handle = INGRESS_QDISC.into();
-    match old.execute().await {
-        Ok(()) => {}
-        // There was none.
-        Err(rtnetlink::Error::NetlinkError(error))
-            if is(&error, libc::ENOENT) || is(&error, libc::EINVAL) => {}
-        Err(source) => return Err(links.failed("clear the ingress qdisc of", name)(source)),
-    }
-    qdiscs
-        .add(index)
-        .ingress()
-        .execute()
-        .await
-        .map_err(links.failed("add an ingress qdisc to", name))?;
-
-    // The protocol travels in network byte order.
-    let every_protocol = (libc::ETH_P_ALL as u16).to_be();
-    links
-        .handle
-        .traffic_filter(index)
-        .add()
-        .parent(INGRESS_QDISC)
-        .protocol(every_protocol)
-        .redirect(to)
-        .map_err(links.failed("describe the redirect of", name))?
-        .execute()
-        .await
-        .map_err(links.failed("redirect the packets of", name))
+/// Whether the node's kernel can check what guests send: tries it in a network
+/// namespace of its own. Fails as [`redirect`] would.
+pub async fn try_source_check() -> Result<(), NetnsError> {
+    Netns::run_in_nameless(|path| async move {
+        const LOOPBACK: &str = "lo";
+        let links = Links::connect(&path)?;
+        let index = links.find(LOOPBACK).await?.header.index;
+        let ingress = Ingress::renew(&links, LOOPBACK, index).await?;
+        ingress.redirect_matches(&Program::drop_all(), index).await
+    })
+    .await
 }
 
 #[cfg(test)]
 mod tests {
     use std::{
-        fs::File,
-        io::{ErrorKind, Read, Write},
+        io::ErrorKind,
         net::{IpAddr, Ipv4Addr, UdpSocket},
         num::NonZeroU32,
-        os::fd::AsFd,
-        time::{Duration, Instant},
+        time::Duration,
     };
 
-    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-
     use super::*;
-    use crate::{create_tap, read_interface, testing};
+    use crate::{
+        create_tap, read_interface, testing,
+        testing::guest::{ARP, Guest, IPV4, IPV6, arp},
+    };
 
-    /// The virtio-net header before each frame, 10 bytes unless set otherwise.
-    const VNET_HEADER: usize = 10;
     const ONE: NonZeroU32 = NonZeroU32::MIN;
-    const ARP: u16 = 0x0806;
-    const IPV4: u16 = 0x0800;
-    const IPV6: u16 = 0x86dd;
-
-    /// A guest with its NIC in the hands of the test.
-    struct Guest {
-        tap: File,
-        tap_mac: [u8; 6],
-        mac: [u8; 6],
-    }
-
-    impl Guest {
-        fn send(&mut self, to: [u8; 6], ethertype: u16, payload: &[u8]) {
-            let mut packet = vec![0; VNET_HEADER];
-            packet.extend(to);
-            packet.extend(self.mac);
-            packet.extend(ethertype.to_be_bytes());
-            packet.extend(payload);
-            assert_eq!(self.tap.write(&packet).unwrap(), packet.len());
-        }
-
-        /// The next frame that `wanted` accepts of (ethertype, payload).
-        fn receive(&mut self, wanted: impl Fn(u16, &[u8]) -> bool) -> Option<Vec<u8>> {
-            // The bridge first makes sure of its own IPv6 address for a second.
-            let deadline = Instant::now() + Duration::from_secs(8);
-            let mut packet = vec![0; 65536];
-            loop {
-                match self.tap.read(&mut packet) {
-                    Ok(length) => {
-                        let frame = &packet[VNET_HEADER..length];
-                        let ethertype = u16::from_be_bytes([frame[12], frame[13]]);
-                        assert_ne!(frame[6..12], self.tap_mac, "the tap speaks itself");
-                        if wanted(ethertype, &frame[14..]) {
-                            return Some(frame[14..].to_vec());
-                        }
-                    }
-                    Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                        let left = deadline.saturating_duration_since(Instant::now());
-                        let mut fds = [PollFd::new(self.tap.as_fd(), PollFlags::POLLIN)];
-                        let left = PollTimeout::try_from(left).unwrap();
-                        if poll(&mut fds, left).unwrap() == 0 {
-                            return None;
-                        }
-                    }
-                    Err(error) => panic!("{error}"),
-                }
-            }
-        }
-    }
-
-    fn arp(operation: u16, mac: [u8; 6], from: Ipv4Addr, to: Ipv4Addr) -> Vec<u8> {
-        let mut packet = vec![0, 1, 8, 0, 6, 4];
-        packet.extend(operation.to_be_bytes());
-        packet.extend(mac);
-        packet.extend(from.octets());
-        packet.extend([0; 6]);
-        packet.extend(to.octets());
-        packet
-    }
 
     #[tokio::test]
     async fn all_packets_go_to_the_guest_and_none_to_the_namespaces_own_stack() {
@@ -190,13 +136,11 @@ mod tests {
         let interface = read_interface(&netns, "eth0").await.unwrap();
 
         let mut taps = create_tap(&netns, "tap0", 65534, ONE).await.unwrap();
-        redirect(&netns, "eth0", "tap0").await.unwrap();
-        redirect(&netns, "eth0", "tap0").await.unwrap();
-        let mut guest = Guest {
-            tap: taps.remove(0).into(),
-            tap_mac: read_interface(&netns, "tap0").await.unwrap().mac,
-            mac: interface.mac,
-        };
+        for check in [SourceCheck::Off, SourceCheck::On] {
+            let given = redirect(&netns, "eth0", "tap0", check).await.unwrap();
+            assert_eq!(given, interface);
+        }
+        let mut guest = Guest::on(&netns, taps.remove(0), interface.mac).await;
         let link = testing::ip(netns.path(), "link show tap0");
         assert!(
             link.contains("mtu 1400") && link.contains("NOARP,UP"),
@@ -260,7 +204,9 @@ mod tests {
         let four = NonZeroU32::new(4).unwrap();
         let again = create_tap(&netns, "tap0", 65534, four).await.unwrap();
         assert_eq!(again.len(), 4);
-        redirect(&netns, "eth0", "tap0").await.unwrap();
+        redirect(&netns, "eth0", "tap0", SourceCheck::On)
+            .await
+            .unwrap();
         for queues in [ONE, four] {
             let taken = create_tap(&netns, "tap0", 65534, queues).await;
             let taken = taken.unwrap_err();
@@ -276,7 +222,9 @@ mod tests {
         let host = testing::Host::enter();
         let netns = Netns::create(host.dir(), "pod").await.unwrap();
         let _tap = create_tap(&netns, "tap0", 0, ONE).await.unwrap();
-        let error = redirect(&netns, "eth0", "tap0").await.unwrap_err();
+        let error = redirect(&netns, "eth0", "tap0", SourceCheck::On)
+            .await
+            .unwrap_err();
         assert!(
             error.to_string().contains("interface eth0 is not in"),
             "{error}"

@@ -26,7 +26,8 @@ mod ioctl {
     nix::ioctl_write_int_bad!(tun_set_owner, libc::TUNSETOWNER);
 }
 
-/// Makes the tap `name` in `netns` and brings it up.
+/// Makes the tap `name` in `netns`. It is down, and takes no packets, until
+/// [`redirect`](crate::redirect) has told where they go.
 ///
 /// It has `queues` queues and as many descriptors: non-blocking, of type
 /// `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, and `IFF_MULTI_QUEUE` if they are
@@ -56,10 +57,7 @@ pub async fn create_tap(
             let links = Links::connect(&path)?;
             let index = links.find(&name).await?.header.index;
             links
-                .set(
-                    &name,
-                    LinkUnspec::new_with_index(index).arp(false).up().build(),
-                )
+                .set(&name, LinkUnspec::new_with_index(index).arp(false).build())
                 .await?;
             Ok(taps)
         })

@@ -15,6 +15,8 @@ use crate::{
     cni::{Cni, CniOptions, NetworkList, PodNetwork},
 };
 
+pub(crate) mod guest;
+
 pub(crate) struct Host {
     dir: tempfile::TempDir,
 }

@@ -267,6 +267,14 @@ pub enum Error {
     Cni(#[from] netns::cni::CniError),
     #[error(transparent)]
     Netns(#[from] netns::NetnsError),
+    #[error(
+        "the pod cannot be held to its addresses, and its namespace {namespace:?} is not among \
+         those that need not be (network.source_check_exempt)"
+    )]
+    NoSourceCheck {
+        namespace: String,
+        source: netns::NetnsError,
+    },
     #[error(transparent)]
     Spawn(#[from] vmm_client::SpawnError),
     #[error(transparent)]
@@ -300,6 +308,7 @@ impl Error {
             | Self::NoOciRuntime { .. }
             | Self::NotOnHost { .. }
             | Self::NoRecursiveReadOnly { .. }
+            | Self::NoSourceCheck { .. }
             | Self::NoErofs => ErrorKind::FailedPrecondition,
             Self::NotInMicroVm { .. } => ErrorKind::Unimplemented,
             Self::Start { source, .. } => source.kind(),

@@ -47,7 +47,7 @@ pub use agent_api::{ContainerStats, DiskStats, GuestStats, Pressure, PressureDat
 pub use context::now_nanos;
 pub use error::{Error, ErrorKind, Result, Step, sentence};
 pub use manager::{ExecOutput, PodManager};
-pub use network::{Network, NetworkOptions};
+pub use network::{Exempt, Network, NetworkOptions};
 pub use observer::{MachineEnd, NotStarted, Observer, StartFailure, StartOver, TraceParent};
 pub use overhead::Overhead;
 pub use session::{AttachOptions, ExecOptions, Session};

@@ -8,11 +8,11 @@ use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use netns::InterfaceConfig;
 use netns::cni::{
     AddResult, Attachment, Bandwidth, Cni, CniOptions, CniWatcher, Collection, NetworkState,
     PodDns, PodNetwork, PortMapping, ResultDns, load_network,
 };
+use netns::{InterfaceConfig, NetnsError, SourceCheck};
 use tokio::sync::Semaphore;
 
 use crate::paths::PodPaths;
@@ -36,6 +36,34 @@ pub struct NetworkOptions {
     /// Persistent: what was attached to what.
     pub record_dir: PathBuf,
     pub plugin_timeout: Duration,
+    pub source_check_exempt: Exempt,
+}
+
+/// The Kubernetes namespaces whose pods are not held to their addresses.
+#[derive(Clone, Debug, Default)]
+pub struct Exempt(BTreeSet<String>);
+
+impl Exempt {
+    /// Stands for every namespace.
+    pub const ALL: &str = "*";
+
+    #[must_use]
+    pub fn new(names: &[String]) -> Self {
+        Self(names.iter().cloned().collect())
+    }
+
+    #[must_use]
+    pub fn all(&self) -> bool {
+        self.0.contains(Self::ALL)
+    }
+
+    fn check(&self, namespace: &str) -> SourceCheck {
+        if self.all() || self.0.contains(namespace) {
+            SourceCheck::Off
+        } else {
+            SourceCheck::On
+        }
+    }
 }
 
 /// The node's pod network: CNI plugins and the watched configuration.
@@ -45,10 +73,20 @@ pub struct Network {
     /// Nobody waits for a CHECK, but pods that start wait for CPU time.
     checks: Semaphore,
     check_timeout: Duration,
+    source_check_exempt: Exempt,
 }
 
 impl Network {
     pub async fn open(options: NetworkOptions) -> io::Result<Self> {
+        if !options.source_check_exempt.all()
+            && let Err(why) = Self::try_source_check().await
+        {
+            tracing::error!(
+                why,
+                "pods with a kernel of their own cannot start, but those of namespaces in \
+                 network.source_check_exempt"
+            );
+        }
         let watcher = CniWatcher::start(options.conf_dir, options.bin_dirs.clone()).await?;
         let cni = Cni::new(CniOptions {
             bin_dirs: options.bin_dirs,
@@ -60,7 +98,35 @@ impl Network {
             watcher,
             checks: Semaphore::new(CHECKS_AT_ONCE),
             check_timeout: options.plugin_timeout,
+            source_check_exempt: options.source_check_exempt,
         })
+    }
+
+    /// Whether the node's kernel can hold pods to their addresses, or why not.
+    pub async fn try_source_check() -> std::result::Result<(), String> {
+        let tried = netns::try_source_check().await;
+        tried.map_err(|error| crate::error::sentence(&error))
+    }
+
+    /// Joins a pod's interface and its tap; returns how its guest's NIC is to
+    /// be set up.
+    pub(crate) async fn redirect(
+        &self,
+        pod: &PodRecord,
+        netns: &netns::Netns,
+        tap: &str,
+    ) -> Result<InterfaceConfig> {
+        let namespace = &pod.spec.name.namespace;
+        let check = self.source_check_exempt.check(namespace);
+        match netns::redirect(netns, INTERFACE, tap, check).await {
+            Err(
+                source @ (NetnsError::NoClassifier { .. } | NetnsError::TooManyAddresses { .. }),
+            ) => Err(Error::NoSourceCheck {
+                namespace: namespace.clone(),
+                source,
+            }),
+            other => Ok(other?),
+        }
     }
 
     /// One look, without watching: the network's name, or why there is none.
@@ -247,6 +313,18 @@ pub fn guest_interface(interface: &InterfaceConfig) -> agent_api::Interface {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_the_namespaces_that_are_named_are_exempt() {
+        let checks = |names: &[&str]| {
+            let names: Vec<String> = names.iter().map(ToString::to_string).collect();
+            let exempt = Exempt::new(&names);
+            ["default", "routers", ""].map(|name| exempt.check(name) == SourceCheck::On)
+        };
+        assert_eq!(checks(&[]), [true, true, true]);
+        assert_eq!(checks(&["routers"]), [true, false, true]);
+        assert_eq!(checks(&["routers", "*"]), [false, false, false]);
+    }
 
     #[test]
     fn the_nodes_resolver_is_read_as_resolv_conf_5_says() {

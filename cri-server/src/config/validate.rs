@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use podsandbox::Exempt;
 use podsandbox::config::{HostPods, RuntimeConfig, UIDS};
 
 use super::Config;
@@ -37,6 +38,12 @@ pub(super) fn validate(config: &Config) -> Result<(), Wrong> {
     .chain(network.bin_dirs.iter().map(|dir| ("network.bin_dirs", dir)))
     {
         absolute(field, path)?;
+    }
+    for name in &network.source_check_exempt {
+        if name != Exempt::ALL && !is_namespace(name) {
+            let why = format!("{name:?} is neither a Kubernetes namespace's name nor \"*\"");
+            return fail("network.source_check_exempt", why);
+        }
     }
     let last = u32::MAX - UIDS;
     if !(1..=last).contains(&config.uid_base) {
@@ -80,6 +87,15 @@ pub(super) fn validate(config: &Config) -> Result<(), Wrong> {
 
 fn fail(field: &str, why: String) -> Result<(), Wrong> {
     Err((field.to_owned(), why))
+}
+
+/// A label of RFC 1123, as Kubernetes has it.
+fn is_namespace(name: &str) -> bool {
+    let inner = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    (1..=63).contains(&name.len())
+        && name.chars().all(inner)
+        && !name.starts_with('-')
+        && !name.ends_with('-')
 }
 
 fn absolute(field: &str, path: &Path) -> Result<(), Wrong> {
@@ -224,6 +240,14 @@ mod tests {
                 "network: {plugin_timeout_seconds: 0}",
                 "network.plugin_timeout_seconds",
             ),
+            (
+                "network: {source_check_exempt: [kube_system]}",
+                "network.source_check_exempt",
+            ),
+            (
+                "network: {source_check_exempt: ['-']}",
+                "network.source_check_exempt",
+            ),
             ("vmm: drupe-vmm", "vmm"),
             ("uid_base: 0", "uid_base"),
             ("uid_base: 4294901761", "uid_base"),
@@ -246,5 +270,6 @@ mod tests {
             assert!(error.contains(field), "{text}: {error}");
         }
         load("uid_base: 4294901759").unwrap();
+        load("network: {source_check_exempt: [kube-system, '*']}").unwrap();
     }
 }

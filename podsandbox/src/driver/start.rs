@@ -279,8 +279,8 @@ impl Driver {
 
         let interface = timeline
             .time(Step::Redirect, async {
-                netns::redirect(&parts.netns, network::INTERFACE, TAP).await?;
-                Ok(netns::read_interface(&parts.netns, network::INTERFACE).await?)
+                let network = &self.context.network;
+                network.redirect(&self.record, &parts.netns, TAP).await
             })
             .await?;
         let dns = network::guest_dns(self.record.spec.dns.as_ref(), &added.dns)?;

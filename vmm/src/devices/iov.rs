@@ -66,6 +66,16 @@ where
 }
 
 impl<'m> Iov<'m> {
+    /// Memory of the host's own.
+    pub fn of(bytes: &'m mut [u8]) -> Self {
+        let mut iov = Self::default();
+        if !bytes.is_empty() {
+            iov.len = bytes.len();
+            iov.slices.push(VolatileSlice::from(bytes));
+        }
+        iov
+    }
+
     pub fn push(
         &mut self,
         mem: &'m GuestMemoryMmap,

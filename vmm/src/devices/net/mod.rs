@@ -6,6 +6,7 @@
 //! a reason that names it.
 
 mod control;
+mod outgoing;
 mod pair;
 mod rx;
 mod tap;

@@ -5,6 +5,7 @@ use std::io;
 use nix::sys::epoll::EpollFlags;
 use virtio_queue::QueueT;
 
+use super::outgoing;
 use super::rx::{Rx, Stopped};
 use super::tap::Tap;
 use crate::devices::iov::split;
@@ -102,7 +103,7 @@ impl Pair {
             sent += 1;
             let head = chain.head_index();
             if let Ok((packet, _)) = split(chain, io.mem)
-                && let Err(error) = packet.write_to(&self.tap)
+                && let Err(error) = outgoing::send(packet, &self.tap)
             {
                 if Tap::is_gone(&error) {
                     return Err(self.tap.gone());

@@ -253,6 +253,45 @@ fn packets_of_the_guest_reach_the_host_and_bad_ones_are_lost() {
 }
 
 #[test]
+fn a_checksum_is_written_over_nothing_else_and_long_packets_stay_whole() {
+    on_a_thread(|| {
+        let mut bench = bench(ALL);
+        let mut ip = frame(1200, 3);
+        ip[12..14].copy_from_slice(&[8, 0]);
+        ip[14..34].copy_from_slice(&[
+            0x45, 0, 4, 0xa2, 0, 1, 0, 0, 64, 17, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2,
+        ]);
+        let mut header = [0; HEADER];
+        header[0] = 1;
+        // Over the source address, then over UDP's checksum.
+        for (start, offset) in [(22u16, 4u16), (34, 6)] {
+            header[6..8].copy_from_slice(&start.to_le_bytes());
+            header[8..10].copy_from_slice(&offset.to_le_bytes());
+            ip[41] = start as u8;
+            let parts = [
+                Part::Read(&header[..]),
+                Part::Read(&ip[..300]),
+                Part::Read(&ip[300..]),
+            ];
+            bench.driver.push(TX, &parts);
+        }
+        bench.driver.kick(&mut bench.net, TX);
+        assert_eq!(std::iter::from_fn(|| bench.driver.used(TX)).count(), 2);
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let mut buffer = [0; 2000];
+        loop {
+            assert!(Instant::now() < deadline, "nothing came out of the tap");
+            if let Ok(len) = nix::unistd::read(&bench.raw, &mut buffer)
+                && buffer[12..14] == [8, 0]
+            {
+                assert!(buffer[..len] == ip, "the first was sent, or changed");
+                break;
+            }
+        }
+    });
+}
+
+#[test]
 fn a_long_queue_is_sent_in_turns() {
     on_a_thread(|| {
         let mut bench = bench(ALL);
