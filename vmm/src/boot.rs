@@ -84,9 +84,25 @@ fn boot(answer: &Answer, since: Instant) -> Result<Supervisor, BootError> {
     tracing::info!(pod = spec.pod_id, machine = ?spec.machine, "starting");
     let signals =
         supervisor::block_signals().map_err(|e| BootError::Prepare("block signals", e))?;
+    let user_ns = match spec.machine {
+        Machine::Uml(_) => guests_user_ns(&spec),
+        Machine::Kvm => None,
+    };
     jail::enter(&spec, fds.netns.take())?;
     let jailed_us = microseconds(since);
-    start(spec, fds, signals, since, jailed_us)
+    start(spec, fds, signals, since, jailed_us, user_ns)
+}
+
+/// A node may be set up to have no user namespaces; the jail is none the less
+/// one.
+fn guests_user_ns(spec: &VmSpec) -> Option<OwnedFd> {
+    match jail::user_ns::make(spec.uid, spec.gid) {
+        Ok(made) => Some(made),
+        Err(error) => {
+            tracing::warn!(%error, "the guest's kernel gets no user namespace of its own");
+            None
+        }
+    }
 }
 
 fn start(
@@ -95,6 +111,7 @@ fn start(
     signals: SignalFd,
     since: Instant,
     jailed_us: u64,
+    user_ns: Option<OwnedFd>,
 ) -> Result<Supervisor, BootError> {
     let (notifier, notices) =
         supervisor::notices().map_err(|e| BootError::Prepare("make an eventfd", e))?;
@@ -155,6 +172,7 @@ fn start(
     let guest = Guest {
         kernel: fds.kernel,
         initramfs: fds.initramfs,
+        user_ns,
     };
     let wiring = devices.spawn(&notifier)?;
     let started = start_machine(wiring, spec, guest, &notifier)?;
@@ -173,10 +191,11 @@ fn start(
         .map_err(|e| BootError::Prepare("supervise the machine", e))
 }
 
-/// The guest's files.
+/// The guest's files, and where its kernel's process is to be.
 struct Guest {
     kernel: OwnedFd,
     initramfs: OwnedFd,
+    user_ns: Option<OwnedFd>,
 }
 
 fn start_machine(
@@ -194,6 +213,8 @@ fn start_machine(
             initramfs: guest.initramfs,
             devices: sockets,
             args: spec.kernel_args,
+            unsealed: spec.unsealed,
+            user_ns: guest.user_ns,
         })?),
         (Wiring::Mmio(builder), Machine::Kvm) => {
             let notifier = notifier.clone();

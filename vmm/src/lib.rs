@@ -16,6 +16,7 @@ pub mod bounded;
 pub mod console;
 pub mod devices;
 pub mod event_loop;
+pub mod filter;
 pub mod handoff;
 pub mod jail;
 pub mod logs;

@@ -6,6 +6,7 @@
 
 mod creds;
 mod mounts;
+pub mod user_ns;
 
 #[cfg(test)]
 pub(crate) use creds::KEPT;
