@@ -9,8 +9,9 @@
 # Debian's archive keys verify what comes from it.
 #
 # Patches in patches/MACHINE-*.patch mend what Debian's source lacks; each says
-# why in its first lines. One that no longer applies is left out and named: the
-# kernel works without, only slower.
+# why in its first lines. One for speed that no longer applies is left out and
+# named, and so are those after it: the kernel works without, only slower. The
+# one that seals the kernel's process has to apply: without it pods do not start.
 #
 # A build is kept under its source version, configuration, patches and this
 # script, so the next one with the same copies files and asks no network. Set
@@ -178,13 +179,16 @@ build() {
     dpkg-deb --fsys-tarfile "$(deb_path "$package" "$version")" |
         tar -xO --wildcards "./usr/src/$package.tar.*" | tar -xJ -C "$tree" --strip-components=1
 
-    local file
+    local file slower=''
     for file in "${patches[@]}"; do
+        [ -z "$slower" ] || [[ $file == *-seal.patch ]] || continue
         if patch -d "$tree" -p1 -s -f --dry-run < "$file" > /dev/null; then
             patch -d "$tree" -p1 -s -f < "$file"
+        elif [[ $file == *-seal.patch ]]; then
+            die "$machine: ${file##*/} does not apply to $package $version, and a kernel without it runs no pods"
         else
-            say "$machine: warning: ${file##*/} does not apply to $package $version: built without it and those after it"
-            break
+            say "$machine: warning: ${file##*/} does not apply to $package $version: built without it and the others for speed"
+            slower=yes
         fi
     done
 

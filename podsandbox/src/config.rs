@@ -20,6 +20,9 @@ pub struct RuntimeConfig {
     pub machine: MachineChoice,
     /// How `uml` confines the guest's processes.
     pub uml_mode: UmlMode,
+    /// Whether `uml` may run a guest kernel that keeps the node's system calls
+    /// that it needed for its own start.
+    pub uml_unsealed: bool,
     /// `{machine}` in it stands for `kvm` or `uml`.
     pub kernel: PathBuf,
     pub initramfs: PathBuf,
@@ -57,6 +60,7 @@ impl Default for RuntimeConfig {
             host_namespaces: HostPods::default(),
             machine: MachineChoice::Auto,
             uml_mode: UmlMode::Seccomp,
+            uml_unsealed: false,
             kernel: "/usr/lib/drupe/kernel-{machine}".into(),
             initramfs: "/usr/lib/drupe/initramfs".into(),
             kernel_args: Vec::new(),

@@ -83,12 +83,16 @@ fn boot(answer: &Answer, since: Instant) -> Result<Supervisor, BootError> {
     tracing::info!(pod = spec.pod_id, machine = ?spec.machine, "starting");
     let signals =
         supervisor::block_signals().map_err(|e| BootError::Prepare("block signals", e))?;
-    // Both before this process loses the right to.
+    // All before this process loses the right to.
     jail::refuse_devices(std::mem::take(&mut fds.control_groups));
     let files = start_file_server(&spec).map_err(BootError::FileServer)?;
+    let user_ns = match spec.machine {
+        Machine::Uml(_) => guests_user_ns(&spec),
+        Machine::Kvm => None,
+    };
     jail::enter(&spec, fds.kernel.as_fd(), fds.initramfs.as_fd())?;
     let jailed_us = microseconds(since);
-    start(spec, fds, files, signals, since, jailed_us)
+    start(spec, fds, files, signals, since, jailed_us, user_ns)
 }
 
 /// Executes this program again as the pod's file server; the channel to it.
@@ -113,6 +117,18 @@ fn start_file_server(spec: &VmSpec) -> io::Result<OwnedFd> {
     Ok(ours)
 }
 
+/// A node may be set up to have no user namespaces; the jail is none the less
+/// one.
+fn guests_user_ns(spec: &VmSpec) -> Option<OwnedFd> {
+    match jail::user_ns::make(spec.uid, spec.gid) {
+        Ok(made) => Some(made),
+        Err(error) => {
+            tracing::warn!(%error, "the guest's kernel gets no user namespace of its own");
+            None
+        }
+    }
+}
+
 fn start(
     spec: VmSpec,
     mut fds: Fds,
@@ -120,6 +136,7 @@ fn start(
     signals: SignalFd,
     since: Instant,
     jailed_us: u64,
+    user_ns: Option<OwnedFd>,
 ) -> Result<Supervisor, BootError> {
     let (notifier, notices) =
         supervisor::notices().map_err(|e| BootError::Prepare("make an eventfd", e))?;
@@ -181,6 +198,7 @@ fn start(
     let guest = Guest {
         kernel: fds.kernel,
         initramfs: fds.initramfs,
+        user_ns,
     };
     let wiring = devices.spawn(&notifier)?;
     let started = start_machine(wiring, spec, guest, &notifier)?;
@@ -199,10 +217,11 @@ fn start(
         .map_err(|e| BootError::Prepare("supervise the machine", e))
 }
 
-/// The guest's files.
+/// The guest's files, and where its kernel's process is to be.
 struct Guest {
     kernel: OwnedFd,
     initramfs: OwnedFd,
+    user_ns: Option<OwnedFd>,
 }
 
 fn start_machine(
@@ -220,6 +239,8 @@ fn start_machine(
             initramfs: guest.initramfs,
             devices: sockets,
             args: spec.kernel_args,
+            unsealed: spec.unsealed,
+            user_ns: guest.user_ns,
         })?),
         (Wiring::Mmio(builder), Machine::Kvm) => {
             let notifier = notifier.clone();

@@ -207,6 +207,7 @@ mod tests {
             balloon_mib: 0,
             huge_pages: HugePages::Off,
             kernel_args: Vec::new(),
+            unsealed: false,
             mac: None,
             mtu: None,
             image_slots: 4,

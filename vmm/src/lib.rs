@@ -19,6 +19,7 @@ pub mod console;
 pub mod devices;
 pub mod event_loop;
 pub mod files;
+pub mod filter;
 pub mod handoff;
 pub mod jail;
 pub mod logs;

@@ -183,6 +183,7 @@ impl Driver {
             balloon_mib: self.record.balloon_mib(),
             huge_pages: runtime.settings.huge_pages,
             kernel_args: runtime.settings.kernel_args.clone(),
+            unsealed: runtime.settings.uml_unsealed,
             mac: Some(boot_mac(&self.record.id)),
             mtu: None,
             image_slots: runtime.settings.disk_slots,

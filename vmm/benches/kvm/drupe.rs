@@ -80,6 +80,7 @@ impl Drupe {
             balloon_mib: 0,
             huge_pages: HugePages::Off,
             kernel_args: Vec::new(),
+            unsealed: false,
             mac: vm.tap.map(|tap| tap.mac),
             mtu: vm.tap.map(|_| 1500),
             image_slots: 0,

@@ -30,6 +30,10 @@ pub struct VmSpec {
     pub huge_pages: HugePages,
     /// Words added to the guest kernel's command line.
     pub kernel_args: Vec<String>,
+    /// Whether a guest kernel of `uml` may run that keeps the node's system
+    /// calls of its start, instead of ending when its agent reports ready.
+    #[serde(default)]
+    pub unsealed: bool,
     /// The guest NIC's address; absent in a pod without a network.
     pub mac: Option<[u8; 6]>,
     /// The network MTU to announce (virtio 1.2 §5.1.4).

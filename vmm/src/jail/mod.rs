@@ -15,6 +15,7 @@ mod creds;
 mod devices;
 mod landlock;
 mod mounts;
+pub mod user_ns;
 
 pub use creds::OF_FILE_SERVER;
 pub use devices::refuse_devices;

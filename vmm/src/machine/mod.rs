@@ -8,6 +8,8 @@ use std::io::PipeReader;
 use nix::sys::wait::WaitStatus;
 use vmm_client::protocol::EndCause;
 
+use crate::filter::Refusals;
+
 /// A running guest.
 pub trait Machine {
     /// Ends it now.
@@ -15,6 +17,11 @@ pub trait Machine {
 
     /// A child process was reaped. `Some` when the machine has ended with it.
     fn child_ended(&mut self, status: WaitStatus) -> Option<Ending>;
+
+    /// The agent has reported ready. `Some` when its kernel is not to go on.
+    fn guest_ready(&mut self) -> Option<Ending> {
+        None
+    }
 }
 
 /// How a machine has ended.
@@ -54,4 +61,6 @@ pub struct Started {
     pub machine: Box<dyn Machine>,
     /// Everything the guest's kernel and its console print.
     pub console: PipeReader,
+    /// Calls of the guest kernel's process that the node refuses.
+    pub refusals: Option<Refusals>,
 }

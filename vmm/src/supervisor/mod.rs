@@ -31,13 +31,15 @@ use crate::devices::balloon::Balloon;
 use crate::devices::blk::Blk;
 use crate::devices::{Device, Io};
 use crate::event_loop::DeviceRef;
+use crate::filter::{Refusals, Refused};
 use crate::logs::{LogError, LogHandle};
 use crate::machine::{Ending, Machine, Started};
 
 const SIGNALS: u64 = 0;
 const CONSOLE: u64 = 1;
 const WAKE: u64 = 2;
-const LISTENER: u64 = 3;
+const REFUSALS: u64 = 3;
+const LISTENER: u64 = 4;
 
 /// Read from the console at once.
 const CONSOLE_CHUNK: usize = 16 * 1024;
@@ -64,6 +66,8 @@ pub struct Supervisor {
     signals: SignalFd,
     machine: Box<dyn Machine>,
     pipe: Option<PipeReader>,
+    refusals: Option<Refusals>,
+    refused: Vec<String>,
     console: Console,
     clients: Clients,
     notices: Notices,
@@ -99,6 +103,9 @@ impl Supervisor {
         watch(&signals, SIGNALS)?;
         watch(&pipe, CONSOLE)?;
         watch(&*parts.notices.wake, WAKE)?;
+        if let Some(refusals) = &started.refusals {
+            watch(refusals, REFUSALS)?;
+        }
         let clients = Clients::new(parts.control, &epoll)?;
         Ok(Self {
             clients,
@@ -106,6 +113,8 @@ impl Supervisor {
             signals,
             machine: started.machine,
             pipe: Some(pipe),
+            refusals: started.refusals,
+            refused: Vec::new(),
             console: parts.console,
             notices: parts.notices,
             notifier: parts.notifier,
@@ -163,6 +172,10 @@ impl Supervisor {
                     halted.then(Ending::powered_off)
                 }
                 WAKE => self.take_notices()?,
+                REFUSALS => {
+                    self.take_refusal()?;
+                    None
+                }
                 LISTENER => {
                     self.clients.accept(&self.epoll)?;
                     None
@@ -221,6 +234,31 @@ impl Supervisor {
         Ok(())
     }
 
+    /// One at a time: a guest cannot keep us from the rest. What is refused is
+    /// shown among the kernel's own words too, since they may be all that is
+    /// left of a guest that does not come up.
+    fn take_refusal(&mut self) -> io::Result<()> {
+        let Some(refusals) = &mut self.refusals else {
+            return Ok(());
+        };
+        match refusals.answer() {
+            Ok(Refused::First(call)) => {
+                tracing::warn!(call, "the guest kernel's process was refused a system call");
+                let line = format!("\ndrupe-vmm: the node refuses this kernel {call}\n");
+                self.console.take(line.as_bytes());
+                self.refused.push(call);
+                return Ok(());
+            }
+            Ok(Refused::Again) => return Ok(()),
+            Ok(Refused::Enough) => {}
+            // Without a listener the node's kernel refuses by itself.
+            Err(error) => tracing::warn!(%error, "refused system calls are not told any more"),
+        }
+        self.epoll.delete(refusals)?;
+        self.refusals = None;
+        Ok(())
+    }
+
     fn take_notices(&mut self) -> io::Result<Option<Ending>> {
         // Spurious at worst: the notices are what counts.
         let _ = self.notices.wake.read();
@@ -231,6 +269,9 @@ impl Supervisor {
                     self.clients.answer(client, &reply, &self.epoll)?;
                 }
                 Notice::GuestReady if self.status.state == VmState::Booting => {
+                    if let Some(ending) = self.machine.guest_ready() {
+                        return Ok(Some(ending));
+                    }
                     self.status.state = VmState::Ready;
                     self.status.guest_ready_us = Some(microseconds(self.since));
                     let event = Event::State(self.status.clone());
@@ -379,6 +420,9 @@ impl Supervisor {
             Some(panic) => format!("{reason} (kernel panic: {panic})"),
             None => reason.to_owned(),
         };
+        if !self.refused.is_empty() {
+            report += &format!(" (the node refused it {})", self.refused.join(", "));
+        }
         let lines = self.console.last_lines();
         if !lines.is_empty() {
             report += "; the last lines of its console:\n";

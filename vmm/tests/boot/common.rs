@@ -79,7 +79,11 @@ pub struct Setup {
     pub network: bool,
     /// Shell lines of the guest's init.
     pub script: &'static str,
+    /// Programs for it beside the vsock tool: sources here, without `.c`.
+    pub tools: &'static [&'static str],
     pub kernel_args: Vec<String>,
+    /// Whether a kernel may run that does not seal itself.
+    pub unsealed: bool,
 }
 
 impl Default for Setup {
@@ -92,7 +96,9 @@ impl Default for Setup {
             image_slots: 2,
             network: false,
             script: "",
+            tools: &[],
             kernel_args: Vec::new(),
+            unsealed: false,
         }
     }
 }
@@ -257,7 +263,7 @@ pub fn prepare(kernel: &Path, setup: &Setup, dir: &Path) -> (SpawnRequest, Clean
     mount(none, &shared, none, MsFlags::MS_SHARED, none).unwrap();
 
     let initramfs = dir.join("initramfs");
-    make_initramfs(&initramfs, setup.script);
+    make_initramfs(&initramfs, setup.script, setup.tools);
     let scratch = File::options()
         .read(true)
         .write(true)
@@ -313,6 +319,7 @@ pub fn prepare(kernel: &Path, setup: &Setup, dir: &Path) -> (SpawnRequest, Clean
             balloon_mib: setup.balloon_mib,
             huge_pages: HugePages::Off,
             kernel_args: kernel_args(setup),
+            unsealed: setup.unsealed,
             mac: setup.network.then_some(MAC),
             mtu: setup.network.then_some(1400),
             image_slots: setup.image_slots,
@@ -339,12 +346,17 @@ fn kernel_args(setup: &Setup) -> Vec<String> {
     setup.kernel_args.iter().cloned().chain(more).collect()
 }
 
-fn make_initramfs(path: &Path, script: &str) {
+pub fn make_initramfs(path: &Path, script: &str, tools: &[&str]) {
     let built = tempdir();
-    let tool = match std::env::var_os("DRUPE_TEST_VSOCK_TOOL") {
+    let vsock = match std::env::var_os("DRUPE_TEST_VSOCK_TOOL") {
         Some(tool) => tool.into(),
-        None => compile_vsock_tool(built.path()),
+        None => compile("tests/boot/vsock.c", built.path()),
     };
+    let mut programs = vec![("bin/vsock".into(), vsock)];
+    for tool in tools {
+        let program = compile(&format!("tests/boot/{tool}.c"), built.path());
+        programs.push((Path::new("bin").join(tool), program));
+    }
     let script = format!(
         "disk() {{ for d in /sys/block/vd*; do\n\
            [ \"$(cat $d/serial)\" = \"$1\" ] && echo /dev/${{d##*/}}; done; }}\n\
@@ -354,20 +366,22 @@ fn make_initramfs(path: &Path, script: &str) {
          {script}\n\
          reboot -f"
     );
-    initramfs::make(path, &[("bin/vsock".into(), tool)], &script).unwrap();
+    initramfs::make(path, &programs, &script).unwrap();
 }
 
-/// Whoever can link Rust programs has a C compiler.
-fn compile_vsock_tool(dir: &Path) -> PathBuf {
-    let tool = dir.join("vsock");
+/// Makes a static program of one C file of this crate. Whoever can link Rust
+/// programs has a C compiler.
+pub fn compile(source: &str, dir: &Path) -> PathBuf {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(source);
+    let program = dir.join(source.file_stem().unwrap());
     let status = Command::new("cc")
         .args(["-static", "-O1", "-o"])
-        .arg(&tool)
-        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/boot/vsock.c"))
+        .arg(&program)
+        .arg(&source)
         .status()
         .unwrap();
-    assert!(status.success(), "cannot compile the guest's vsock tool");
-    tool
+    assert!(status.success(), "cannot compile {}", source.display());
+    program
 }
 
 /// A network namespace whose tap carries [`HOST_ADDRESS`].

@@ -30,6 +30,7 @@ async fn a_guest_boots_in_each_mode_and_powers_off() {
         (UmlMode::Ptrace, 1),
         (UmlMode::Seccomp, 1),
         (UmlMode::Seccomp, 2),
+        (UmlMode::Seccomp, 4),
     ] {
         // The second mode has the same on kvm, with one processor and two.
         if is_kvm() && mode == UmlMode::Ptrace {

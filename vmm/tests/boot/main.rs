@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod common;
+mod confinement;
 mod devices;
 mod lifecycle;
 #[path = "../shared/mod.rs"]

@@ -258,6 +258,7 @@ impl Builder {
         Ok(Started {
             machine: Box::new(machine),
             console,
+            refusals: None,
         })
     }
 

@@ -131,6 +131,7 @@ impl Guest {
                 balloon_mib: 0,
                 huge_pages: HugePages::Off,
                 kernel_args: Vec::new(),
+                unsealed: false,
                 mac,
                 mtu: mac.map(|_| 1400),
                 image_slots: 4,

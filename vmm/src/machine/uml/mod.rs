@@ -1,6 +1,8 @@
 //! The `uml` machine: User Mode Linux, a Linux kernel as a process of the
 //! host. Its devices connect to us by vhost-user (`virtio_uml.device=`).
 
+mod confine;
+
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -15,6 +17,7 @@ use nix::sys::wait::WaitStatus;
 use nix::unistd::{AccessFlags, Pid, access};
 use vmm_client::UmlMode;
 
+use self::confine::{Confined, Confinement};
 use super::{Ending, Machine, Started};
 use crate::jail::TMP_DIR;
 
@@ -37,6 +40,11 @@ const ARGS: [&str; 8] = [
     "page_reporting.page_reporting_order=4",
 ];
 
+/// The kernel is the handler's, and so are the ways out.
+const UNSEALED: &str = "the guest kernel has not given up the system calls of its start, as \
+    drupe's own does: build the handler's kernel with uml-4-seal.patch, or run its pods with \
+    `uml_unsealed: true`";
+
 #[derive(Debug)]
 pub struct Config {
     pub mode: UmlMode,
@@ -48,6 +56,10 @@ pub struct Config {
     pub devices: Vec<(PathBuf, u32)>,
     /// More words for the kernel.
     pub args: Vec<String>,
+    /// Whether a kernel may run that keeps the calls of its own start.
+    pub unsealed: bool,
+    /// For its process, if the node has one to give.
+    pub user_ns: Option<OwnedFd>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -62,6 +74,12 @@ pub enum StartError {
     Prepare(#[source] io::Error),
     #[error("the guest kernel cannot be executed by the pod's uid")]
     Exec(#[source] io::Error),
+    #[error(
+        "the node's kernel lacks seccomp filters (CONFIG_SECCOMP_FILTER), so nothing would keep \
+         the guest's kernel from its system calls; `uml_unsealed: true` runs pods of the handler \
+         all the same"
+    )]
+    NoFilters,
 }
 
 /// Starts the kernel. The calling thread must be the process's only user of
@@ -111,6 +129,17 @@ pub fn start(config: Config) -> Result<Started, StartError> {
         .stdout(output)
         .stderr(errors);
 
+    if let Some(user_ns) = config.user_ns {
+        confine::enter(&mut command, user_ns);
+    }
+    let confinement = Confinement::of(&mut command, config.mode).map_err(StartError::Prepare)?;
+    if confinement.is_none() {
+        if !config.unsealed {
+            return Err(StartError::NoFilters);
+        }
+        tracing::warn!("the node's kernel lacks seccomp filters: all its calls are open");
+    }
+
     fcntl(config.initramfs.as_fd(), FcntlArg::F_SETFD(FdFlag::empty()))
         .map_err(|e| StartError::Prepare(e.into()))?;
     // Otherwise UML would set it and execute itself again by its path, which
@@ -122,17 +151,25 @@ pub fn start(config: Config) -> Result<Started, StartError> {
     personality::set(persona).map_err(|e| StartError::Prepare(e.into()))?;
 
     let pid = i32::try_from(child.id()).map_err(|e| StartError::Prepare(io::Error::other(e)))?;
+    let confined = confinement.map(Confinement::complete).transpose();
+    let mut confined = confined.map_err(StartError::Prepare)?;
+    let refusals = confined.as_mut().and_then(|c| c.refusals.take());
     Ok(Started {
         machine: Box::new(Uml {
             pid: Some(Pid::from_raw(pid)),
+            confined,
+            unsealed: config.unsealed,
         }),
         console,
+        refusals,
     })
 }
 
 /// The kernel's first process. It is reaped by whoever reaps for PID 1.
 struct Uml {
     pid: Option<Pid>,
+    confined: Option<Confined>,
+    unsealed: bool,
 }
 
 impl Machine for Uml {
@@ -164,5 +201,20 @@ impl Machine for Uml {
         };
         self.pid = None;
         Some(ending)
+    }
+
+    fn guest_ready(&mut self) -> Option<Ending> {
+        match self.confined.as_mut()?.is_sealed() {
+            Ok(true) => None,
+            Ok(false) if self.unsealed => {
+                tracing::warn!("the guest kernel has kept the system calls of its start");
+                None
+            }
+            Ok(false) => Some(Ending::fault(UNSEALED.to_owned())),
+            Err(error) => Some(Ending::fault(format!(
+                "whether the guest kernel has given up the system calls of its start cannot be \
+                 learnt: {error}"
+            ))),
+        }
     }
 }
