@@ -411,3 +411,9 @@ pub fn ip(args: &[&str]) {
     let status = Command::new("ip").args(args).status().unwrap();
     assert!(status.success(), "ip {args:?}");
 }
+
+/// Whether it is the pod's file server.
+pub fn is_file_server(process: &Path) -> bool {
+    let line = fs::read(process.join("cmdline")).unwrap_or_default();
+    line.starts_with(b"drupe-files\0")
+}

@@ -18,7 +18,9 @@ use tokio::net::unix::pipe;
 use vmm_client::protocol::{EndCause, Event, VmState};
 use vmm_client::{Control, UmlMode};
 
-use crate::common::{PATIENCE, Pod, Setup, UID, is_kvm, kernel, namespace_of, prepare, tempdir};
+use crate::common::{
+    PATIENCE, Pod, Setup, UID, is_file_server, is_kvm, kernel, namespace_of, prepare, tempdir,
+};
 
 /// Tells the process that plays the daemon where to put its pod.
 const DAEMON_DIR: &str = "DRUPE_TEST_DAEMON_DIR";
@@ -100,11 +102,6 @@ async fn nothing_in_the_jail_has_more_rights_than_it_needs() {
     }
     let servers = processes.iter().filter(|p| is_file_server(p)).count();
     assert_eq!(servers, 1);
-}
-
-fn is_file_server(process: &Path) -> bool {
-    let line = fs::read(process.join("cmdline")).unwrap_or_default();
-    line.starts_with(b"drupe-files\0")
 }
 
 fn check_rights(process: &Path) -> io::Result<()> {

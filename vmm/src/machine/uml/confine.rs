@@ -23,10 +23,32 @@ use crate::filter::{self, Answer, Program, Refusals, uml};
 /// capabilities it gets by that. To be asked for before [`Confinement::of`],
 /// whose filter lets nobody enter one.
 pub fn enter(command: &mut Command, user_ns: OwnedFd) {
-    let enter = move || Ok(setns(&user_ns, CloneFlags::CLONE_NEWUSER)?);
-    // SAFETY: between fork and exec it makes one system call and allocates
+    let enter = move || {
+        setns(&user_ns, CloneFlags::CLONE_NEWUSER)?;
+        drop_bounding_set()
+    };
+    // SAFETY: between fork and exec it makes system calls and allocates
     // nothing.
     unsafe { command.pre_exec(enter) };
+}
+
+/// Whoever enters a user namespace has all capabilities in it, and may have
+/// them again until they are out of this set.
+fn drop_bounding_set() -> io::Result<()> {
+    // Higher numbers than there are bits for are no capabilities.
+    for capability in 0..64 {
+        // SAFETY: no memory is involved.
+        if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) } == 0 {
+            continue;
+        }
+        let error = io::Error::last_os_error();
+        return match error.raw_os_error() {
+            // Beyond the last that this node's kernel has.
+            Some(libc::EINVAL) if capability > 0 => Ok(()),
+            _ => Err(error),
+        };
+    }
+    Ok(())
 }
 
 /// Our ends, once the kernel runs.
