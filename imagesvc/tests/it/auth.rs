@@ -64,12 +64,16 @@ fn certificate(dir: &Path) -> (String, String) {
     (key, cert)
 }
 
+/// As `htpasswd -Bbn user secret` prints it: bcrypt, which is all that the
+/// registry takes.
+const USER_SECRET: &str = "user:$2y$05$W8dvAbK1fPc0lQyY3mNsRuKYp/FV/mzVFd4FmrflwP.xVvAdV0txC\n";
+
 #[tokio::test]
 async fn basic_auth_in_both_spellings_and_refusals() {
     let storage = stored().await;
     let (root, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let table = dir.path().join("htpasswd");
-    std::fs::write(&table, run("htpasswd", &["-Bbn", "user", "secret"])).unwrap();
+    std::fs::write(&table, USER_SECRET).unwrap();
     let auth = format!("auth:\n  htpasswd: {{realm: r, path: {}}}", table.display());
     let registry = Registry::start(storage.path(), &auth, "").await;
     let name = format!("{}/app", registry.host());
