@@ -17,7 +17,7 @@ export DRUPE_TEST_KERNEL := $(CURDIR)/out/guest/kernel-uml
 export DRUPE_TEST_INITRAMFS := $(CURDIR)/out/guest/initramfs
 export DRUPE_TEST_VMM := $(CURDIR)/out/bin/drupe-vmm
 
-.PHONY: help setup build install uninstall deb image demo test e2e critest test-kvm test-cluster test-install fuzz bench bench-cluster bench-kvm lint clean
+.PHONY: help setup build install uninstall deb image demo test e2e critest test-kvm test-cluster test-install test-fresh fuzz bench bench-cluster bench-kvm lint clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -79,6 +79,11 @@ out/kubernetes:
 test-install: deb image out/kubernetes ## The package and the DaemonSet on a Debian node with systemd; TEST=package or daemonset takes one
 	@e2e/install/build.sh out/install
 	@$(TIMED) "tests of installing" e2e/install/test.sh $(TEST)
+
+# Long, and not a part of `test`: that is what runs in there.
+test-fresh: ## `make setup demo test` on a minimal Debian with Rust and Go alone; FRESH_CACHE=1 shares the cache of guest kernels, PART=setup takes one
+	@deploy/install-packages.sh
+	@$(TIMED) "a fresh machine" e2e/fresh/test.sh $(PART)
 
 test-kvm: setup build out/node ## End-to-end tests on kvm, in an emulated bare-metal node
 	@$(EMULATED_NODE)

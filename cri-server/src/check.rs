@@ -6,32 +6,53 @@ use std::path::Path;
 use std::process::Command;
 
 use podsandbox::host::find_program;
-use podsandbox::machine::NodeFacts;
+use podsandbox::machine::{Decision, Kept, NodeFacts};
 use podsandbox::{Exempt, Network};
 
 use crate::config::Config;
+use crate::dirs::{self, DirError, Privacy};
 
 enum Verdict {
     Good(String),
+    /// It works, and could be better.
+    Fair {
+        found: String,
+        remedy: String,
+    },
     /// Pods run without it.
     Note {
         found: String,
         remedy: String,
     },
-    /// No pod can run.
+    /// No pod can run, or none of those that name no handler.
     Bad {
         found: String,
         remedy: String,
     },
 }
 
-use Verdict::{Bad, Good, Note};
+use Verdict::{Bad, Fair, Good, Note};
+
+impl Verdict {
+    /// Pods that name no handler run without what only others need.
+    fn of_handler(self, is_default: bool) -> Self {
+        match self {
+            Bad { found, remedy } if !is_default => Note {
+                found: format!("no pod of this handler can run: {found}"),
+                remedy,
+            },
+            verdict => verdict,
+        }
+    }
+}
 
 /// Prints one line a check; true if pods can run.
 pub fn report(config: &Config) -> bool {
     let node = NodeFacts::read();
+    let kept = Kept::read(&config.root);
     let mut rows: Vec<(String, Verdict)> = vec![
         ("privileges".to_owned(), privileges()),
+        ("directories".to_owned(), directories(config)),
         ("kvm machine".to_owned(), kvm(&node)),
         (
             "vmm".to_owned(),
@@ -51,18 +72,10 @@ pub fn report(config: &Config) -> bool {
             ));
             continue;
         }
-        let decision = runtime.decide(&node);
-        let found = format!("{}: {}", decision.machine, decision.why);
-        let machine = match (decision.usable, decision.remedy) {
-            // What the node lacks is told above.
-            (true, Some(remedy)) if node.kvm().is_ok() => Note { found, remedy },
-            (true, _) => Good(found),
-            (false, remedy) => Bad {
-                found,
-                remedy: remedy.unwrap_or_default(),
-            },
-        };
-        rows.push((format!("handler {name}"), machine));
+        let is_default = *name == config.default_runtime;
+        let decision = runtime.decide(&node, &kept.of(name));
+        let verdict = machine(&decision, &node).of_handler(is_default);
+        rows.push((format!("handler {name}"), verdict));
         if decision.usable {
             rows.push((
                 format!("handler {name}: kernel"),
@@ -74,7 +87,8 @@ pub fn report(config: &Config) -> bool {
             readable(
                 &runtime.initramfs,
                 "build it with `make build` or set `initramfs`",
-            ),
+            )
+            .of_handler(is_default),
         ));
     }
     rows.push(("source check".to_owned(), source_check(config)));
@@ -86,6 +100,7 @@ pub fn report(config: &Config) -> bool {
     for (name, verdict) in &rows {
         let (mark, found, remedy) = match verdict {
             Good(found) => ("ok  ", found, None),
+            Fair { found, remedy } => ("ok  ", found, Some(remedy)),
             Note { found, remedy } => ("note", found, Some(remedy)),
             Bad { found, remedy } => {
                 usable = false;
@@ -116,6 +131,44 @@ fn privileges() -> Verdict {
             found: "not root: namespaces, taps and mounts are out of reach".to_owned(),
             remedy: "run drupe as root or as a systemd service".to_owned(),
         }
+    }
+}
+
+/// Those that are not there yet are made by the daemon.
+fn directories(config: &Config) -> Verdict {
+    let own = dirs::own(config).into_iter();
+    for own in own.filter(|own| own.path.exists()) {
+        match dirs::check(&own.path) {
+            Ok(Privacy::Open { found, remedy }) if own.is_private => return Note { found, remedy },
+            Ok(_) => {}
+            Err(DirError::Foreign {
+                path, why, remedy, ..
+            }) => {
+                let found = format!("{} {why}", path.display());
+                return Bad { found, remedy };
+            }
+            Err(error) => {
+                return Bad {
+                    found: podsandbox::sentence(&error),
+                    remedy: "configure others, or make them root's own".to_owned(),
+                };
+            }
+        }
+    }
+    Good(format!("{:?} and {:?}", config.root, config.run_dir))
+}
+
+fn machine(decision: &Decision, node: &NodeFacts) -> Verdict {
+    let found = format!("{}: {}", decision.machine, decision.why);
+    let remedy = decision.remedy.clone();
+    match (decision.usable, remedy) {
+        // What the node lacks is told above.
+        (true, Some(remedy)) if node.kvm().is_ok() => Fair { found, remedy },
+        (true, _) => Good(found),
+        (false, remedy) => Bad {
+            found,
+            remedy: remedy.unwrap_or_default(),
+        },
     }
 }
 
@@ -269,5 +322,48 @@ fn cni(config: &Config) -> Verdict {
             remedy: "install a network plugin, or write a .conflist there; drupe notices"
                 .to_owned(),
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use podsandbox::Machine;
+    use podsandbox::machine::{Device, Had, Vendor};
+
+    use super::*;
+
+    fn decision(usable: bool, remedy: Option<&str>) -> Decision {
+        Decision {
+            machine: Machine::Kvm,
+            kernel: "/kernel".into(),
+            why: "it is so".to_owned(),
+            remedy: remedy.map(str::to_owned),
+            usable,
+            withheld: false,
+            had: Had::Nothing,
+        }
+    }
+
+    #[test]
+    fn only_the_default_handler_makes_a_node_bad() {
+        let node = NodeFacts {
+            extension: Some("vmx"),
+            vendor: Vendor::Intel,
+            is_virtual: false,
+            device: Device::Opens,
+        };
+        let of = |usable, remedy, is_default| {
+            machine(&decision(usable, remedy), &node).of_handler(is_default)
+        };
+        assert!(matches!(of(true, None, true), Good(_)));
+        // What works is called so, or a node would not be labelled for it.
+        assert!(matches!(of(true, Some("better"), false), Fair { .. }));
+        assert!(matches!(of(false, Some("mend"), true), Bad { .. }));
+        let Note { found, remedy } = of(false, Some("mend"), false) else {
+            panic!("no note");
+        };
+        assert_eq!(remedy, "mend");
+        assert!(found.contains("no pod of this handler can run"), "{found}");
+        assert!(found.contains("kvm: it is so"), "{found}");
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::ErrorKind;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use cri_api::v1::image_service_server::ImageServiceServer;
 use cri_api::v1::runtime_service_server::RuntimeServiceServer;
 use imagesvc::ImageService;
 use podsandbox::config::Engine;
-use podsandbox::machine::NodeFacts;
+use podsandbox::machine::{Kept, NodeFacts};
 use podsandbox::{Exempt, Network, NetworkOptions, PodManager};
 use sd_notify::NotifyState;
 use tokio::net::{UnixListener, UnixStream};
@@ -25,6 +25,7 @@ use tonic::transport::Server;
 use crate::config::Config;
 use crate::deadline::Deadlines;
 use crate::debug::Shells;
+use crate::dirs;
 use crate::images::Images;
 use crate::overhead::Overheads;
 use crate::prometheus::{self, Metrics, Requests};
@@ -47,18 +48,8 @@ pub fn run(config: Config) -> Result<()> {
 }
 
 async fn serve(config: Config) -> Result<()> {
-    // Pods' volumes, disks and consoles are below these: root's alone.
-    for dir in [
-        &config.root,
-        &config.run_dir,
-        &config.run_dir.join("pods"),
-        &config.root.join("scratch"),
-    ] {
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(dir)
-            .with_context(|| format!("cannot create {dir:?}"))?;
+    for warning in dirs::prepare(&config)? {
+        tracing::warn!("{warning}");
     }
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -170,10 +161,11 @@ fn tell_systemd(state: NotifyState) {
     }
 }
 
-/// Each handler's machine, decided once: a pod that is taken up later has the
-/// one it was started with.
+/// Each handler's machine, decided once and kept for the daemons to come: a pod
+/// that is taken up later has the one it was started with.
 fn decide(config: &Config) -> BTreeMap<String, podsandbox::config::Runtime> {
     let node = NodeFacts::read();
+    let mut kept = Kept::read(&config.root);
     let runtimes = config.runtimes.iter().map(|(name, settings)| {
         if let Some(program) = &settings.oci {
             let found = podsandbox::host::find_program(program);
@@ -184,7 +176,8 @@ fn decide(config: &Config) -> BTreeMap<String, podsandbox::config::Runtime> {
             };
             return (name.clone(), runtime);
         }
-        let decision = settings.decide(&node);
+        let decision = settings.decide(&node, &kept.of(name));
+        kept.take_down(name, &decision);
         let (machine, why) = (decision.machine, &decision.why);
         if decision.usable {
             tracing::info!(handler = name, %machine, why, "handler");
@@ -198,7 +191,12 @@ fn decide(config: &Config) -> BTreeMap<String, podsandbox::config::Runtime> {
         };
         (name.clone(), runtime)
     });
-    runtimes.collect()
+    let runtimes = runtimes.collect();
+    // This daemon knows; only the next one does not.
+    if let Err(error) = kept.save() {
+        tracing::error!(%error, root = ?config.root, "cannot keep which machine each handler has: make room; the next start of the daemon decides anew");
+    }
+    runtimes
 }
 
 fn pod_config(
@@ -221,9 +219,6 @@ fn pod_config(
 /// Takes the socket's path over from a daemon that is gone, never from one
 /// that serves.
 async fn listen(path: &Path) -> Result<UnixListener> {
-    if let Some(dir) = path.parent() {
-        fs::create_dir_all(dir).with_context(|| format!("cannot create {dir:?}"))?;
-    }
     if UnixStream::connect(path).await.is_ok() {
         bail!("another daemon serves on {path:?}; stop it or set `socket` to another path");
     }

@@ -45,13 +45,16 @@ patched() {
 # take them away.
 no_handlers() {
     api GET "/api/v1/nodes/$NODE_NAME" application/json '' |
-        grep -o '"handler.drupe.internal/[^"]*":' | sort -u | sed 's/$/null,/' | tr -d '\n'
+        grep -oE '"(handler|machine).drupe.internal/[^"]*":' | sort -u | sed 's/$/null,/' | tr -d '\n'
 }
 
-# Each handler that works here is a label.
+# Each handler that works here is a label, and another the machine that its pods
+# get, where they get one.
 handlers() {
-    on_node "$base/current/bin/drupe" check 2> /dev/null |
-        sed -n 's|^ok *handler \([^ :]*\)  .*|"handler.drupe.internal/\1":"true",|p' | sort | tr -d '\n'
+    on_node "$base/current/bin/drupe" check 2> /dev/null | sed -nE '
+        s#^ok +handler ([^ :]*)  +(kvm|uml)[:,].*#"handler.drupe.internal/\1":"true",\n"machine.drupe.internal/\1":"\2",#p
+        t
+        s#^ok +handler ([^ :]*)  .*#"handler.drupe.internal/\1":"true",#p' | sort | tr -d '\n'
 }
 
 event() {

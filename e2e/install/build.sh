@@ -10,24 +10,14 @@ readonly KEEP_DAYS=7
 
 [ $# -eq 1 ] || { echo "usage: build.sh OUTDIR" >&2; exit 2; }
 here=$(cd "$(dirname "$0")" && pwd)
+# shellcheck source-path=SCRIPTDIR
+. "$here/../namespaces.sh"
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/drupe/install
 key=$(cat "$here/packages.txt" "$here/build.sh" | sha256sum | cut -c1-24)
 
-# This machine's own sources, where they are of the suite; else the default.
-sources() {
-    local file
-    for file in /etc/apt/sources.list.d/debian.sources /etc/apt/sources.list; do
-        if [ -s "$file" ] && grep -q "$SUITE" "$file"; then
-            cat "$file"
-            return
-        fi
-    done
-    echo "deb http://deb.debian.org/debian $SUITE main"
-}
-
 build() {
     packages=$(grep -vE '^(#|$)' "$here/packages.txt" | paste -sd,)
-    sources | mmdebstrap --mode=root --variant=minbase --format=tar --include="$packages" \
+    debian_sources "$SUITE" | mmdebstrap --mode=root --variant=minbase --format=tar --include="$packages" \
         --dpkgopt='path-exclude=/usr/share/locale/*' --dpkgopt='path-exclude=/usr/share/info/*' \
         "$SUITE" "$work/root.tar" - > "$work/log" 2>&1 || { tail -n 30 "$work/log" >&2; return 1; }
 }

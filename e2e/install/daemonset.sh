@@ -168,6 +168,8 @@ kill_until runs_on drupe
 eventually "the annotation of kubeadm" annotation_is unix:///run/drupe/drupe.sock
 eventually "the handlers' labels" has_label 'handler\.drupe\.internal/microvm' true
 has_label 'handler\.drupe\.internal/host' true || fail "no label of the handler host"
+has_label 'machine\.drupe\.internal/microvm' uml || fail "no label of the machine of microvm"
+has_label 'machine\.drupe\.internal/host' '' || fail "a label of a machine that is none"
 eventually "the installer to say so" log_says install installed
 [ -z "$(in_node crictl --config /dev/null -r unix:///run/containerd/containerd.sock pods -q)" ] || fail "pods are left in containerd"
 
@@ -214,6 +216,7 @@ kill_until runs_on containerd
 eventually "the label to be gone" has_label 'drupe\.internal/node' ''
 annotation_is unix:///run/containerd/containerd.sock || fail "the node's annotation is still of drupe"
 [ -z "$(label_of 'handler\.drupe\.internal/microvm')" ] || fail "the node has a label of a handler"
+[ -z "$(label_of 'machine\.drupe\.internal/microvm')" ] || fail "the node has a label of a machine"
 ready before
 [ "$(kernel_of before)" = "$(uname -r)" ] || fail "the pod has a kernel of its own"
 files_of_node > "$work/files-after"

@@ -3,6 +3,8 @@
 # machine's firmware and kernel would, and becomes systemd.
 set -euo pipefail
 
+# shellcheck source-path=SCRIPTDIR
+. "$(dirname "$0")/../namespaces.sh"
 root=$1
 mount --make-rprivate /
 mount --bind "$root" "$root"
@@ -28,27 +30,6 @@ for n in 0:stdin 1:stdout 2:stderr; do
     ln -s "/proc/self/fd/${n%:*}" "dev/${n#*:}"
 done
 
-# The hierarchies of this machine, each from the node's own group on.
-if grep -qv '^0:' /proc/self/cgroup; then
-    mount -t tmpfs -o mode=755 cgroup sys/fs/cgroup
-    while IFS=: read -r _ controllers _; do
-        case $controllers in
-            '') dir=unified type=cgroup2 options=rw ;;
-            name=*) dir=${controllers#name=} type=cgroup options=none,$controllers ;;
-            *) dir=$controllers type=cgroup options=$controllers ;;
-        esac
-        mkdir "sys/fs/cgroup/$dir"
-        mount -t "$type" -o "$options" cgroup "sys/fs/cgroup/$dir"
-    done < /proc/self/cgroup
-else
-    mount -t cgroup2 cgroup2 sys/fs/cgroup
-fi
-
-mkdir -p mnt/old
-pivot_root . mnt/old
-cd /
-umount -l /mnt/old
-rmdir /mnt/old
-# As on a machine: mounts travel to services and pods.
-mount --make-rshared /
+mount_groups sys/fs/cgroup
+enter_root "$root"
 exec env -i container=drupe-test PATH=/usr/sbin:/usr/bin:/sbin:/bin /lib/systemd/systemd

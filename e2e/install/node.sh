@@ -10,6 +10,8 @@ readonly SYSCTLS=(fs/file-max fs/nr_open vm/overcommit_memory vm/panic_on_oom
     kernel/panic kernel/panic_on_oops kernel/keys/root_maxkeys kernel/keys/root_maxbytes)
 
 install_tests=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source-path=SCRIPTDIR
+. "$install_tests/../namespaces.sh"
 out=$(realpath "${DRUPE_OUT:-$install_tests/../../out}")
 work=
 node=
@@ -45,11 +47,6 @@ in_network() { nsenter -t "$network" --net -- "$@"; }
 spawn() {
     nsenter -t "$network" --net -- "${@:2}" > "$work/$1.log" 2>&1 < /dev/null &
     children+=($!)
-}
-
-# The directories of the control group $1 in every hierarchy.
-groups_of() {
-    awk '$3 ~ /^cgroup2?$/ { print $2 }' /proc/self/mounts | sed "s|\$|/$1|"
 }
 
 # Unpacks a node into $work/root and makes $node its directory.
@@ -95,17 +92,8 @@ network_start() {
 has_own_network() { [ "$(readlink "/proc/$network/ns/net")" != "$(readlink /proc/self/ns/net)" ]; }
 
 node_start() {
-    local group name=${work##*/}
     (
-        while read -r group; do
-            mkdir "$group"
-            if [ -e "$group/cpuset.mems" ] && [ ! -e "$group/cgroup.controllers" ]; then
-                cat "${group%/*}/cpuset.cpus" > "$group/cpuset.cpus"
-                cat "${group%/*}/cpuset.mems" > "$group/cpuset.mems"
-                echo 1 > "$group/cgroup.clone_children"
-            fi
-            echo "$BASHPID" > "$group/cgroup.procs"
-        done < <(groups_of "$name")
+        join_group "${work##*/}"
         exec nsenter -t "$network" --net -- setsid unshare --mount --uts --ipc --pid --cgroup --fork --kill-child \
             "$install_tests/init.sh" "$node"
     ) > "$work/node.log" 2>&1 < /dev/null &
@@ -117,13 +105,10 @@ node_start() {
 
 # As when the power fails: no process of the node ends in order.
 node_power_off() {
-    local group
     [ -z "$init" ] || kill -KILL "$init" 2> /dev/null || true
     init=
     wait "$holder" 2> /dev/null || true
-    while read -r group; do
-        [ ! -d "$group" ] || find "$group" -depth -type d -exec rmdir {} \;
-    done < <(groups_of "${work##*/}")
+    remove_group "${work##*/}"
 }
 
 # Ends all that runs in the node, and shows why if it is the end of a failure.

@@ -17,6 +17,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, ensure};
@@ -48,7 +49,7 @@ pub struct Node {
     pub dir: PathBuf,
     pub netns: Arc<NetNs>,
     pub server: Server,
-    without_kvm: bool,
+    without_kvm: AtomicBool,
     cgroup: Arc<Cgroup>,
     /// Links and host port rules that are there without any pod.
     standing_links: Vec<String>,

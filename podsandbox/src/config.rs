@@ -234,6 +234,7 @@ mod tests {
 
     use super::*;
     use crate::Error;
+    use crate::machine::Had;
 
     fn config(host_namespaces: HostPods, with_host: bool) -> Config {
         let machine = Engine::Machine(Decision {
@@ -242,6 +243,8 @@ mod tests {
             why: String::new(),
             remedy: None,
             usable: true,
+            withheld: false,
+            had: Had::Nothing,
         });
         let microvm = Runtime {
             settings: RuntimeConfig {

@@ -97,6 +97,13 @@ pub enum Error {
          install the package runc or crun, or set runtimes.{handler}.oci"
     )]
     NoOciRuntime { handler: String, program: PathBuf },
+    /// Its pods would get less than they have had.
+    #[error("handler {handler:?} gives pods no machine: {why}; what helps: {remedy}")]
+    MachineWithheld {
+        handler: String,
+        why: String,
+        remedy: String,
+    },
     #[error("{field}: {what} is not supported in a pod with its own kernel")]
     NotInMicroVm { field: String, what: &'static str },
     #[error(
@@ -306,6 +313,7 @@ impl Error {
             | Self::HostNamespacesRefused { .. }
             | Self::NoHostHandler { .. }
             | Self::NoOciRuntime { .. }
+            | Self::MachineWithheld { .. }
             | Self::NotOnHost { .. }
             | Self::NoRecursiveReadOnly { .. }
             | Self::NoSourceCheck { .. }
@@ -329,6 +337,9 @@ impl Error {
             }
             Self::LogFile { source, .. } if source.kind() == io::ErrorKind::NotFound => {
                 ErrorKind::InvalidArgument
+            }
+            Self::LogFile { source, .. } if source.kind() == io::ErrorKind::InvalidInput => {
+                ErrorKind::FailedPrecondition
             }
             Self::ImageSubPath { source, .. } => match source.kind() {
                 io::ErrorKind::NotFound => ErrorKind::NotFound,

@@ -18,6 +18,7 @@ pub mod events;
 pub mod host;
 mod id_mapping;
 mod ids;
+mod log_file;
 pub mod machine;
 mod manager;
 mod network;

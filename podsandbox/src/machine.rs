@@ -1,46 +1,28 @@
-//! Which machine runs a handler's pods: decided once, from what the operator
-//! asked for, the CPU, /dev/kvm and the handler's kernel.
+//! Which machine runs a handler's pods: decided when the daemon starts, from
+//! what the operator asked for, the CPU, /dev/kvm, the handler's kernel, and
+//! what the handler's pods have had so far ([`Kept`]).
+//!
+//! ```text
+//! auto:  nothing, uml ──kvm works──▶ kvm ──kvm works no more──▶ withheld
+//!                                     ▲          │ │
+//!                                     └─it works─┘ └─`machine: uml`─▶ uml
+//! ```
+//! Pods of a handler that is withheld are refused: what stood between them and
+//! the node would be less than before, and nobody has said that it may be.
 
+mod kept;
 mod kernel;
+mod node;
 
-use std::fs::{self, File};
-use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use vmm_client::Machine;
 
+pub use self::kept::{Had, Kept};
 use self::kernel::{Kernel, kind_of};
+pub use self::node::{DEVICE, Device, NodeFacts, Vendor};
 use crate::config::{MachineChoice, RuntimeConfig};
-
-/// Where the kernel offers its virtual machines.
-pub const DEVICE: &str = "/dev/kvm";
-
-/// What this node can do.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NodeFacts {
-    /// `vmx` or `svm`.
-    pub extension: Option<&'static str>,
-    pub vendor: Vendor,
-    /// The node is a virtual machine itself.
-    pub is_virtual: bool,
-    pub device: Device,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Vendor {
-    Intel,
-    Amd,
-    Other,
-}
-
-/// [`DEVICE`], opened for reading and writing.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Device {
-    Opens,
-    Missing,
-    Refused(String),
-}
 
 /// The machine of one handler.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -54,87 +36,22 @@ pub struct Decision {
     pub remedy: Option<String>,
     /// Whether pods can start.
     pub usable: bool,
-}
-
-impl NodeFacts {
-    #[must_use]
-    pub fn read() -> Self {
-        let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        let device = match File::options().read(true).write(true).open(DEVICE) {
-            Ok(_) => Device::Opens,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Device::Missing,
-            Err(error) => Device::Refused(error.to_string()),
-        };
-        Self::from_cpuinfo(&cpu, device)
-    }
-
-    fn from_cpuinfo(cpu: &str, device: Device) -> Self {
-        let field = |name: &str| {
-            cpu.lines()
-                .filter_map(|line| line.split_once(':'))
-                .find(|(key, _)| key.trim() == name)
-                .map_or("", |(_, value)| value.trim())
-        };
-        let has = |flag: &str| field("flags").split_whitespace().any(|f| f == flag);
-        Self {
-            extension: ["vmx", "svm"].into_iter().find(|flag| has(flag)),
-            vendor: match field("vendor_id") {
-                "GenuineIntel" => Vendor::Intel,
-                "AuthenticAMD" | "HygonGenuine" => Vendor::Amd,
-                _ => Vendor::Other,
-            },
-            is_virtual: has("hypervisor"),
-            device,
-        }
-    }
-
-    /// Whether kvm runs an ordinary guest here, as what was found; or what is
-    /// in the way and the remedy.
-    pub fn kvm(&self) -> Result<String, (String, String)> {
-        let module = match self.vendor {
-            Vendor::Intel => "kvm_intel",
-            Vendor::Amd => "kvm_amd",
-            Vendor::Other => "kvm",
-        };
-        let (found, remedy) = match (self.extension, &self.device) {
-            (Some(flag), Device::Opens) => {
-                return Ok(format!("the CPU has {flag} and {DEVICE} opens"));
-            }
-            (Some(flag), Device::Missing) => (
-                format!("the CPU has {flag} but there is no {DEVICE}"),
-                format!("modprobe {module}; in a container, hand it the device"),
-            ),
-            (Some(flag), Device::Refused(error)) => (
-                format!("the CPU has {flag} but {DEVICE} does not open: {error}"),
-                format!("run drupe as root and let its device cgroup have {DEVICE} (10:232)"),
-            ),
-            (None, Device::Opens) => (
-                format!(
-                    "{DEVICE} opens but the CPU shows neither vmx nor svm: a paravirtual KVM (PVM) host, which cannot run an ordinary guest kernel"
-                ),
-                "use a node with (nested) hardware virtualisation; or, with a guest kernel made for PVM, set machine: kvm".to_owned(),
-            ),
-            (None, _) if self.is_virtual => (
-                "this node is a virtual machine whose CPU shows neither vmx nor svm".to_owned(),
-                "turn on nested virtualisation for this node".to_owned(),
-            ),
-            (None, _) => (
-                "the CPU shows neither vmx nor svm".to_owned(),
-                "turn on virtualisation (VT-x, AMD-V) in the node's firmware".to_owned(),
-            ),
-        };
-        Err((found, remedy))
-    }
+    /// Whether pods are refused because they would get less than they have had.
+    pub withheld: bool,
+    /// What they have had when this was decided.
+    #[serde(skip)]
+    pub had: Had,
 }
 
 impl RuntimeConfig {
-    /// The machine and the kernel that pods of this handler get on `node`.
+    /// The machine and the kernel that pods of this handler get on `node`,
+    /// where they have `had` another or the same.
     #[must_use]
-    pub fn decide(&self, node: &NodeFacts) -> Decision {
-        self.decide_with(node, kind_of)
+    pub fn decide(&self, node: &NodeFacts, had: &Had) -> Decision {
+        self.decide_with(node, had, kind_of)
     }
 
-    fn decide_with(&self, node: &NodeFacts, kind: impl Fn(&Path) -> Kernel) -> Decision {
+    fn decide_with(&self, node: &NodeFacts, had: &Had, kind: impl Fn(&Path) -> Kernel) -> Decision {
         let uml = Machine::Uml(self.uml_mode);
         let kernel = |name| self.kernel_for(name);
         let kvm_kernel = fits(&kernel("kvm"), Machine::Kvm, &kind);
@@ -146,6 +63,8 @@ impl RuntimeConfig {
             why,
             remedy,
             usable,
+            withheld: false,
+            had: had.clone(),
         };
         match self.machine {
             MachineChoice::Uml => match uml_kernel {
@@ -163,25 +82,46 @@ impl RuntimeConfig {
                     decision(Machine::Kvm, "kvm", why, Some(remedy), false)
                 }
             },
-            MachineChoice::Auto => match (node.kvm(), kvm_kernel, uml_kernel) {
-                (Ok(found), Ok(()), _) => {
-                    decision(Machine::Kvm, "kvm", format!("auto: {found}"), None, true)
+            MachineChoice::Auto => {
+                let (lacks, remedy) = match (node.kvm(), kvm_kernel) {
+                    (Ok(found), Ok(())) => {
+                        let why = format!("auto: {found}");
+                        return decision(Machine::Kvm, "kvm", why, None, true);
+                    }
+                    (Ok(_), Err(why)) => (why, install()),
+                    (Err(lacks), _) => lacks,
+                };
+                if let Some((promise, way_out)) = had.promise() {
+                    let why = format!("{promise}, which does not work now: {lacks}");
+                    let remedy = Some(format!("{remedy}; or {way_out}"));
+                    return Decision {
+                        withheld: true,
+                        ..decision(Machine::Kvm, "kvm", why, remedy, false)
+                    };
                 }
-                (Ok(_), Err(why), Ok(())) => {
-                    decision(uml, "uml", format!("auto: {why}"), Some(install()), true)
+                match uml_kernel {
+                    Ok(()) => decision(uml, "uml", format!("auto: {lacks}"), Some(remedy), true),
+                    Err(_) if node.kvm().is_ok() => {
+                        decision(Machine::Kvm, "kvm", lacks, Some(remedy), false)
+                    }
+                    Err(why) => {
+                        let why = format!("{lacks}; and for uml {why}");
+                        decision(uml, "uml", why, Some(install()), false)
+                    }
                 }
-                (Err((found, remedy)), _, Ok(())) => {
-                    decision(uml, "uml", format!("auto: {found}"), Some(remedy), true)
-                }
-                (Ok(_), Err(why), Err(_)) => {
-                    decision(Machine::Kvm, "kvm", why, Some(install()), false)
-                }
-                (Err((found, _)), _, Err(why)) => {
-                    let why = format!("{found}; and for uml {why}");
-                    decision(uml, "uml", why, Some(install()), false)
-                }
-            },
+            }
         }
+    }
+
+    /// Where pods of this handler are refused by `decision`: the decision as it
+    /// is now, unless kvm works again.
+    #[must_use]
+    pub fn still_withheld(&self, decision: &Decision) -> Option<Decision> {
+        if !decision.withheld {
+            return None;
+        }
+        let now = self.decide(&NodeFacts::read(), &decision.had);
+        now.withheld.then_some(now)
     }
 
     /// The handler's kernel for a machine: `{machine}` in its path stands for
@@ -236,12 +176,16 @@ mod tests {
     }
 
     fn decide(choice: MachineChoice, kernel: &str, node: &NodeFacts) -> Decision {
+        decide_after(choice, kernel, node, &Had::Nothing)
+    }
+
+    fn decide_after(choice: MachineChoice, kernel: &str, node: &NodeFacts, had: &Had) -> Decision {
         let runtime = RuntimeConfig {
             machine: choice,
             kernel: kernel.into(),
             ..RuntimeConfig::default()
         };
-        runtime.decide_with(node, by_name)
+        runtime.decide_with(node, had, by_name)
     }
 
     #[test]
@@ -296,6 +240,87 @@ mod tests {
     }
 
     #[test]
+    fn what_has_had_kvm_does_not_get_uml_by_itself() {
+        let had = Had::Kvm("auto: the CPU has svm and /dev/kvm opens".into());
+        let after =
+            |choice, kernel: &str, node: &NodeFacts| decide_after(choice, kernel, node, &had);
+        let gone = node(Some("svm"), Device::Missing);
+        for (kernel, node, found, remedy) in [
+            ("/k-{machine}", &gone, "no /dev/kvm", "modprobe kvm_amd"),
+            (
+                "/k-{machine}",
+                &node(None, Device::Missing),
+                "neither vmx nor svm",
+                "nested virtualisation",
+            ),
+            // The node could; the file is gone.
+            (
+                "/own-uml",
+                &node(Some("svm"), Device::Opens),
+                "/own-uml",
+                "set `kernel`",
+            ),
+            // Nor would uml work.
+            ("/own-kvm", &gone, "no /dev/kvm", "modprobe kvm_amd"),
+        ] {
+            let decision = after(MachineChoice::Auto, kernel, node);
+            assert_eq!(decision.machine, Machine::Kvm);
+            assert!(!decision.usable && decision.withheld, "{decision:?}");
+            let why = &decision.why;
+            assert!(why.contains("/dev/kvm opens"), "what it had: {why}");
+            assert!(why.contains(found), "what is gone: {why}");
+            let told = decision.remedy.unwrap();
+            assert!(told.contains(remedy), "{told}");
+            assert!(told.contains("`machine: uml`"), "{told}");
+        }
+        // It is back; or somebody says that it need not be.
+        let back = after(
+            MachineChoice::Auto,
+            "/k-{machine}",
+            &node(Some("svm"), Device::Opens),
+        );
+        assert_eq!((back.machine, back.usable), (Machine::Kvm, true));
+        let said = after(MachineChoice::Uml, "/k-{machine}", &gone);
+        assert_eq!((said.machine, said.usable), (UML, true));
+        assert!(!back.withheld && !said.withheld);
+    }
+
+    #[test]
+    fn what_may_have_had_kvm_does_not_get_uml_either() {
+        let had = Had::Unknown("\"/x/machines.json\" cannot be read: broken".into());
+        let decision = decide_after(
+            MachineChoice::Auto,
+            "/k-{machine}",
+            &node(None, Device::Missing),
+            &had,
+        );
+        assert!(decision.withheld && !decision.usable);
+        assert!(
+            decision.why.contains("may have had kvm"),
+            "{}",
+            decision.why
+        );
+        assert!(
+            decision.why.contains("/x/machines.json"),
+            "{}",
+            decision.why
+        );
+        let kvm = node(Some("vmx"), Device::Opens);
+        let decision = decide_after(MachineChoice::Auto, "/k-{machine}", &kvm, &had);
+        assert_eq!((decision.machine, decision.usable), (Machine::Kvm, true));
+    }
+
+    #[test]
+    fn uml_becomes_kvm_where_that_works() {
+        let kvm = node(Some("vmx"), Device::Opens);
+        let decision = decide_after(MachineChoice::Auto, "/k-{machine}", &kvm, &Had::Uml);
+        assert_eq!((decision.machine, decision.usable), (Machine::Kvm, true));
+        let none = node(None, Device::Missing);
+        let decision = decide_after(MachineChoice::Auto, "/k-{machine}", &none, &Had::Uml);
+        assert_eq!((decision.machine, decision.usable), (UML, true));
+    }
+
+    #[test]
     fn what_was_configured_is_taken_or_refused_never_replaced() {
         let pvm = node(None, Device::Opens);
         let decision = decide(MachineChoice::Kvm, "/k-kvm", &pvm);
@@ -304,14 +329,5 @@ mod tests {
         assert_eq!((decision.machine, decision.usable), (Machine::Kvm, false));
         let decision = decide(MachineChoice::Uml, "/k-kvm", &pvm);
         assert_eq!((decision.machine, decision.usable), (UML, false));
-    }
-
-    #[test]
-    fn the_cpu_is_read_as_the_kernel_shows_it() {
-        let cpu = "processor\t: 0\nvendor_id\t: AuthenticAMD\nflags\t\t: fpu svm_lock hypervisor\n";
-        let facts = NodeFacts::from_cpuinfo(cpu, Device::Missing);
-        assert_eq!(facts, node(None, Device::Missing));
-        let facts = NodeFacts::from_cpuinfo(&cpu.replace("svm_lock", "svm"), Device::Missing);
-        assert_eq!(facts.extension, Some("svm"));
     }
 }

@@ -7,9 +7,10 @@ mod containers;
 mod recover;
 mod shells;
 mod streams;
+mod uids;
 mod updates;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -30,6 +31,7 @@ use crate::spec::{PodName, PodSpec};
 use crate::store::Store;
 use crate::{Error, Result, cgroup, host, ids, sizing, trash};
 pub use streams::ExecOutput;
+use uids::Uids;
 
 /// How long a request waits for what pods on the host's kernel have written to
 /// be measured; beyond, it gets the number before.
@@ -49,6 +51,8 @@ pub struct PodManager {
     /// What pods on the host's kernel have written.
     trees: Cached,
     pods: Arc<Mutex<HashMap<String, Handle>>>,
+    /// Locked while the pods are.
+    uids: Arc<Mutex<Uids>>,
 }
 
 impl PodManager {
@@ -63,6 +67,7 @@ impl PodManager {
     ) -> Result<Self> {
         let store = Store::open(&config.root.join("state.redb"))?;
         let found = store.load()?;
+        let uids = Uids::new(config.uid_base, found.last_uid);
         let context = Arc::new(Context {
             config,
             store,
@@ -77,6 +82,7 @@ impl PodManager {
             context,
             trees: Cached::default(),
             pods: Arc::default(),
+            uids: Arc::new(Mutex::new(uids)),
         };
         manager.recover(found).await?;
         Ok(manager)
@@ -135,12 +141,19 @@ impl PodManager {
     ) -> Result<Claim> {
         let config = &self.context.config;
         let (handler, runtime) = config.runtime_for(&spec.handler, spec.host_namespaces)?;
-        let (kind, size) = match &runtime.engine {
+        let (kind, machine, size) = match &runtime.engine {
             Engine::Machine(decision) => {
+                if let Some(now) = runtime.settings.still_withheld(decision) {
+                    return Err(Error::MachineWithheld {
+                        handler: handler.to_owned(),
+                        why: now.why,
+                        remedy: now.remedy.unwrap_or_default(),
+                    });
+                }
                 let bounds = Bounds::of_this_node(max_vcpus(decision));
                 let (asked, overhead) = (&spec.resources, &spec.overhead);
                 let size = sizing::size(&runtime.settings, asked, overhead, bounds);
-                (PodKind::MicroVm, size)
+                (PodKind::MicroVm, Some(decision.machine), size)
             }
             Engine::Oci(_) if spec.user_namespace.is_some() => {
                 return Err(Error::NotOnHost {
@@ -151,7 +164,7 @@ impl PodManager {
             }
             // Looked for each time: it may be installed any time.
             Engine::Oci(program) => match host::find_program(program) {
-                Some(_) => (PodKind::Host, sizing::VmSize::default()),
+                Some(_) => (PodKind::Host, None, sizing::VmSize::default()),
                 None => {
                     return Err(Error::NoOciRuntime {
                         handler: handler.to_owned(),
@@ -185,9 +198,10 @@ impl PodManager {
             id: id.clone(),
             handler: handler.to_owned(),
             kind,
+            machine,
             phase: PodPhase::Reserved,
             created_at_nanos: now_nanos(),
-            uid: free_uid(self.context.config.uid_base, &pods)?,
+            uid: self.give_uid(&pods)?,
             vcpus: size.vcpus,
             memory_mib: size.memory_mib,
             machine_mib: size.machine_mib,
@@ -205,6 +219,15 @@ impl PodManager {
         let handle = Driver::begin(context, record, since, parent.cloned());
         pods.insert(id.clone(), handle.clone());
         Ok(Claim::Ours(id, handle))
+    }
+
+    fn give_uid(&self, pods: &HashMap<String, Handle>) -> Result<u32> {
+        let taken = pods.values().map(|pod| pod.snapshot.borrow().pod.uid);
+        let mut uids = self.uids.lock().unwrap_or_else(PoisonError::into_inner);
+        uids.give(&taken.collect()).ok_or_else(|| Error::Shared {
+            kind: crate::ErrorKind::ResourceExhausted,
+            message: format!("all {UIDS} uids for pods are in use"),
+        })
     }
 
     /// StopPodSandbox; a pod that does not exist is stopped.
@@ -352,17 +375,4 @@ fn full_name(name: &PodName) -> String {
         "{}/{} (uid {}, attempt {})",
         name.namespace, name.name, name.uid, name.attempt
     )
-}
-
-fn free_uid(base: u32, pods: &HashMap<String, Handle>) -> Result<u32> {
-    let taken: BTreeSet<u32> = pods
-        .values()
-        .map(|handle| handle.snapshot.borrow().pod.uid)
-        .collect();
-    (base..base.saturating_add(UIDS))
-        .find(|uid| !taken.contains(uid))
-        .ok_or_else(|| Error::Shared {
-            kind: crate::ErrorKind::ResourceExhausted,
-            message: format!("all {UIDS} uids for pods are in use"),
-        })
 }

@@ -7,6 +7,7 @@
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use vmm_client::Machine;
 
 use crate::devices::DeviceSlot;
 use crate::error::Step;
@@ -22,6 +23,10 @@ pub struct PodRecord {
     pub handler: String,
     #[serde(default)]
     pub kind: PodKind,
+    /// What its kernel runs on; none on the host's kernel, and in a record of
+    /// a version that did not say.
+    #[serde(default)]
+    pub machine: Option<Machine>,
     pub phase: PodPhase,
     pub created_at_nanos: i64,
     /// Uid and gid of the pod's VMM, where it has one.
@@ -49,10 +54,32 @@ impl PodRecord {
         self.machine_mib.max(self.memory_mib)
     }
 
+    /// What its kernel runs on, in one word for people, labels and programs.
+    #[must_use]
+    pub fn machine_name(&self) -> &'static str {
+        match (self.kind, self.machine) {
+            (PodKind::Host, _) => HOST,
+            (PodKind::MicroVm, Some(machine)) => machine_name(machine),
+            (PodKind::MicroVm, None) => "unknown",
+        }
+    }
+
     /// What the guest is to do without.
     #[must_use]
     pub fn balloon_mib(&self) -> u32 {
         self.machine_mib() - self.memory_mib
+    }
+}
+
+/// The machine of pods that have none: the node's kernel is theirs.
+pub const HOST: &str = "host";
+
+/// As the configuration spells it.
+#[must_use]
+pub fn machine_name(machine: Machine) -> &'static str {
+    match machine {
+        Machine::Kvm => "kvm",
+        Machine::Uml(_) => "uml",
     }
 }
 

@@ -6,17 +6,26 @@
 
 mod file;
 
-use std::fs::File;
+use std::fs::{File, Permissions};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 
-use crate::record::{ContainerRecord, PodRecord};
+use crate::config::UIDS;
+use crate::record::{ContainerRecord, PodPhase, PodRecord};
 use file::ReservedFile;
 
 const PODS: TableDefinition<&str, &[u8]> = TableDefinition::new("pods");
 const CONTAINERS: TableDefinition<&str, &[u8]> = TableDefinition::new("containers");
+/// What is neither a pod's nor a container's.
+const NODE: TableDefinition<&str, u32> = TableDefinition::new("node");
+/// In [`NODE`]: the uid that was given to a pod last.
+const LAST_UID: &str = "last-uid";
+
+/// Of the file: containers' environments are in it, and so what is secret.
+const MODE: u32 = 0o600;
 
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
@@ -67,7 +76,10 @@ fn open_database(path: &Path) -> Result<Database, redb::Error> {
         .write(true)
         .create(true)
         .truncate(false)
+        .mode(MODE)
         .open(path)?;
+    // One that an earlier version made is readable by everyone.
+    file.set_permissions(Permissions::from_mode(MODE))?;
     // redb does not wait, and tells of a file that another process has.
     imagesvc::lock(&file)?;
     let file = ReservedFile::new(file)?;
@@ -81,6 +93,8 @@ pub struct Found {
     /// Ids whose records this version cannot read, after a downgrade perhaps.
     /// They are kept, and so is what they stand for.
     pub unreadable: Vec<String>,
+    /// The uid that was given to a pod last, if any was.
+    pub last_uid: Option<u32>,
 }
 
 impl Store {
@@ -93,6 +107,7 @@ impl Store {
         let write = database.begin_write().map_err(|e| open(e.into()))?;
         write.open_table(PODS).map_err(|e| open(e.into()))?;
         write.open_table(CONTAINERS).map_err(|e| open(e.into()))?;
+        write.open_table(NODE).map_err(|e| open(e.into()))?;
         write.commit().map_err(|e| open(e.into()))?;
         Ok(Self {
             path: path.into(),
@@ -100,12 +115,15 @@ impl Store {
         })
     }
 
+    /// With the first record of a pod goes its uid, which no other pod is to
+    /// have soon.
     pub async fn put_pod(&self, record: &PodRecord) -> Result<(), StoreError> {
-        self.put(PODS, &record.id, record).await
+        let given = (record.phase == PodPhase::Reserved).then_some(record.uid);
+        self.put(PODS, &record.id, record, given).await
     }
 
     pub async fn put_container(&self, record: &ContainerRecord) -> Result<(), StoreError> {
-        self.put(CONTAINERS, &record.id, record).await
+        self.put(CONTAINERS, &record.id, record, None).await
     }
 
     pub async fn delete_pod(&self, id: &str) -> Result<(), StoreError> {
@@ -120,7 +138,10 @@ impl Store {
         let mut open = self.lock();
         let read = self.ready(&mut open)?.begin_read().map_err(db)?;
         let mut unreadable = Vec::new();
+        let node = read.open_table(NODE).map_err(db)?;
+        let last_uid = node.get(LAST_UID).map_err(db)?;
         Ok(Found {
+            last_uid: last_uid.map(|uid| uid.value()),
             pods: all(&read, PODS, &mut unreadable)?,
             containers: all(&read, CONTAINERS, &mut unreadable)?,
             unreadable,
@@ -132,6 +153,7 @@ impl Store {
         table: TableDefinition<'static, &'static str, &'static [u8]>,
         id: &str,
         record: &impl serde::Serialize,
+        given_uid: Option<u32>,
     ) -> Result<(), StoreError> {
         let bytes = serde_json::to_vec(record).map_err(|source| StoreError::Encode {
             id: id.to_owned(),
@@ -141,7 +163,7 @@ impl Store {
         self.write(move |transaction| {
             let mut table = transaction.open_table(table).map_err(db)?;
             table.insert(id.as_str(), bytes.as_slice()).map_err(db)?;
-            Ok(())
+            given_uid.map_or(Ok(()), |uid| note_uid(transaction, uid))
         })
         .await
     }
@@ -203,6 +225,23 @@ impl Store {
     }
 }
 
+/// Records of pods that start at once come in any order.
+fn note_uid(transaction: &redb::WriteTransaction, uid: u32) -> Result<(), StoreError> {
+    let mut node = transaction.open_table(NODE).map_err(db)?;
+    let last = node.get(LAST_UID).map_err(db)?.map(|last| last.value());
+    if last.is_none_or(|last| comes_after(uid, last)) {
+        node.insert(LAST_UID, uid).map_err(db)?;
+    }
+    Ok(())
+}
+
+/// Whether `uid` was given after `last`: they go round a circle of [`UIDS`],
+/// or begin anew where the configuration has another.
+fn comes_after(uid: u32, last: u32) -> bool {
+    let ahead = uid.wrapping_sub(last) % UIDS;
+    uid.abs_diff(last) >= UIDS || (1..UIDS / 2).contains(&ahead)
+}
+
 /// One record that cannot be read must not keep the node from serving all
 /// others, nor may it be thrown away: a machine may still run for it.
 fn all<T: serde::de::DeserializeOwned>(
@@ -252,6 +291,48 @@ mod tests {
         }
     }
 
+    #[tokio::test]
+    async fn the_last_uid_is_the_one_furthest_round_whatever_comes_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state.redb");
+        let store = Store::open(&path).unwrap();
+        assert_eq!(store.load().unwrap().last_uid, None);
+        let text = serde_json::Value::from("a pod");
+        let base = 1_879_048_192;
+        let last = UIDS - 1;
+        for (given, noted) in [
+            (base, base),
+            (base + 2, base + 2),
+            (base + 1, base + 2),
+            (base + UIDS / 2, base + UIDS / 2),
+            (base + last, base + last),
+            // Round the circle, and one that comes late.
+            (base, base),
+            (base + last - 3, base),
+            // Another circle.
+            (70_000, 70_000),
+            (base, base),
+        ] {
+            store.put(PODS, "a", &text, Some(given)).await.unwrap();
+            assert_eq!(store.load().unwrap().last_uid, Some(noted), "{given}");
+        }
+        drop(store);
+        let store = Store::open(&path).unwrap();
+        assert_eq!(store.load().unwrap().last_uid, Some(base));
+    }
+
+    #[test]
+    fn nobody_else_reads_the_records() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state.redb");
+        let mode = || path.metadata().unwrap().permissions().mode() & 0o777;
+        drop(Store::open(&path).unwrap());
+        assert_eq!(mode(), 0o600);
+        std::fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
+        drop(Store::open(&path).unwrap());
+        assert_eq!(mode(), 0o600);
+    }
+
     /// A file system of its own, unmounted when dropped.
     struct SmallDisk(tempfile::TempDir);
 
@@ -275,19 +356,23 @@ mod tests {
         let disk = SmallDisk::new("size=32m");
         let store = Store::open(&disk.0.path().join("state.redb")).unwrap();
         let record = |length: usize| serde_json::Value::from("x".repeat(length));
-        store.put(PODS, "old", &record(2000)).await.unwrap();
+        store.put(PODS, "old", &record(2000), None).await.unwrap();
 
         let filler = disk.0.path().join("filler");
         std::fs::write(&filler, vec![1; 64 << 20]).unwrap_err();
-        store.put(PODS, "old", &record(1000)).await.unwrap();
+        store.put(PODS, "old", &record(1000), None).await.unwrap();
         for _ in 0..2 {
-            let error = store.put(PODS, "new", &record(3 << 20)).await.unwrap_err();
+            let put = store.put(PODS, "new", &record(3 << 20), None).await;
+            let error = put.unwrap_err();
             assert!(error.is_full(), "{error:?}");
         }
         store.delete_pod("old").await.unwrap();
 
         std::fs::remove_file(&filler).unwrap();
-        store.put(PODS, "new", &record(3 << 20)).await.unwrap();
+        store
+            .put(PODS, "new", &record(3 << 20), None)
+            .await
+            .unwrap();
         drop(store);
         let store = Store::open(&disk.0.path().join("state.redb")).unwrap();
         assert_eq!(store.load().unwrap().unreadable, ["new"]);

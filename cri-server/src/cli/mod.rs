@@ -133,6 +133,7 @@ struct Details {
     pid: Option<u32>,
     handler: String,
     kind: PodKind,
+    machine: String,
     phase: PodPhase,
     console: PathBuf,
     timeline: Vec<PhaseTime>,

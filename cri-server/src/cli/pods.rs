@@ -18,10 +18,11 @@ pub enum Format {
     Json,
 }
 
-const HEAD: [&str; 7] = [
+const HEAD: [&str; 8] = [
     "POD ID",
     "NAMESPACE/NAME",
     "HANDLER",
+    "MACHINE",
     "STATE",
     "AGE",
     "START",
@@ -67,6 +68,7 @@ fn table(pods: &[Pod], now: SystemTime) -> String {
             short(&pod.listed.id).to_owned(),
             full_name(&pod.listed),
             pod.details.handler.clone(),
+            pod.details.machine.clone(),
             pod.state().to_owned(),
             brief(age),
             start_took(pod)
@@ -97,6 +99,8 @@ struct Row<'a> {
     uid: &'a str,
     attempt: u32,
     handler: &'a str,
+    /// What the pod's kernel runs on: kvm, uml, host, or unknown.
+    machine: &'a str,
     state: &'a str,
     /// Nanoseconds since 1970, as in CRI.
     created_at: i64,
@@ -118,6 +122,7 @@ fn json(pods: &[Pod]) -> String {
                 uid: &name.uid,
                 attempt: name.attempt,
                 handler: &pod.details.handler,
+                machine: &pod.details.machine,
                 state: pod.state(),
                 created_at: pod.listed.created_at,
                 start_micros: start_took(pod).map(|took| took.as_micros()),
@@ -135,7 +140,7 @@ mod tests {
 
     fn pod(name: &str, ready: bool) -> Pod {
         let details = serde_json::json!({
-            "pid": 7, "handler": "microvm", "kind": "micro-vm", "phase": "ready",
+            "pid": 7, "handler": "microvm", "kind": "micro-vm", "machine": "kvm", "phase": "ready",
             "console": "/run/drupe/pods/x/console.log", "failure": null, "memoryMiB": 512,
             "timeline": [
                 {"phase": "netns", "start_us": 0, "duration_us": 900},
@@ -167,9 +172,9 @@ mod tests {
         let pods = [pod("web", true), pod("a\x1b[2J\nb", false)];
         assert_eq!(
             table(&pods, now),
-            "POD ID         NAMESPACE/NAME  HANDLER  STATE   AGE  START  ADDRESS\n\
-             0123456789abc  shop/web        microvm  ready   3m   140ms  10.0.0.7\n\
-             0123456789abc  shop/a?[2J?b    microvm  failed  3m   140ms  10.0.0.7\n"
+            "POD ID         NAMESPACE/NAME  HANDLER  MACHINE  STATE   AGE  START  ADDRESS\n\
+             0123456789abc  shop/web        microvm  kvm      ready   3m   140ms  10.0.0.7\n\
+             0123456789abc  shop/a?[2J?b    microvm  kvm      failed  3m   140ms  10.0.0.7\n"
         );
         assert_eq!(table(&[], now).lines().count(), 1);
     }
@@ -182,7 +187,7 @@ mod tests {
             value,
             serde_json::json!([{
                 "id": "0123456789abcdef0123", "namespace": "shop", "name": "web", "uid": "u",
-                "attempt": 2, "handler": "microvm", "state": "ready",
+                "attempt": 2, "handler": "microvm", "machine": "kvm", "state": "ready",
                 "createdAt": 5_000_000_000_i64, "startMicros": 140_400,
                 "addresses": ["10.0.0.7", "fd00::7"],
             }])

@@ -12,6 +12,7 @@
 //! of its own.
 
 mod labels;
+mod machines;
 mod overhead;
 mod pods;
 mod requests;

@@ -12,6 +12,7 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::gauge::ConstGauge;
 
 use super::labels::{self, CONTAINER_STATES, POD_PHASES};
+use super::machines::Machines;
 use super::overhead;
 use crate::overhead::Overheads;
 
@@ -43,12 +44,18 @@ impl Collector for Pods {
     fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
         overhead::encode(&self.overheads.all(), &mut encoder)?;
         let mut tally = Tally::new(&self.handlers);
+        let mut machines = Machines::of(&self.pods);
         for snapshot in self.pods.snapshots() {
-            tally.pod(labels::pod_phase(&snapshot.pod), &snapshot.pod.handler);
+            let pod = &snapshot.pod;
+            tally.pod(labels::pod_phase(pod), &pod.handler);
+            if snapshot.is_ready() {
+                machines.pod(&pod.handler, pod.machine_name());
+            }
             for container in snapshot.containers.values() {
                 tally.container(labels::container_state(container.phase));
             }
         }
+        machines.encode(&mut encoder)?;
         tally.encode(encoder)
     }
 }

@@ -15,17 +15,17 @@ use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
 use tokio::task::{JoinHandle, JoinSet};
 
 use super::MetricsConfig;
+use crate::lobby::{Lobby, Peer};
 
 const PATH: &str = "/metrics";
 /// Prometheus's text format, as OpenMetrics has standardised it.
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 const TEXT: &str = "text/plain; charset=utf-8";
 
-/// Scrapes at once; a node has one or two scrapers.
+/// Scrapes at once, and connections that want something else; a node has one or two scrapers.
 const MAX_CONNECTIONS: usize = 16;
 /// From the connection to the last byte of the answer, which is Prometheus's
 /// own limit.
@@ -71,31 +71,32 @@ impl Drop for Server {
 }
 
 async fn accept(listener: TcpListener, registry: Arc<Registry>) {
-    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let lobby = Arc::new(Lobby::new(MAX_CONNECTIONS));
     let mut connections = JoinSet::new();
     loop {
-        // The semaphore is never closed.
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else {
-            return;
-        };
-        while connections.try_join_next().is_some() {}
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
+        let (stream, remote) = match listener.accept().await {
+            Ok(accepted) => accepted,
             Err(error) => {
                 tracing::warn!(%error, "cannot take a connection for metrics");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
                 continue;
             }
         };
+        let peer = Peer::of(&stream, remote);
+        let place = lobby.enter(peer).await;
+        while connections.try_join_next().is_some() {}
         let registry = Arc::clone(&registry);
         connections.spawn(async move {
-            if tokio::time::timeout(LIMIT, serve(stream, &registry))
-                .await
-                .is_err()
-            {
-                tracing::debug!("a scrape took longer than {} s", LIMIT.as_secs());
+            tokio::select! {
+                served = tokio::time::timeout(LIMIT, serve(stream, &registry)) => {
+                    if served.is_err() {
+                        tracing::debug!("a scrape took longer than {} s", LIMIT.as_secs());
+                    }
+                }
+                () = place.is_wanted() => {
+                    tracing::debug!(?peer, "a connection for metrics gave way to others");
+                }
             }
-            drop(place);
         });
     }
 }

@@ -12,9 +12,11 @@ use prometheus_client::encoding::DescriptorEncoder;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 use tonic::{Code, Status};
 use tower::{Service, service_fn};
 
+use super::machines::Machines;
 use super::pods::Tally;
 use super::{Metrics, Requests, server};
 
@@ -131,6 +133,38 @@ fn ends_errors_and_pulls_are_counted_apart() {
 }
 
 #[derive(Debug)]
+struct Machinery;
+
+impl Collector for Machinery {
+    fn encode(&self, mut encoder: DescriptorEncoder) -> std::fmt::Result {
+        let mut machines = Machines::default();
+        machines.handler("microvm", "kvm", true);
+        machines.handler("old", "kvm", false);
+        machines.pod("microvm", "kvm");
+        // Started before its handler had kvm.
+        machines.pod("microvm", "uml");
+        machines.pod("microvm", "uml");
+        machines.encode(&mut encoder)
+    }
+}
+
+#[test]
+fn machines_are_shown_by_handler() {
+    let mut registry = Registry::with_prefix("drupe");
+    registry.register_collector(Box::new(Machinery));
+    let text = scraped(&registry);
+    for line in [
+        r#"drupe_handler_usable{handler="microvm",machine="kvm"} 1"#,
+        r#"drupe_handler_usable{handler="old",machine="kvm"} 0"#,
+        r#"drupe_machine_pods{handler="microvm",machine="kvm"} 1"#,
+        r#"drupe_machine_pods{handler="microvm",machine="uml"} 2"#,
+        r#"drupe_machine_pods{handler="old",machine="kvm"} 0"#,
+    ] {
+        assert!(text.lines().any(|found| found == line), "{line}\n{text}");
+    }
+}
+
+#[derive(Debug)]
 struct Now;
 
 impl Collector for Now {
@@ -205,6 +239,31 @@ async fn ask(request: &str) -> String {
     client.read_to_string(&mut answer).await.unwrap();
     serving.await.unwrap();
     answer
+}
+
+#[tokio::test]
+async fn connections_that_ask_for_nothing_keep_no_scraper_out() {
+    let loopback = "127.0.0.1:0".parse().unwrap();
+    let config = super::MetricsConfig {
+        address: Some(loopback),
+    };
+    let listener = server::listen(&config).await.unwrap().unwrap();
+    let address = listener.local_addr().unwrap();
+    let _serving = server::Server::start(listener, metrics().counted());
+    let mut silent = Vec::new();
+    for _ in 0..40 {
+        silent.push(TcpStream::connect(address).await.unwrap());
+    }
+    let begun = std::time::Instant::now();
+    let mut scraper = TcpStream::connect(address).await.unwrap();
+    let request = b"GET /metrics HTTP/1.1\r\nHost: node\r\n\r\n";
+    scraper.write_all(request).await.unwrap();
+    let mut answer = String::new();
+    scraper.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.ends_with("# EOF\n"), "{answer}");
+    // The others have ten seconds each.
+    let took = begun.elapsed();
+    assert!(took < Duration::from_secs(5), "{took:?}");
 }
 
 #[tokio::test]

@@ -41,6 +41,7 @@ impl Runtime {
                 "pid": record.vmm_pid,
                 "handler": record.handler,
                 "kind": record.kind,
+                "machine": record.machine_name(),
                 "vcpus": record.vcpus,
                 "memoryMiB": record.memory_mib,
                 "machineMiB": record.machine_mib(),

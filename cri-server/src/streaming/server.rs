@@ -21,7 +21,6 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 
@@ -31,10 +30,15 @@ use super::session::{Backend, PortForwardRequest, Session, Wanted};
 use super::token::{Ticket, Tokens};
 use super::websocket::Channels;
 use super::{StreamingError, TlsFiles, port_forward, spdy, websocket};
+use crate::lobby::{Lobby, Peer};
 
-/// Connections that have not shown a token yet.
-const MAX_UNKNOWN: usize = 256;
-/// To show it.
+/// For connections that have not shown a token yet.
+pub(super) const PLACES: usize = 256;
+/// A client that has connected has something to say: this is for a machine that
+/// is slow.
+const FIRST_BYTE_TIMEOUT: Duration = Duration::from_secs(2);
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// For all of a request.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_HEADER_BYTES: usize = 64 << 10;
 /// Before the next try when there are no descriptors left.
@@ -77,15 +81,11 @@ pub fn tls(files: &TlsFiles) -> Result<TlsAcceptor, StreamingError> {
 /// Serves until dropped; with it, all of its connections end.
 pub async fn accept(listener: TcpListener, tls: Option<TlsAcceptor>, served: Served) {
     let served = Arc::new(served);
-    let unknown = Arc::new(Semaphore::new(MAX_UNKNOWN));
+    let lobby = Arc::new(Lobby::new(PLACES));
     let mut connections = JoinSet::new();
     loop {
-        let Ok(place) = Arc::clone(&unknown).acquire_owned().await else {
-            return;
-        };
-        while connections.try_join_next().is_some() {}
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
+        let (stream, remote) = match listener.accept().await {
+            Ok(accepted) => accepted,
             Err(error) => {
                 tracing::warn!(%error, "cannot take a streaming connection");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -96,18 +96,17 @@ pub async fn accept(listener: TcpListener, tls: Option<TlsAcceptor>, served: Ser
             tracing::debug!(%error, "a streaming connection is gone already");
             continue;
         }
+        let peer = Peer::of(&stream, remote);
+        let place = lobby.enter(peer).await;
+        while connections.try_join_next().is_some() {}
         let (served, tls) = (Arc::clone(&served), tls.clone());
         connections.spawn(async move {
-            let session = match tls {
-                None => greet(stream, &served).await,
-                Some(tls) => match tokio::time::timeout(HEADER_TIMEOUT, tls.accept(stream)).await {
-                    Ok(Ok(stream)) => greet(stream, &served).await,
-                    Ok(Err(error)) => {
-                        tracing::debug!(%error, "no TLS with a streaming client");
-                        None
-                    }
-                    Err(_) => None,
-                },
+            let session = tokio::select! {
+                session = welcome(stream, tls, &served) => session,
+                () = place.is_wanted() => {
+                    tracing::debug!(?peer, "a streaming client that had shown no token gave way to others");
+                    None
+                }
             };
             // It has shown its token.
             drop(place);
@@ -115,6 +114,34 @@ pub async fn accept(listener: TcpListener, tls: Option<TlsAcceptor>, served: Ser
                 serve(upgraded, granted, &served).await;
             }
         });
+    }
+}
+
+/// What a client shows of itself until it has a session; `None` when it came to
+/// nothing.
+async fn welcome(
+    stream: TcpStream,
+    tls: Option<TlsAcceptor>,
+    served: &Arc<Served>,
+) -> Option<(Upgraded, Granted)> {
+    let spoken = tokio::time::timeout(FIRST_BYTE_TIMEOUT, stream.peek(&mut [0])).await;
+    if !matches!(spoken, Ok(Ok(1..))) {
+        tracing::debug!(?spoken, "a streaming client said nothing");
+        return None;
+    }
+    let Some(tls) = tls else {
+        return greet(stream, served).await;
+    };
+    match tokio::time::timeout(HANDSHAKE_TIMEOUT, tls.accept(stream)).await {
+        Ok(Ok(stream)) => greet(stream, served).await,
+        Ok(Err(error)) => {
+            tracing::debug!(%error, "no TLS with a streaming client");
+            None
+        }
+        Err(_) => {
+            tracing::debug!("a streaming client did not finish its TLS handshake");
+            None
+        }
     }
 }
 

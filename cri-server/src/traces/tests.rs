@@ -60,6 +60,7 @@ fn record(timeline: &[(Step, u64, u64)]) -> PodRecord {
         spec: crate::convert::pod::parse(config, String::new()).unwrap(),
         handler: "microvm".to_owned(),
         kind: PodKind::MicroVm,
+        machine: Some(Machine::Kvm),
         phase: PodPhase::Ready,
         created_at_nanos: 0,
         uid: 1,

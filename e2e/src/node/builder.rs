@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use anyhow::{Context, Result};
@@ -147,7 +147,7 @@ impl NodeBuilder {
         standing_links.push(bridge.to_owned());
         let mut node = Node {
             server: self.server,
-            without_kvm: self.without_kvm,
+            without_kvm: AtomicBool::new(self.without_kvm),
             standing_links,
             standing_rules: leaks::port_forwards(&netns)?,
             bridge_to_remove: self.machine_network.then_some(bridge),

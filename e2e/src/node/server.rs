@@ -3,6 +3,7 @@
 use std::fs::{self, OpenOptions};
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Stdio};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -20,7 +21,7 @@ const STOP_WITHIN: Duration = Duration::from_secs(30);
 /// one, for what it executes alone; $0 is a name to make a directory of.
 const HIDE_KVM: &str = r#"
     set -e
-    mkdir "$0"; mount -t tmpfs -o nodev none "$0"; mknod "$0/kvm" c 10 232
+    mkdir -p "$0"; mount -t tmpfs -o nodev none "$0"; mknod "$0/kvm" c 10 232
     [ ! -e /dev/kvm ] || mount --bind "$0/kvm" /dev/kvm
     exec "$@"
 "#;
@@ -65,7 +66,7 @@ impl Node {
         command
             .args(["-c", "echo $$ > \"$0\" && exec \"$@\""])
             .arg(self.cgroup.procs_file());
-        if self.without_kvm {
+        if self.without_kvm.load(Ordering::Relaxed) {
             command.args(["unshare", "--mount", "sh", "-c", HIDE_KVM]);
             command.arg(self.dir.join("nodev"));
         }
@@ -90,6 +91,12 @@ impl Node {
         })?;
         *lock(&self.process) = Some(child);
         Ok(())
+    }
+
+    /// Whether the server that is started next can open /dev/kvm, where there is
+    /// one.
+    pub fn let_have_kvm(&self, may: bool) {
+        self.without_kvm.store(!may, Ordering::Relaxed);
     }
 
     /// Starts a server that is expected to end by itself, and returns what it

@@ -15,7 +15,7 @@ impl Node {
             &self.root(),
             Some("tmpfs"),
             MsFlags::empty(),
-            Some(format!("size={size}").as_str()),
+            Some(format!("size={size},mode=700").as_str()),
         )
         .context("mount a small file system")
     }

@@ -6,11 +6,13 @@ use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use cri_api::v1::{PodSandboxState, PodSandboxStatusRequest};
 use e2e::machine::Machine;
-use e2e::{Container, Node, Pod};
+use e2e::{Container, Node, Pod, Server, artifacts};
 use serde_json::json;
 use tonic::Code;
 
+use crate::command_line::drupe_command;
 use crate::machine::{assert_ended, await_end};
 use crate::{on_drupe, pod_refused, took_less, with_drupe};
 
@@ -140,7 +142,7 @@ fn an_initramfs_larger_than_the_guests_memory_is_named() -> Result<()> {
 #[test]
 fn virtual_machines_that_the_node_does_not_let_drupe_have_are_named() -> Result<()> {
     let node = Node::builder().without_kvm().prepare()?;
-    let kernel = e2e::artifacts::guest_kernel(Machine::Kvm)?;
+    let kernel = artifacts::guest_kernel(Machine::Kvm)?;
     node.edit_config(|config| {
         config["runtimes"]["microvm"]["machine"] = json!("kvm");
         config["runtimes"]["microvm"]["kernel"] = json!(kernel);
@@ -159,6 +161,100 @@ fn virtual_machines_that_the_node_does_not_let_drupe_have_are_named() -> Result<
         );
         node.assert_no_pod_left()
     })
+}
+
+#[test]
+fn pods_that_have_had_kvm_are_not_given_uml_unless_somebody_says_so() -> Result<()> {
+    let has_kvm = Machine::under_test()? == Machine::Kvm;
+    let node = Node::builder().server(Server::Drupe).prepare()?;
+    let kernels = artifacts::guest_kernel(Machine::Uml)?.with_file_name("kernel-{machine}");
+    let choose = |machine: &str| {
+        node.edit_config(|config| {
+            config["runtimes"]["microvm"]["machine"] = json!(machine);
+            config["runtimes"]["microvm"]["kernel"] = json!(kernels);
+        })
+    };
+    choose("auto")?;
+    let kept = node.root().join("machines.json");
+    let mut before = None;
+    if has_kvm {
+        node.start_server()?;
+        let pod = node.run_pod("before")?;
+        assert_eq!(machine_of(&node, &pod)?, "kvm");
+        before = Some(pod);
+        node.stop_server()?;
+    } else {
+        // As a daemon leaves it on a node that has kvm.
+        let entry = json!({ "machine": "kvm", "why": "auto: the CPU has svm and /dev/kvm opens" });
+        fs::write(&kept, json!({ "microvm": entry }).to_string())?;
+    }
+
+    node.let_have_kvm(false);
+    node.start_server()?;
+    let words = [
+        "\"microvm\"",
+        "have had kvm on this node",
+        "/dev/kvm opens",
+        "`machine: uml`",
+    ];
+    pod_refused(&node, "fallen", Code::FailedPrecondition, &words)?;
+    ensure!(
+        node.log()?.contains("pods of this handler cannot start"),
+        "no word of it when the daemon started"
+    );
+    if let Some(pod) = before {
+        assert_eq!(pod.status()?.state(), PodSandboxState::SandboxReady);
+        pod.stop()?;
+        pod.remove()?;
+    } else {
+        let output = drupe_command(&node, &["check"])?.output()?;
+        let said = String::from_utf8(output.stdout)?;
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        let line = said.lines().find(|line| line.contains("handler microvm "));
+        let line = line.with_context(|| said.clone())?;
+        ensure!(
+            line.starts_with("BAD") && line.contains("have had kvm"),
+            "{line}"
+        );
+    }
+    ensure!(
+        fs::read_to_string(&kept)?.contains("kvm"),
+        "it was forgotten"
+    );
+
+    // Who has said it once need not say it again.
+    for machine in ["uml", "auto"] {
+        node.stop_server()?;
+        choose(machine)?;
+        node.start_server()?;
+        runs_on(&node, machine, "uml")?;
+    }
+    if has_kvm {
+        node.stop_server()?;
+        node.let_have_kvm(true);
+        node.start_server()?;
+        runs_on(&node, "back", "kvm")?;
+    }
+    node.finish()
+}
+
+fn runs_on(node: &Node, name: &str, machine: &str) -> Result<()> {
+    let pod = node.run_pod(name)?;
+    assert_eq!(machine_of(node, &pod)?, machine);
+    pod.stop()?;
+    pod.remove()?;
+    Ok(())
+}
+
+/// What the pod's kernel runs on.
+fn machine_of(node: &Node, pod: &Pod) -> Result<String> {
+    let status = node.cri()?.pod_sandbox_status(PodSandboxStatusRequest {
+        pod_sandbox_id: pod.id.clone(),
+        verbose: true,
+    })?;
+    let info = status.info.get("info").context("no information")?;
+    let info: serde_json::Value = serde_json::from_str(info)?;
+    Ok(info["machine"].as_str().unwrap_or_default().to_owned())
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use cri_api::v1::*;
-use e2e::{Node, Server, artifacts, eventually, patient, pod};
+use e2e::{Machine, Node, Server, artifacts, eventually, patient, pod};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
@@ -90,24 +90,32 @@ fn pods_are_listed_with_what_their_start_took() -> Result<()> {
     let address = pod.addresses()?.swap_remove(0);
     assert_eq!(lines.len(), 3, "{table}");
     // The newest first.
-    let [id, name, handler, state, _age, start, ip] = lines[1][..] else {
+    let [id, name, handler, machine, state, _age, start, ip] = lines[1][..] else {
         bail!("{table}");
     };
     assert_eq!(
-        [id, name, handler, state, ip],
-        [&pod.id[..13], "e2e/web", "microvm", "ready", &*address]
+        [id, name, handler, machine, state, ip],
+        [
+            &pod.id[..13],
+            "e2e/web",
+            "microvm",
+            Machine::under_test()?.name(),
+            "ready",
+            &*address
+        ]
     );
     let start: u64 = start.strip_suffix("ms").context("no unit")?.parse()?;
     let steps = pod::timeline(&node, &pod.id)?;
     ensure!(start > 0 && !steps.is_empty(), "{table}");
     assert_eq!(lines[2][0], &gone.id[..13]);
-    assert_eq!(lines[2][3], "stopped");
-    assert_eq!(lines[2][6], "-");
+    assert_eq!(lines[2][4], "stopped");
+    assert_eq!(lines[2][7], "-");
 
     let list: Value = serde_json::from_str(&prints(&node, &["pods", "-o", "json"])?)?;
     assert_eq!(list[0]["id"], json!(pod.id));
     assert_eq!(list[0]["namespace"], "e2e");
     assert_eq!(list[0]["name"], "web");
+    assert_eq!(list[0]["machine"], Machine::under_test()?.name());
     assert_eq!(list[0]["addresses"], json!(pod.addresses()?));
     let micros = list[0]["startMicros"].as_u64().context("no time")?;
     assert_eq!(micros / 1000, start);

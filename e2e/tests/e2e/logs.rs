@@ -1,14 +1,16 @@
 //! A container's log holds exactly what it wrote.
 
 use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use cri_api::v1::ReopenContainerLogRequest;
 use e2e::log::{self, Stream};
 use e2e::{eventually, layer};
+use tonic::Code;
 
-use crate::{shares_the_hosts_kernel, with_node};
+use crate::{refused, shares_the_hosts_kernel, with_drupe, with_node};
 
 #[test]
 fn a_log_of_100_mb_is_byte_exact() -> Result<()> {
@@ -153,6 +155,28 @@ fn crictl_logs_shows_what_the_container_wrote() -> Result<()> {
         let container = pod.start("c", &["sh", "-c", "echo one; echo two"])?;
         container.wait_exit()?;
         assert_eq!(node.crictl_ok(&["logs", &container.id])?, "one\ntwo");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_log_in_whose_place_is_a_link_is_not_written() -> Result<()> {
+    with_drupe(|node| {
+        let pod = node.run_pod("linked")?;
+        // As a pod with a volume of /var/log could put it there.
+        let crontab = node.dir.join("crontab");
+        fs::write(&crontab, "")?;
+        let config = pod.container_config("c", &["echo", "* * * * * root id"]);
+        let log = Path::new(&pod.config.log_directory).join(&config.log_path);
+        std::os::unix::fs::symlink(&crontab, &log)?;
+        let parts = ["c.log", "symbolic link", "remove it"];
+        let answer = pod.create(config.clone());
+        refused(answer, Code::FailedPrecondition, &parts)?;
+        assert_eq!(fs::read_to_string(&crontab)?, "");
+        fs::remove_file(&log)?;
+        let container = pod.start_with(config)?;
+        container.wait_exit()?;
+        ensure!(!log::read(&container.log)?.is_empty(), "nothing was logged");
         Ok(())
     })
 }

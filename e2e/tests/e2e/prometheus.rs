@@ -97,6 +97,9 @@ fn a_pods_life_is_scraped_as_it_was() -> Result<()> {
         let running = Scrape::of(node)?;
         let ready = [("phase", "ready"), microvm];
         assert_eq!(running.value("drupe_pods", &ready)?, 1.0);
+        let machine = [microvm, ("machine", e2e::Machine::under_test()?.name())];
+        assert_eq!(running.value("drupe_machine_pods", &machine)?, 1.0);
+        assert_eq!(running.value("drupe_handler_usable", &machine)?, 1.0);
         for state in ["running", "exited"] {
             assert_eq!(
                 running.value("drupe_containers", &[("state", state)])?,

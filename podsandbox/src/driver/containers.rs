@@ -1,18 +1,15 @@
 //! A pod's containers, one verb after another.
 
-use std::fs;
 use std::os::fd::AsFd;
-use std::path::Path;
 
 use tokio::task::JoinError;
-use vmm_client::Control;
 
 use super::Driver;
 use super::disks::slots_of;
 use crate::context::now_nanos;
 use crate::record::{ContainerPhase, ContainerRecord, ExitReason, ExitRecord};
 use crate::volumes::Bind;
-use crate::{Error, Result, volumes};
+use crate::{Error, Result, log_file, volumes};
 
 /// What a shell reports of a process that SIGKILL ended.
 pub(super) const KILLED: i32 = 137;
@@ -241,10 +238,19 @@ impl Driver {
                 "only a running container's log can be reopened",
             ));
         }
-        match record.log_file.clone() {
-            Some(path) => open_log(&mut self.machine_mut()?.control, id, &path).await,
-            None => Ok(()),
-        }
+        let record = record.clone();
+        self.open_log(&record).await
+    }
+
+    /// Hands the container's log to whoever writes it, if it has one.
+    pub(super) async fn open_log(&mut self, record: &ContainerRecord) -> Result<()> {
+        let directory = self.record.spec.log_directory.as_deref();
+        let (Some(directory), Some(path)) = (directory, &record.log_file) else {
+            return Ok(());
+        };
+        let file = log_file::open(directory, path)?;
+        let control = &mut self.machine_mut()?.control;
+        Ok(control.open_log(&record.id, file.as_fd()).await?)
     }
 
     pub(super) fn container(&self, id: &str) -> Result<&ContainerRecord> {
@@ -271,22 +277,4 @@ pub(crate) fn state_error(record: &ContainerRecord, needed: &'static str) -> Err
         state,
         needed,
     }
-}
-
-pub(super) async fn open_log(control: &mut Control, id: &str, path: &Path) -> Result<()> {
-    use std::os::unix::fs::OpenOptionsExt;
-    /// As the kubelet makes its own: readable by the node's log collectors.
-    const MODE: u32 = 0o640;
-    let file = fs::File::options()
-        .append(true)
-        .create(true)
-        .mode(MODE)
-        // A path that is a FIFO must not hold up the pod.
-        .custom_flags(nix::libc::O_NONBLOCK)
-        .open(path)
-        .map_err(|source| Error::LogFile {
-            path: path.to_owned(),
-            source,
-        })?;
-    Ok(control.open_log(id, file.as_fd()).await?)
 }

@@ -2,14 +2,13 @@
 //! and bound, and the guest told.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use imagesvc::Lease;
 
 use super::Driver;
-use super::containers::{open_log, state_error};
+use super::containers::state_error;
 use super::devices::Devices;
 use super::disks::{Disk, Disks};
 use crate::context::now_nanos;
@@ -113,9 +112,19 @@ impl Driver {
             tracing::error!(container = id, error = %left.sentence(), "cannot undo a failed create yet");
         }
         if outcome.is_err() {
-            remove_empty_log(log_file.as_deref());
+            self.remove_empty_log(log_file.as_deref());
         }
         outcome.map(|()| id)
+    }
+
+    /// Its directory is the kubelet's, so nothing depends on it.
+    fn remove_empty_log(&self, path: Option<&Path>) {
+        let directory = self.record.spec.log_directory.as_deref();
+        if let (Some(directory), Some(path)) = (directory, path)
+            && let Err(error) = crate::log_file::remove_if_empty(directory, path)
+        {
+            tracing::debug!(?path, %error, "cannot remove an empty log");
+        }
     }
 
     fn find_shown(&self, name: &ContainerName) -> Option<&ContainerRecord> {
@@ -205,10 +214,8 @@ impl Driver {
             .unwrap_or_default();
         let user = user(spec, &image_user);
         let devices = self.attach_devices(record, devices, &user).await?;
+        self.open_log(record).await?;
         let machine = self.machine_mut()?;
-        if let Some(path) = &record.log_file {
-            open_log(&mut machine.control, id, path).await?;
-        }
         let root = root.attach(&mut machine.control).await?;
         let mut image_volumes = Vec::with_capacity(volumes.len());
         for (disk, (mount, volume)) in volumes.iter().zip(spec::image_volumes(&spec.mounts)) {
@@ -308,18 +315,6 @@ pub(super) async fn seccomp_profile(spec: &ContainerSpec) -> Result<Option<Profi
             path,
             seconds: MOUNT_TIMEOUT.as_secs(),
         }),
-    }
-}
-
-/// The log of a container that never was, unless an earlier one has written to
-/// it; its directory is the kubelet's, so nothing depends on it.
-fn remove_empty_log(path: Option<&Path>) {
-    let is_empty =
-        |path: &&Path| fs::symlink_metadata(path).is_ok_and(|m| m.is_file() && m.len() == 0);
-    if let Some(path) = path.filter(is_empty)
-        && let Err(error) = fs::remove_file(path)
-    {
-        tracing::debug!(?path, %error, "cannot remove an empty log");
     }
 }
 

@@ -12,7 +12,6 @@ use tokio_util::sync::CancellationToken;
 use vmm_client::Control;
 
 use super::boot::{log_file, read_tail};
-use super::containers::open_log;
 use super::create::{mounting, seccomp_profile, user};
 use super::devices::Devices;
 use super::disks::Disk;
@@ -263,10 +262,8 @@ impl Driver {
         let image_user = config.and_then(|c| c.user().clone()).unwrap_or_default();
         let user = user(spec, &image_user);
         devices.add_on_host(&mut oci, &user)?;
+        self.open_log(record).await?;
         let machine = self.machine_mut()?;
-        if let Some(path) = &record.log_file {
-            open_log(&mut machine.control, id, path).await?;
-        }
         let request = agent_api::CreateContainerRequest {
             id: id.to_owned(),
             oci_spec: serde_json::to_vec(&oci).map_err(oci_spec::OciSpecError::SerDe)?,

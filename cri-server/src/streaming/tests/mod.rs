@@ -1,5 +1,6 @@
 //! The server as clients see it, over loopback, with pods made up here.
 
+mod crowd;
 mod http;
 mod port_forward;
 mod remote_command;
