@@ -278,6 +278,12 @@ fn source_check(config: &Config) -> Verdict {
             remedy: "take \"*\" out of `network.source_check_exempt`".to_owned(),
         };
     }
+    if !nix::unistd::geteuid().is_root() {
+        return Note {
+            found: "not tried: that takes root".to_owned(),
+            remedy: "run drupe check as root".to_owned(),
+        };
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();

@@ -134,7 +134,7 @@ impl Netns {
         F: Future<Output = Result<T, NetnsError>>,
     {
         // What errors call it.
-        let path = PathBuf::from("of its own");
+        let path = PathBuf::from("(nameless)");
         on_thread(path.clone(), move |runtime| {
             unshare(CloneFlags::CLONE_NEWNET).map_err(|errno| NetnsError::System {
                 action: "make a new namespace",

@@ -82,7 +82,8 @@ pub async fn redirect(
                     from_guest.redirect_matches(&program, outer).await?;
                 }
             }
-            links.set_up(&tap).await?;
+            let up = LinkUnspec::new_with_index(inner).up();
+            links.set(&tap, up.build()).await?;
             let to_guest = Ingress::renew(&links, &interface, outer).await?;
             to_guest.redirect_all(inner).await?;
             Ok(config)

@@ -39,6 +39,7 @@ mod restart_plugins;
 mod restart_sweep;
 mod runtime;
 mod seccomp;
+mod source_check;
 mod stats;
 mod streaming;
 mod top;
