@@ -16,6 +16,8 @@ TEST_THREADS ?= 2
 export DRUPE_TEST_KERNEL := $(CURDIR)/out/guest/kernel-uml
 export DRUPE_TEST_INITRAMFS := $(CURDIR)/out/guest/initramfs
 export DRUPE_TEST_VMM := $(CURDIR)/out/bin/drupe-vmm
+# Tests of the image service unpack layers with this program.
+export DRUPE_TEST_UNPACKER := $(CURDIR)/out/bin/drupe-unpacker
 
 .PHONY: help setup build install uninstall deb image demo test e2e critest test-kvm test-cluster test-install test-fresh fuzz bench bench-cluster bench-kvm lint clean
 
@@ -30,8 +32,8 @@ setup: ## Install the Debian packages, build the guest kernel and the test tools
 	@e2e/fetch-packages.sh out/debs
 
 build: ## Build the daemon, the VMM, the agent and the guest's initramfs into out/
-	@$(TIMED) "drupe, drupe-vmm and drupe-shim" $(CARGO) build --release --workspace
-	@install -D -t out/bin $(addprefix $(TARGET_DIR)/release/,drupe drupe-vmm drupe-shim)
+	@$(TIMED) "drupe and its programs" $(CARGO) build --release --workspace
+	@install -D -t out/bin $(addprefix $(TARGET_DIR)/release/,drupe drupe-vmm drupe-shim drupe-unpacker)
 	@$(TIMED) "agent and initramfs" deploy/initramfs/build.sh out/guest/initramfs
 
 # Not after `build`: it is run by root, who is often not the one who builds.

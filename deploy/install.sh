@@ -27,7 +27,7 @@ trap 'rm -rf "$documents"' EXIT
 
 install_all() {
     local file
-    for file in bin/drupe bin/drupe-vmm bin/drupe-shim guest/initramfs guest/kernel-kvm guest/kernel-uml; do
+    for file in bin/drupe bin/drupe-{vmm,shim,unpacker} guest/initramfs guest/kernel-kvm guest/kernel-uml; do
         [ -e "$out/$file" ] || { echo "out/$file is missing: run \`make setup build\`" >&2; exit 1; }
     done
     "$here/documents.sh" "$out/bin/drupe" "$documents"
@@ -36,7 +36,7 @@ install_all() {
     relocated "$here/systemd/drupe.service" > "$documents/unit"
 
     install -D -m 755 -t "$to/bin" "$out/bin/drupe"
-    install -D -m 755 -t "$lib" "$out/bin/drupe-vmm" "$out/bin/drupe-shim" "$out"/guest/kernel-{kvm,uml}
+    install -D -m 755 -t "$lib" "$out"/bin/drupe-{vmm,shim,unpacker} "$out"/guest/kernel-{kvm,uml}
     install -D -m 644 -t "$lib" "$out/guest/initramfs"
     install -D -m 644 "$documents/unit" "$unit"
     install -D -m 644 -t "$to/share/man/man8" "$documents"/*.8

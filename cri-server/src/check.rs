@@ -58,6 +58,13 @@ pub fn report(config: &Config) -> bool {
             "vmm".to_owned(),
             program(&config.vmm, "install drupe's own files or set `vmm`"),
         ),
+        (
+            "unpacker".to_owned(),
+            program(
+                &config.unpacker,
+                "install drupe's own files or set `unpacker`",
+            ),
+        ),
         ("mkfs.ext4".to_owned(), mkfs()),
         (
             "tap device".to_owned(),

@@ -11,8 +11,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use cri_api::v1::image_service_server::ImageServiceServer;
 use cri_api::v1::runtime_service_server::RuntimeServiceServer;
-use imagesvc::ImageService;
-use podsandbox::config::Engine;
+use imagesvc::{ImageService, Unpacker};
+use podsandbox::config::{Engine, UIDS};
 use podsandbox::machine::{Kept, NodeFacts};
 use podsandbox::{Exempt, Network, NetworkOptions, PodManager};
 use sd_notify::NotifyState;
@@ -60,6 +60,7 @@ async fn serve(config: Config) -> Result<()> {
     let images = ImageService::open(
         config.images.clone(),
         &config.root.join("images"),
+        unpacker(&config),
         metrics.clone(),
     )
     .await
@@ -197,6 +198,17 @@ fn decide(config: &Config) -> BTreeMap<String, podsandbox::config::Runtime> {
         tracing::error!(%error, root = ?config.root, "cannot keep which machine each handler has: make room; the next start of the daemon decides anew");
     }
     runtimes
+}
+
+/// As whom layers are unpacked: not as a pod's machine.
+fn unpacker(config: &Config) -> Unpacker {
+    let behind_pods = config.uid_base + UIDS;
+    Unpacker {
+        program: config.unpacker.clone(),
+        uid: behind_pods,
+        gid: behind_pods,
+        strict: false,
+    }
 }
 
 fn pod_config(

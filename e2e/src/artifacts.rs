@@ -39,6 +39,10 @@ pub fn shim() -> Result<PathBuf> {
     artifact("bin/drupe-shim", "build")
 }
 
+pub fn unpacker() -> Result<PathBuf> {
+    artifact("bin/drupe-unpacker", "build")
+}
+
 pub fn guest_kernel(machine: Machine) -> Result<PathBuf> {
     artifact(&format!("guest/kernel-{}", machine.name()), "setup")
 }

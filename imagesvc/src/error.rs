@@ -4,8 +4,8 @@
 use std::{io, path::PathBuf, sync::Arc};
 
 use crate::{
-    config::ConfigError, digest::Digest, erofs, layer, manifest::ManifestError,
-    reference::InvalidReference, registry::RegistryError,
+    config::ConfigError, digest::Digest, manifest::ManifestError, reference::InvalidReference,
+    registry::RegistryError,
 };
 
 /// What a gRPC service makes a status code of.
@@ -98,6 +98,9 @@ pub enum LayerError {
     DiffId { expected: Digest, actual: Digest },
     #[error("{reason}")]
     Content { kind: ErrorKind, reason: String },
+    /// A process that unpacks it did not do what it is there for.
+    #[error("it cannot be unpacked: {reason}")]
+    Unpacker { reason: String },
     #[error("{0}")]
     Store(#[from] StoreError),
     #[error("its transfer was stopped")]
@@ -156,6 +159,7 @@ impl LayerError {
             Self::Registry(error) => error.kind(),
             Self::Digest { .. } | Self::DiffId { .. } => ErrorKind::Corrupt,
             Self::Content { kind, .. } => *kind,
+            Self::Unpacker { .. } => ErrorKind::Internal,
             Self::Store(error) => error.kind(),
             Self::Stopped => ErrorKind::Cancelled,
         }
@@ -196,67 +200,4 @@ fn is_full(error: &io::Error) -> bool {
         error.kind(),
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge
     )
-}
-
-impl From<layer::Error> for LayerError {
-    /// One sentence of the whole chain, and whose fault it is.
-    fn from(error: layer::Error) -> Self {
-        let mut kind = ErrorKind::Corrupt;
-        let mut reason = String::new();
-        let mut link: Option<&dyn std::error::Error> = Some(&error);
-        while let Some(error) = link {
-            let text = error.to_string();
-            // Transparent links repeat the one below.
-            if !reason.ends_with(&text) {
-                if !reason.is_empty() {
-                    reason.push_str(": ");
-                }
-                reason.push_str(&text);
-            }
-            if let Some(found) = resource_fault(error) {
-                kind = found;
-            }
-            link = error.source();
-        }
-        Self::Content { kind, reason }
-    }
-}
-
-fn resource_fault(error: &(dyn std::error::Error + 'static)) -> Option<ErrorKind> {
-    if error.is::<layer::LimitError>() {
-        return Some(ErrorKind::ResourceExhausted);
-    }
-    if let Some(error) = error.downcast_ref::<layer::Error>() {
-        let limited = matches!(
-            error,
-            layer::Error::Limit(_) | layer::Error::HeaderTooLong { .. }
-        );
-        return limited.then_some(ErrorKind::ResourceExhausted);
-    }
-    match error.downcast_ref::<layer::EntryError>() {
-        Some(layer::EntryError::TooLong { .. }) => return Some(ErrorKind::ResourceExhausted),
-        // Transparent: the chain goes on below the inner error.
-        Some(layer::EntryError::Image(inner)) => return image_fault(inner),
-        _ => {}
-    }
-    if let Some(error) = error.downcast_ref::<erofs::Error>() {
-        return image_fault(error);
-    }
-    if error.is::<erofs::ReadError>() {
-        // The store wrote that image itself.
-        return Some(ErrorKind::Internal);
-    }
-    let io = error.downcast_ref::<io::Error>()?;
-    is_full(io).then_some(ErrorKind::ResourceExhausted)
-}
-
-fn image_fault(error: &erofs::Error) -> Option<ErrorKind> {
-    match error {
-        erofs::Error::ImageTooLarge { .. }
-        | erofs::Error::TooManyEntries { .. }
-        | erofs::Error::MetadataTooLarge { .. } => Some(ErrorKind::ResourceExhausted),
-        // Writing is this node's part; a full disk is found further down.
-        erofs::Error::Io(_) => Some(ErrorKind::Internal),
-        erofs::Error::WrongSize { .. } | erofs::Error::NotADirectory(_) => None,
-    }
 }

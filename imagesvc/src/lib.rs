@@ -1,12 +1,12 @@
-//! OCI images on this node: pulled, verified, converted to EROFS, accounted
-//! for and collected.
+//! OCI images on this node: pulled, verified, converted to EROFS by unpackers,
+//! accounted for and collected.
 //!
 //! [`ImageService`] is the whole interface; `cri-server` calls it for the CRI
 //! image API, `podsandbox` for the root of a container ([`ImageService::lease`]).
 //!
 //! ```text
 //! service ─▶ pull ─▶ registry   manifests and blobs, verified
-//!    │         ├──▶ layer ─▶ erofs   archive in, file system out
+//!    │         ├──▶ unpack     layer in, file system out, by other processes
 //!    └────────▶└──▶ store      what is on disk, and who claims it
 //! ```
 #![forbid(unsafe_code)]
@@ -14,13 +14,11 @@
 mod auth;
 mod config;
 mod digest;
-pub mod erofs;
 mod error;
 mod flight;
 #[cfg(any(test, feature = "hostile"))]
 pub mod hostile;
 mod image;
-pub mod layer;
 mod lock;
 mod manifest;
 mod observer;
@@ -30,6 +28,7 @@ mod reference;
 mod registry;
 mod service;
 mod store;
+mod unpack;
 
 pub use auth::Auth;
 pub use config::{ConfigError, ImageServiceConfig, RegistryConfig};
@@ -42,3 +41,4 @@ pub use observer::{Observer, PullOutcome};
 pub use reference::{InvalidReference, Reference, Selector};
 pub use registry::RegistryError;
 pub use service::{ImageService, PulledImage};
+pub use unpacker_client::Unpacker;

@@ -3,10 +3,10 @@
 
 use oci_spec::image::ImageConfiguration;
 use serde::Deserialize;
+use unpacker_client::Compression;
 
 use crate::{
     digest::{Algorithm, Digest},
-    layer::Compression,
     platform::{self, Platform},
 };
 

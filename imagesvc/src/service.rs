@@ -8,6 +8,7 @@ use std::{
 };
 
 use tokio_util::sync::CancellationToken;
+use unpacker_client::{Limits, Unpacker};
 
 use crate::{
     auth::Auth,
@@ -16,11 +17,11 @@ use crate::{
     error::{Error, StoreError},
     flight::Flights,
     image::{FsInfo, Image, Lease},
-    layer::Limits,
     observer::{Observer, PullOutcome},
     pull::{Layers, Pull, Run, blocking},
     reference::Reference,
     store::{Store, record::Stored},
+    unpack::Unpacking,
 };
 
 /// A pull's identity: other credentials are another pull, since they may be
@@ -51,13 +52,15 @@ pub struct PulledImage {
 
 impl ImageService {
     /// Opens the store below `root`, which no other process may use, and
-    /// clears up what a crash left.
+    /// clears up what a crash left. Layers will be unpacked by `unpacker`,
+    /// which takes root's rights to start.
     ///
     /// # Errors
     /// An invalid configuration; a root that is in use or cannot be written.
     pub async fn open(
         config: ImageServiceConfig,
         root: &Path,
+        unpacker: Unpacker,
         observer: Arc<dyn Observer>,
     ) -> Result<Self, Error> {
         let root = root.to_owned();
@@ -82,7 +85,7 @@ impl ImageService {
         .await??;
         let layers = Arc::new(Layers::new(
             Arc::clone(&store),
-            limits,
+            Unpacking { unpacker, limits },
             Arc::clone(&observer),
         ));
         Ok(Self {

@@ -25,6 +25,7 @@ pub(super) fn validate(config: &Config) -> Result<(), Wrong> {
         ("run_dir", &config.run_dir),
         ("vmm", &config.vmm),
         ("shim", &config.shim),
+        ("unpacker", &config.unpacker),
         ("network.conf_dir", &network.conf_dir),
         ("network.netns_dir", &network.netns_dir),
     ]
@@ -45,13 +46,15 @@ pub(super) fn validate(config: &Config) -> Result<(), Wrong> {
             return fail("network.source_check_exempt", why);
         }
     }
-    let last = u32::MAX - UIDS;
+    // The highest number is nobody's.
+    let last = u32::MAX - UIDS - 1;
     if !(1..=last).contains(&config.uid_base) {
         return fail(
             "uid_base",
             format!(
-                "{} is not in 1 to {last}: {UIDS} ids follow it",
-                config.uid_base
+                "{} is not in 1 to {last}: {} ids follow it",
+                config.uid_base,
+                UIDS + 1
             ),
         );
     }
@@ -250,7 +253,8 @@ mod tests {
             ),
             ("vmm: drupe-vmm", "vmm"),
             ("uid_base: 0", "uid_base"),
-            ("uid_base: 4294901761", "uid_base"),
+            ("unpacker: drupe-unpacker", "unpacker"),
+            ("uid_base: 4294901759", "uid_base"),
             (
                 "runtimes: {microvm: {kernel: kernel}}",
                 "runtimes.microvm.kernel",
@@ -269,7 +273,7 @@ mod tests {
             let error = load(text).unwrap_err().to_string();
             assert!(error.contains(field), "{text}: {error}");
         }
-        load("uid_base: 4294901759").unwrap();
+        load("uid_base: 4294901758").unwrap();
         load("network: {source_check_exempt: [kube-system, '*']}").unwrap();
     }
 }

@@ -56,6 +56,7 @@ pub(super) fn drupe(node: &Node) -> Result<Value> {
         "log_level": "debug",
         "vmm": node.program("drupe-vmm", artifacts::vmm)?,
         "shim": node.program("drupe-shim", artifacts::shim)?,
+        "unpacker": node.program("drupe-unpacker", artifacts::unpacker)?,
         "runtimes": {
             "microvm": {
                 "machine": machine.name(),

@@ -15,6 +15,7 @@ const PROGRAMS: &[(&str, Built)] = &[
     ("drupe", artifacts::daemon),
     ("drupe-vmm", artifacts::vmm),
     ("drupe-shim", artifacts::shim),
+    ("drupe-unpacker", artifacts::unpacker),
 ];
 
 impl Node {

@@ -1,6 +1,6 @@
 #![no_main]
 
-use imagesvc::hostile::layer;
+use drupe_unpacker::hostile::layer;
 
 libfuzzer_sys::fuzz_target!(|script: &[u8]| {
     layer(script).expect("taken or refused");

@@ -1,8 +1,7 @@
-//! One layer from its compressed bytes to its EROFS file, in one blocking
-//! thread.
+//! One layer from its compressed bytes to its EROFS file.
 //!
 //! ```text
-//! registry ──channel──▶ Tee ──▶ decompress, convert ──▶ tmp/… ──▶ layers/…
+//! registry ──channel──▶ Tee ──▶ unpackers ──▶ tmp/… ──▶ layers/…
 //!                        └─▶ ingest/… (until the layer is done)
 //! ```
 //!
@@ -20,14 +19,15 @@ use std::{
 
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
+use unpacker_client::Stop;
 
 use crate::{
     digest::{Digest, Hasher},
     error::{LayerError, StoreError},
-    layer::{self, Limits},
     manifest::LayerBlob,
     observer::Observer,
     store::{Files, LayerOnDisk, remove_file},
+    unpack::{Packed, Unpacking},
 };
 
 /// Pieces in which what follows the archive is read.
@@ -54,49 +54,68 @@ impl Feed {
     }
 }
 
-/// Sends to `start` how many bytes are there already; `feed` brings the
-/// others. The layer becomes visible only if every byte was right.
+/// Where a download's other end is told how it goes.
+pub(super) struct Told {
+    /// How many bytes are there already: the feed brings the others.
+    pub(super) start: oneshot::Sender<u64>,
+    /// Dropped when no more of them are of use.
+    pub(super) enough: oneshot::Sender<()>,
+}
+
+/// Takes what is there and what `feed` brings, until `stop`. The layer becomes
+/// visible only if every byte was right.
 pub(super) fn ingest(
     files: &Files,
     layer: &LayerBlob,
-    limits: &Limits,
-    start: oneshot::Sender<u64>,
+    unpacking: &Unpacking,
+    told: Told,
     feed: Feed,
+    stop: &Stop,
 ) -> Result<Ingested, LayerError> {
     let path = files.ingest(&layer.blob.digest);
     let mut tee = Tee::open(path.clone(), &layer.blob.digest, layer.blob.size, feed)?;
-    if start.send(tee.on_disk).is_err() {
+    if told.start.send(tee.on_disk).is_err() {
         return Err(LayerError::Stopped);
     }
-    let mut out = files.temporary()?;
-    let converted = layer::convert(&mut tee, layer.compression, limits, out.as_file_mut());
-    let converted = match (converted, tee.failure.take()) {
-        (_, Some(failure)) => return Err(failure),
-        (Err(error), None) => return Err(error.into()),
-        (Ok(converted), None) => converted,
+    let out = files.temporary()?;
+    let packed = Packed {
+        digest: &layer.blob.digest,
+        size: layer.blob.size,
+        declared: layer.compression,
+    };
+    let unpacked = unpacking.layer(packed, &mut tee, told.enough, out.as_file(), stop);
+    let unpacked = match (unpacked.map_err(LayerError::from), tee.failure.take()) {
+        (_, Some(failure)) if !matches!(failure, LayerError::Stopped) => return Err(failure),
+        (Err(LayerError::Stopped), _) => {
+            // What has come is kept.
+            tee.drain()?;
+            return Err(LayerError::Stopped);
+        }
+        // That the feed has ended is of its making.
+        (unpacked, _) => unpacked?,
     };
     tee.drain()?;
     let actual = tee.hasher.finish();
     if actual != layer.blob.digest {
         return Err(LayerError::Digest { actual });
     }
-    let diff_id = Digest::from_sha256(&converted.diff_id);
-    let published = files.layer(&diff_id, converted.opaque_root);
+    let written = unpacked.written;
+    let published = files.layer(&unpacked.diff_id, written.opaque_root);
     files.publish(out, &published)?;
     remove_file(&path)?;
-    if converted.dropped_xattrs > 0 {
+    if written.dropped_xattrs > 0 {
         tracing::info!(
             layer = %layer.blob.digest,
-            count = converted.dropped_xattrs,
+            count = written.dropped_xattrs,
             "extended attributes left out"
         );
     }
     Ok(Ingested {
-        diff_id,
+        diff_id: unpacked.diff_id,
         on_disk: LayerOnDisk {
             path: published,
-            len: converted.erofs_len,
-            opaque: converted.opaque_root,
+            len: written.erofs_len,
+            opaque: written.opaque_root,
         },
     })
 }

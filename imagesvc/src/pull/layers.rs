@@ -4,17 +4,18 @@ use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
+use unpacker_client::{Failure, stopper};
 
-use super::ingest::{Feed, Ingested, ingest};
+use super::ingest::{Feed, Ingested, Told, ingest};
 use crate::{
     digest::Digest,
     error::{LayerError, StoreError},
     flight::Flights,
-    layer::Limits,
     manifest::LayerBlob,
     observer::Observer,
     registry::Session,
     store::{Files, Store, remove_file},
+    unpack::Unpacking,
 };
 
 /// Pieces from the network that wait for the disk. Each is some 100 KiB.
@@ -26,23 +27,27 @@ const JOINS: u32 = 8;
 
 pub(crate) struct Layers {
     store: Arc<Store>,
-    limits: Limits,
+    unpacking: Unpacking,
     flights: Flights<Digest, Result<Ingested, LayerError>>,
     observer: Arc<dyn Observer>,
 }
 
 impl Layers {
-    pub(crate) fn new(store: Arc<Store>, limits: Limits, observer: Arc<dyn Observer>) -> Self {
+    pub(crate) fn new(
+        store: Arc<Store>,
+        unpacking: Unpacking,
+        observer: Arc<dyn Observer>,
+    ) -> Self {
         Self {
             store,
-            limits,
+            unpacking,
             flights: Flights::new(),
             observer,
         }
     }
 
-    pub(super) fn limits(&self) -> &Limits {
-        &self.limits
+    pub(super) fn unpacking(&self) -> &Unpacking {
+        &self.unpacking
     }
 
     /// The layer's file, fetched over `session` if nobody else is at it.
@@ -56,7 +61,7 @@ impl Layers {
             let work = |cancel| {
                 run(
                     Arc::clone(&self.store),
-                    self.limits,
+                    self.unpacking.clone(),
                     Arc::clone(session),
                     layer.clone(),
                     Arc::clone(&self.observer),
@@ -88,7 +93,7 @@ impl Layers {
 /// Stops soon after `cancel`, and not before its thread has ended.
 async fn run(
     store: Arc<Store>,
-    limits: Limits,
+    unpacking: Unpacking,
     session: Arc<Session>,
     layer: LayerBlob,
     observer: Arc<dyn Observer>,
@@ -98,7 +103,8 @@ async fn run(
     // A file from before may be damaged: then once more from the start.
     for _ in 0..2 {
         let files = store.files();
-        let (result, resumed) = attempt(files, limits, &session, &layer, &observer, &cancel).await;
+        let (result, resumed) =
+            attempt(files, &unpacking, &session, &layer, &observer, &cancel).await;
         error = match result {
             Ok(ingested) => return Ok(ingested),
             Err(error) => error,
@@ -123,7 +129,7 @@ async fn run(
 /// The second value: whether bytes from before were used.
 async fn attempt(
     files: &Files,
-    limits: Limits,
+    unpacking: &Unpacking,
     session: &Session,
     layer: &LayerBlob,
     observer: &Arc<dyn Observer>,
@@ -135,9 +141,15 @@ async fn attempt(
         observer: Arc::clone(observer),
     };
     let (start, started) = oneshot::channel();
+    let (enough, is_enough) = oneshot::channel();
+    let told = Told { start, enough };
+    let (stopper, stop) = match stopper() {
+        Ok(pair) => pair,
+        Err(error) => return (Err(Failure::Pipe(error).into()), false),
+    };
     let thread = {
-        let (files, layer) = (files.clone(), layer.clone());
-        tokio::task::spawn_blocking(move || ingest(&files, &layer, &limits, start, feed))
+        let (files, layer, unpacking) = (files.clone(), layer.clone(), unpacking.clone());
+        tokio::task::spawn_blocking(move || ingest(&files, &layer, &unpacking, told, feed, &stop))
     };
     let mut resumed = false;
     let download = async {
@@ -155,13 +167,18 @@ async fn attempt(
     let download = tokio::select! {
         result = download => result.map_err(LayerError::from),
         () = cancel.cancelled() => Err(LayerError::Stopped),
+        // The thread has all it needs, or has failed and says why.
+        _ = is_enough => Ok(()),
     };
-    // Nothing more comes: the thread ends with what it has.
+    // It is told to stop before its feed ends: an end alone is what unpackers
+    // take for a layer that is cut.
+    let stopper = download.is_ok().then_some(stopper);
     drop(sink);
     let ingested = match thread.await {
         Ok(result) => result,
         Err(_) => Err(StoreError::Task.into()),
     };
+    drop(stopper);
     let result = match (ingested, download) {
         (Err(LayerError::Stopped), Err(error)) => Err(error),
         (ingested, _) => ingested,

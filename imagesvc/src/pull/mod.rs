@@ -333,9 +333,12 @@ impl Pull {
 
     /// Length of the layer that goes on top of `layers`, if they need one.
     async fn restore_directories(&self, layers: &[LayerRecord]) -> Result<Option<u64>, Error> {
-        let (store, limits) = (Arc::clone(&self.store), *self.layers.limits());
+        let (store, fetched) = (Arc::clone(&self.store), Arc::clone(&self.layers));
         let diff_ids: Vec<Digest> = layers.iter().map(|l| l.diff_id.clone()).collect();
-        let work = move || Ok(directories::restore(store.files(), &limits, &diff_ids));
+        let work = move || {
+            let unpacking = fetched.unpacking();
+            Ok(directories::restore(store.files(), unpacking, &diff_ids))
+        };
         let restored = blocking(work).await?;
         restored.map_err(|source| Error::Directories {
             image: self.reference.to_string(),

@@ -138,7 +138,7 @@ impl Files {
     }
 
     /// The layer that goes on top of those with `chain_id`, for the images that
-    /// need one: see [`crate::layer::Restored`].
+    /// need one: see `imagesvc/unpacker/src/layer/inherit.rs`.
     pub(crate) fn directories(&self, chain_id: &Digest) -> PathBuf {
         let name = format!("{}{DIRECTORIES_SUFFIX}", chain_id.hex());
         self.layers().join(name)

@@ -17,7 +17,7 @@ pub(crate) struct ImageRecord {
     /// Lowest first.
     pub(crate) layers: Vec<LayerRecord>,
     /// Bytes of the layer that goes on top of them, if the image needs one:
-    /// see [`crate::layer::Restored`]. It is found by [`Self::chain_id`].
+    /// see `imagesvc/unpacker/src/layer/inherit.rs`. It is found by [`Self::chain_id`].
     pub(crate) directories_len: Option<u64>,
 }
 

@@ -9,3 +9,4 @@ mod pull;
 mod resume;
 mod store;
 mod support;
+mod unpacker;

@@ -14,7 +14,7 @@ use crate::support::{
     image::{DOCKER_MANIFEST, Layer, OCI_INDEX, Packing, TestImage, host_arch, index, noise},
     open, open_with,
     registry::{Registry, push, push_manifest},
-    with_registry,
+    unpacker, with_registry,
 };
 
 /// One layer of each kind of compression.
@@ -127,7 +127,7 @@ async fn an_observer_is_told_what_came_of_pulls_and_what_came_over_the_wire() {
     push(&host, "app", "1.0", &image).await;
     let told = Arc::new(Told::default());
     let config = ImageServiceConfig::default();
-    let service = ImageService::open(config, root.path(), told.clone());
+    let service = ImageService::open(config, root.path(), unpacker(), told.clone());
     let service = service.await.unwrap();
 
     let name = format!("{host}/app:1.0");

@@ -12,7 +12,7 @@ use crate::support::{
     files,
     http::{Reply, Server, registry_reply},
     image::{Layer, Packing, TestImage},
-    open,
+    open, unpacker,
 };
 
 /// A registry with an image under each repository name.
@@ -348,15 +348,16 @@ async fn a_store_has_one_owner() {
     let root = tempfile::tempdir().unwrap();
     let service = open(root.path()).await;
     let config = imagesvc::ImageServiceConfig::default();
-    let error = match imagesvc::ImageService::open(config.clone(), root.path(), Arc::new(())).await
-    {
+    let again = || {
+        let (config, observer) = (config.clone(), Arc::new(()));
+        imagesvc::ImageService::open(config, root.path(), unpacker(), observer)
+    };
+    let error = match again().await {
         Err(error) => error,
         Ok(_) => panic!("opened twice"),
     };
     assert_eq!(error.kind(), ErrorKind::Internal);
     assert!(error.to_string().contains("in use"), "{error}");
     drop(service);
-    imagesvc::ImageService::open(config, root.path(), Arc::new(()))
-        .await
-        .unwrap();
+    again().await.unwrap();
 }

@@ -5,13 +5,15 @@ pub(crate) mod image;
 pub(crate) mod registry;
 
 use std::{
+    collections::BTreeMap,
+    fs,
     os::fd::AsFd,
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use imagesvc::{ImageService, ImageServiceConfig, RegistryConfig};
+use imagesvc::{ImageService, ImageServiceConfig, RegistryConfig, Unpacker};
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::inotify::{AddWatchFlags, InitFlags, Inotify},
@@ -26,9 +28,32 @@ pub(crate) async fn open(root: &Path) -> ImageService {
 }
 
 pub(crate) async fn open_with(config: ImageServiceConfig, root: &Path) -> ImageService {
-    ImageService::open(config, root, Arc::new(()))
+    ImageService::open(config, root, unpacker(), Arc::new(()))
         .await
         .unwrap()
+}
+
+/// `drupe-unpacker` as it was built: `DRUPE_TEST_UNPACKER`, or beside these
+/// tests.
+pub(crate) fn unpacker() -> Unpacker {
+    let built = || {
+        let deps = std::env::current_exe().unwrap();
+        deps.ancestors().nth(2).unwrap().join("drupe-unpacker")
+    };
+    let program = std::env::var_os("DRUPE_TEST_UNPACKER").map_or_else(built, PathBuf::from);
+    assert!(
+        program.exists(),
+        "{} is missing: run `make build`",
+        program.display()
+    );
+    // Nobody's.
+    let id = 1_879_113_728;
+    Unpacker {
+        program,
+        uid: id,
+        gid: id,
+        strict: false,
+    }
 }
 
 pub(crate) fn with_registry(name: &str, registry: RegistryConfig) -> ImageServiceConfig {
@@ -36,6 +61,25 @@ pub(crate) fn with_registry(name: &str, registry: RegistryConfig) -> ImageServic
         registries: [(name.to_owned(), registry)].into(),
         ..ImageServiceConfig::default()
     }
+}
+
+/// The processes at a layer, by task.
+pub(crate) fn unpackers(layer: &str) -> BTreeMap<String, u32> {
+    let mut found = BTreeMap::new();
+    for entry in fs::read_dir("/proc").unwrap() {
+        let path = entry.unwrap().path();
+        let id = path.file_name().unwrap().to_str().unwrap().parse();
+        let (Ok(id), Ok(line)) = (id, fs::read(path.join("cmdline"))) else {
+            continue;
+        };
+        let line = String::from_utf8_lossy(&line).into_owned();
+        if let [_, task, name, ""] = line.split('\0').collect::<Vec<_>>()[..]
+            && name == layer
+        {
+            found.insert(task.to_owned(), id);
+        }
+    }
+    found
 }
 
 /// Every file below `root`, as relative paths, but the lock.

@@ -32,6 +32,8 @@ mod tests;
 
 use std::io;
 
+use unpacker_client::Limits;
+
 pub use data::{Content, FileWriter};
 pub use read::{Directory, Entry, Nid, ReadError, Reader};
 pub use tree::{Attr, Device, InodeId, Node, Timestamp, Tree};
@@ -62,6 +64,17 @@ pub struct Budget {
     /// Part of `max_metadata_bytes` that tails of files may take. Later files
     /// get a block of their own for their tail.
     pub max_tail_bytes: u64,
+}
+
+impl From<&Limits> for Budget {
+    fn from(limits: &Limits) -> Self {
+        Self {
+            max_image_bytes: limits.max_uncompressed_bytes,
+            max_entries: limits.max_entries,
+            max_metadata_bytes: limits.max_metadata_bytes,
+            max_tail_bytes: limits.max_tail_bytes,
+        }
+    }
 }
 
 #[derive(Debug, thiserror::Error)]

@@ -2,7 +2,8 @@
 
 use std::io;
 
-use super::limits::LimitError;
+use unpacker_client::LimitError;
+
 use super::path::{PathError, show};
 use super::pax::PaxError;
 use super::sparse::SparseError;
@@ -27,6 +28,9 @@ pub enum Error {
     Limit(#[from] LimitError),
     #[error("entry '{path}' of the layer")]
     Entry { path: String, source: EntryError },
+    /// Of whoever knows the image's UUID.
+    #[error("the layer's image is not to be finished")]
+    Uuid(#[source] io::Error),
     #[error("cannot finish the layer's image")]
     Image(#[source] erofs::Error),
     #[error("cannot read a converted layer")]

@@ -10,12 +10,11 @@ use std::io::{Read, Seek, Write};
 
 use super::archive::{Archive, Kind, Member};
 use super::error::{EntryError, Error, HardLinkReason};
-use super::limits::Limits;
 use super::mark::{MarkError, Marks, OVERLAY_XATTRS, implied_directory};
 use super::path::{EntryPath, Meaning, PathError, show};
-use super::resolve;
+use super::{Limits, resolve};
 use crate::erofs::{
-    self, Attr, Content, Device, InodeId, MAX_SYMLINK_LEN, Node, Tree, Writer, Xattrs,
+    self, Attr, Budget, Content, Device, InodeId, MAX_SYMLINK_LEN, Node, Tree, Writer, Xattrs,
 };
 
 pub(super) struct Builder<W: Write + Seek> {
@@ -35,7 +34,7 @@ pub(super) struct Built {
 
 impl<W: Write + Seek> Builder<W> {
     pub(super) fn new(out: W, limits: Limits) -> Result<Self, erofs::Error> {
-        let budget = limits.budget();
+        let budget = Budget::from(&limits);
         Ok(Self {
             tree: Tree::new(implied_directory(), budget),
             image: Writer::new(out, &budget)?,

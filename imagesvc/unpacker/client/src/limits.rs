@@ -1,13 +1,13 @@
 //! What one layer may cost. An image is hostile input: each number here
 //! bounds what its author can make a node spend.
 
-use crate::erofs::Budget;
+use serde::{Deserialize, Serialize};
 
 const KIB: u64 = 1024;
 const MIB: u64 = 1024 * KIB;
 const GIB: u64 = 1024 * MIB;
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
     /// Length of the archive once decompressed, and of the image made of it.
     pub max_uncompressed_bytes: u64,
@@ -41,17 +41,23 @@ impl Limits {
     /// 32 thousand tails of 1 KiB.
     pub const DEFAULT_MAX_TAIL_BYTES: u64 = 32 * MIB;
 
-    pub(super) fn budget(&self) -> Budget {
-        Budget {
-            max_image_bytes: self.max_uncompressed_bytes,
-            max_entries: self.max_entries,
-            max_metadata_bytes: self.max_metadata_bytes,
-            max_tail_bytes: self.max_tail_bytes,
-        }
+    /// Length that the image of a layer of `received` bytes can have: its data
+    /// within the ratio, and what describes it.
+    #[must_use]
+    pub fn image_bytes(&self, received: u64) -> u64 {
+        let data = received
+            .saturating_mul(self.max_ratio)
+            .max(self.ratio_floor_bytes);
+        let described = self.max_metadata_bytes.saturating_mul(2);
+        data.saturating_add(described)
+            .min(self.max_uncompressed_bytes)
     }
 
     /// Whether `produced` bytes out of `received` are within bounds.
-    pub(super) fn check(&self, received: u64, produced: u64) -> Result<(), LimitError> {
+    ///
+    /// # Errors
+    /// They are not.
+    pub fn check(&self, received: u64, produced: u64) -> Result<(), LimitError> {
         if produced > self.max_uncompressed_bytes {
             return Err(LimitError::TooLarge {
                 limit: self.max_uncompressed_bytes,

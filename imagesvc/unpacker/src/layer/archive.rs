@@ -16,7 +16,7 @@ use tar::Header;
 use super::error::{EntryError, Error};
 use super::header::{self, BLOCK, number};
 use super::pax::Pax;
-use super::source::{Source, Summary, limit_in};
+use super::source::Source;
 use super::sparse::{Extent, PaxForm, pax_form};
 use crate::erofs::Timestamp;
 
@@ -284,11 +284,6 @@ impl<R: Read> Archive<R> {
         self.read_exact(block)
     }
 
-    /// Every member was read.
-    pub(super) fn finish(self) -> Summary {
-        self.source.finish()
-    }
-
     fn skip_rest(&mut self) -> Result<(), Error> {
         loop {
             let len = self.fill_data()?.len();
@@ -338,11 +333,8 @@ impl<R: Read> Archive<R> {
     }
 }
 
-pub(super) fn read_error(offset: u64, source: std::io::Error) -> Error {
-    match limit_in(&source) {
-        Some(limit) => Error::Limit(limit),
-        None => Error::Read { offset, source },
-    }
+fn read_error(offset: u64, source: std::io::Error) -> Error {
+    Error::Read { offset, source }
 }
 
 fn kind(header: &Header, path: &[u8]) -> Result<Kind, Error> {

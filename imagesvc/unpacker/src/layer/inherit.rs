@@ -21,28 +21,27 @@ use std::collections::BTreeMap;
 use std::collections::btree_map;
 use std::io::{Read, Seek, Write};
 
-use sha2::{Digest as _, Sha256};
+use unpacker_client::{LimitError, Limits};
 
 use super::error::{EntryError, Error};
-use super::limits::{LimitError, Limits};
 use super::mark::{Marked, OVERLAY_XATTRS, implied_directory};
 use super::path::show;
-use crate::erofs::{Attr, InodeId, Nid, Reader, Tree, Writer, Xattrs};
+use crate::erofs::{Attr, Budget, InodeId, Nid, Reader, Tree, Writer, Xattrs};
 
 /// The directories that an image's layers, stacked, show with the wrong
 /// attributes: a layer to be put on top.
 #[derive(Debug)]
-pub(crate) struct Restored {
+pub struct Restored {
     tree: Tree,
     limits: Limits,
 }
 
 impl Restored {
     /// Of the images of `layers`, lowest first. None: no directory needs it.
-    pub(crate) fn of<R: Read + Seek>(
-        layers: Vec<R>,
-        limits: &Limits,
-    ) -> Result<Option<Self>, Error> {
+    ///
+    /// # Errors
+    /// An image cannot be read, or the layers are beyond `limits`.
+    pub fn of<R: Read + Seek>(layers: Vec<R>, limits: &Limits) -> Result<Option<Self>, Error> {
         let open = |image| Reader::open(image).map_err(Error::Converted);
         let stack = Stack {
             layers: layers.into_iter().map(open).collect::<Result<_, _>>()?,
@@ -57,10 +56,11 @@ impl Restored {
     }
 
     /// Writes the layer's image to `out`, which is empty; gives its length.
-    /// The bytes are a function of the stack, which `chain_id` names.
-    pub(crate) fn write(&self, chain_id: &str, out: impl Write + Seek) -> Result<u64, Error> {
-        let uuid = super::uuid(&Sha256::digest(chain_id).into());
-        let writer = Writer::new(out, &self.limits.budget()).map_err(Error::Image)?;
+    ///
+    /// # Errors
+    /// `out` cannot be written.
+    pub fn write(&self, uuid: [u8; 16], out: impl Write + Seek) -> Result<u64, Error> {
+        let writer = Writer::new(out, &Budget::from(&self.limits)).map_err(Error::Image)?;
         let (_, len) = writer.finish(&self.tree, uuid).map_err(Error::Image)?;
         Ok(len)
     }
@@ -215,7 +215,7 @@ impl<R: Read + Seek> Stack<R> {
                 None => implied_directory(),
             };
             match tree {
-                None => *tree = Some(Tree::new(attr, self.limits.budget())),
+                None => *tree = Some(Tree::new(attr, Budget::from(&self.limits))),
                 Some(tree) => {
                     parent = tree
                         .insert_directory(parent, &directory.name, attr)
