@@ -8,10 +8,12 @@ mod file;
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 
+use crate::faults;
 use crate::record::{ContainerRecord, PodRecord};
 use file::ReservedFile;
 
@@ -58,6 +60,7 @@ pub struct Store {
     path: Arc<Path>,
     /// None after an I/O error, which redb does not go on after.
     open: Arc<Mutex<Option<Database>>>,
+    writes: Arc<AtomicU64>,
 }
 
 /// Takes the database's file, made where there is none.
@@ -97,7 +100,13 @@ impl Store {
         Ok(Self {
             path: path.into(),
             open: Arc::new(Mutex::new(Some(database))),
+            writes: Arc::default(),
         })
+    }
+
+    /// How often something was written.
+    pub fn writes(&self) -> u64 {
+        self.writes.load(Ordering::Relaxed)
     }
 
     pub async fn put_pod(&self, record: &PodRecord) -> Result<(), StoreError> {
@@ -164,8 +173,9 @@ impl Store {
         &self,
         change: impl FnOnce(&redb::WriteTransaction) -> Result<(), StoreError> + Send + 'static,
     ) -> Result<(), StoreError> {
+        self.writes.fetch_add(1, Ordering::Relaxed);
         let store = self.clone();
-        tokio::task::spawn_blocking(move || {
+        faults::spawn_blocking(move || {
             let mut open = store.lock();
             let database = store.ready(&mut open)?;
             let written = (|| {
