@@ -194,11 +194,12 @@ fn told(outcome: Result<(), CliError>) -> ExitCode {
 }
 
 /// A fault in one task must not leave a daemon that only looks alive: it ends,
-/// is started again and takes its pods up.
+/// is started again and takes its pods up, but not one that ends it again.
 fn end_on_panic() {
     let tell = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         tell(panic);
+        podsandbox::faults::note_panic();
         std::process::abort();
     }));
 }

@@ -70,12 +70,11 @@ impl Overheads {
             ticks.tick().await;
             let ready = pods.list().into_iter().filter(PodSnapshot::is_ready);
             let figures = figures::of(pods, ready.filter(is_shown).collect()).await;
-            let measured = pods.overheads(figures).await;
-            self.take(
-                measured
-                    .into_iter()
-                    .map(|(pod, _, overhead)| (pod, overhead)),
-            );
+            let measured = figures.into_iter().map(|(pod, figures)| {
+                let overhead = figures.overhead(&pod.pod);
+                (pod, overhead)
+            });
+            self.take(measured);
         }
     }
 

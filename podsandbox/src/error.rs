@@ -123,6 +123,15 @@ pub enum Error {
     },
     #[error("the host's kernel has no EROFS, which image layers are: load the module erofs")]
     NoErofs,
+    #[error(
+        "pod {name} has ended drupe {ends} times by a fault of drupe's own: it is not served until \
+         drupe is updated, has run for an hour, or {ledger:?} is removed and drupe started again"
+    )]
+    EndedDaemon {
+        name: String,
+        ends: u32,
+        ledger: PathBuf,
+    },
     #[error("pod sandbox {id} is not ready: {state}")]
     PodNotReady { id: String, state: String },
     #[error("container {id} is {state}, {needed}")]
@@ -306,6 +315,7 @@ impl Error {
             | Self::Invalid { .. }
             | Self::Oci(_) => ErrorKind::InvalidArgument,
             Self::PodNotReady { .. }
+            | Self::EndedDaemon { .. }
             | Self::ContainerState { .. }
             | Self::MachineTooSmall { .. }
             | Self::HugePages { .. }
@@ -407,9 +417,11 @@ fn image_kind(error: &imagesvc::Error) -> ErrorKind {
 /// A VMM's report with the lines of the guest's console behind one another, as
 /// logs and clients take it.
 fn on_one_line(report: &str) -> String {
+    /// Some lines of the console.
+    const MAX_CHARS: usize = 4096;
     let lines = report.lines().map(str::trim);
     let lines: Vec<&str> = lines.filter(|line| !line.is_empty()).collect();
-    lines.join(" | ").replace(": | ", ": ")
+    vmm_client::plain_within(&lines.join(" | ").replace(": | ", ": "), MAX_CHARS)
 }
 
 /// An error and its causes in one sentence, each said once.

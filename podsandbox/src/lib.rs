@@ -15,7 +15,11 @@ pub mod devices;
 mod driver;
 mod error;
 pub mod events;
+pub mod faults;
+mod figures;
 pub mod host;
+#[cfg(test)]
+mod hostile;
 mod id_mapping;
 mod ids;
 mod log_file;
@@ -44,9 +48,10 @@ mod trash;
 mod volumes;
 
 pub use agent::AgentClient;
-pub use agent_api::{ContainerStats, DiskStats, GuestStats, Pressure, PressureData, StatsResponse};
+pub use agent_api::{ContainerStats, DiskStats, GuestStats, Pressure, PressureData};
 pub use context::now_nanos;
 pub use error::{Error, ErrorKind, Result, Step, sentence};
+pub use figures::{Figures, PodFigures};
 pub use manager::{ExecOutput, PodManager};
 pub use network::{Exempt, Network, NetworkOptions};
 pub use observer::{MachineEnd, NotStarted, Observer, StartFailure, StartOver, TraceParent};

@@ -18,16 +18,18 @@ use std::time::{Duration, Instant};
 use disk_usage::Cached;
 use imagesvc::ImageService;
 
+use crate::agent::budget::Shared;
 use crate::config::{Config, Engine, UIDS};
-use crate::context::{Context, now_nanos};
+use crate::context::{Context, later_nanos, now_nanos};
 use crate::driver::{Command, Driver, Handle, max_vcpus};
 use crate::events::Events;
+use crate::faults::{Ledger, Posture};
 use crate::network::Network;
 use crate::observer::{Observer, TraceParent};
 use crate::record::{ContainerRecord, PodKind, PodPhase, PodRecord};
 use crate::sizing::Bounds;
 use crate::snapshot::PodSnapshot;
-use crate::spec::{PodName, PodSpec};
+use crate::spec::PodSpec;
 use crate::store::Store;
 use crate::{Error, Result, cgroup, host, ids, sizing, trash};
 pub use streams::ExecOutput;
@@ -65,6 +67,7 @@ impl PodManager {
         network: Network,
         observer: Arc<dyn Observer>,
     ) -> Result<Self> {
+        let faults = Ledger::open(config.root.join("faults"));
         let store = Store::open(&config.root.join("state.redb"))?;
         let found = store.load()?;
         let uids = Uids::new(config.uid_base, found.last_uid);
@@ -75,6 +78,8 @@ impl PodManager {
             network,
             events: Events::default(),
             observer,
+            shared: Shared::default(),
+            faults,
         });
         // What a predecessor had no time for.
         trash::empty(&crate::paths::trash(&context.config));
@@ -139,6 +144,10 @@ impl PodManager {
         since: Instant,
         parent: Option<&TraceParent>,
     ) -> Result<Claim> {
+        let faults = &self.context.faults;
+        if let Posture::Avoid(ends) | Posture::Leave(ends) = faults.posture(&spec.name) {
+            return Err(faults.refusal(&spec.name, ends));
+        }
         let config = &self.context.config;
         let (handler, runtime) = config.runtime_for(&spec.handler, spec.host_namespaces)?;
         let (kind, machine, size) = match &runtime.engine {
@@ -189,10 +198,18 @@ impl PodManager {
                 return Ok(Claim::BeingUndone(handle.clone()));
             }
             return Err(Error::PodNameTaken {
-                name: full_name(&spec.name),
+                name: spec.name.to_string(),
                 id: id.clone(),
             });
         }
+        // The kubelet takes the sandbox that was made last for the pod's.
+        let earlier = pods.values().filter_map(|handle| {
+            let other = &handle.snapshot.borrow().pod;
+            let (a, b) = (&other.spec.name, &spec.name);
+            let same = a.namespace == b.namespace && a.name == b.name && a.uid == b.uid;
+            same.then_some(other.created_at_nanos)
+        });
+        let created_at_nanos = later_nanos(now_nanos(), earlier);
         let id = ids::new_id();
         let record = PodRecord {
             id: id.clone(),
@@ -200,7 +217,7 @@ impl PodManager {
             kind,
             machine,
             phase: PodPhase::Reserved,
-            created_at_nanos: now_nanos(),
+            created_at_nanos,
             uid: self.give_uid(&pods)?,
             vcpus: size.vcpus,
             memory_mib: size.memory_mib,
@@ -329,12 +346,10 @@ impl PodManager {
         }))
     }
 
-    /// Statistics from the pod's guest; none while it does not serve.
-    pub async fn stats(&self, snapshot: &PodSnapshot) -> Result<Option<agent_api::StatsResponse>> {
-        match &snapshot.agent {
-            Some(agent) => agent.stats(Vec::new()).await.map(Some),
-            None => Ok(None),
-        }
+    /// How often a record was written to disk since the daemon's start.
+    #[must_use]
+    pub fn record_writes(&self) -> u64 {
+        self.context.store.writes()
     }
 
     /// Where the node's CNI configuration stands: ready, or why not.
@@ -370,9 +385,3 @@ async fn detached(work: impl Future<Output = Result<()>> + Send + 'static) -> Re
     tokio::spawn(work).await.map_err(|_| Error::Stopping)?
 }
 
-fn full_name(name: &PodName) -> String {
-    format!(
-        "{}/{} (uid {}, attempt {})",
-        name.namespace, name.name, name.uid, name.attempt
-    )
-}

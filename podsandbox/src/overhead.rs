@@ -3,13 +3,15 @@
 //! not use.
 //!
 //! The node's side is what the kernel has charged the pod's control groups;
-//! the containers' side is the guest's word, so a hostile guest can make its
-//! overhead look smaller, never what the node is charged.
+//! the containers' side is the guest's word within that ([`crate::figures`]), so
+//! a hostile guest can make its overhead look smaller, never what the node is
+//! charged.
 
-use agent_api::{ContainerStats, StatsResponse};
+use agent_api::ContainerStats;
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::{self, Charge};
+use crate::figures::Figures;
 use crate::manager::PodManager;
 use crate::record::{PodKind, PodRecord};
 use crate::snapshot::PodSnapshot;
@@ -29,7 +31,7 @@ pub struct Overhead {
 }
 
 impl Overhead {
-    fn new(pod: &PodRecord, charge: Charge, figures: &StatsResponse) -> Self {
+    fn new(pod: &PodRecord, charge: Charge, figures: &Figures) -> Self {
         let memory = of_containers(figures, |container| container.memory_usage_bytes);
         let cpu = of_containers(figures, |container| container.cpu_usage_nanos);
         Self {
@@ -47,29 +49,22 @@ impl Overhead {
     }
 }
 
-impl PodManager {
-    /// The overhead of each pod that has a machine, beside what its guest has
-    /// said of its containers. What the node does not tell is left out.
-    pub async fn overheads(
-        &self,
-        pods: Vec<(PodSnapshot, Option<StatsResponse>)>,
-    ) -> Vec<(PodSnapshot, Option<StatsResponse>, Option<Overhead>)> {
-        let work = move || {
-            let one = |(pod, figures): (PodSnapshot, Option<StatsResponse>)| {
-                let overhead = figures.as_ref().and_then(|figures| of(&pod.pod, figures));
-                (pod, figures, overhead)
-            };
-            pods.into_iter().map(one).collect()
-        };
-        // A panic ends the daemon; it is being stopped.
-        tokio::task::spawn_blocking(work).await.unwrap_or_default()
+impl Figures {
+    /// What the pod costs beyond its containers; none while its guest does not
+    /// answer, for a pod on the host's kernel, and where the node does not tell.
+    #[must_use]
+    pub fn overhead(&self, pod: &PodRecord) -> Option<Overhead> {
+        let charge = self.charge.filter(|_| self.answered)?;
+        Some(Overhead::new(pod, charge, self))
     }
+}
 
+impl PodManager {
     /// Memory of the pod's processes (PSS) less what its containers use.
     pub async fn proportional_overhead(
         &self,
         pod: &PodSnapshot,
-        figures: &StatsResponse,
+        figures: &Figures,
     ) -> Result<Option<u64>> {
         let (PodKind::MicroVm, Some(parent)) = (pod.pod.kind, pod.pod.cgroup.clone()) else {
             return Ok(None);
@@ -83,21 +78,7 @@ impl PodManager {
     }
 }
 
-/// The guest can claim any numbers.
-fn of_containers(figures: &StatsResponse, figure: fn(&ContainerStats) -> u64) -> u64 {
-    let all = figures.containers.iter().map(figure);
+fn of_containers(figures: &Figures, figure: fn(&ContainerStats) -> u64) -> u64 {
+    let all = figures.containers.values().map(figure);
     all.fold(0, u64::saturating_add)
-}
-
-fn of(pod: &PodRecord, figures: &StatsResponse) -> Option<Overhead> {
-    let (PodKind::MicroVm, Some(parent)) = (pod.kind, &pod.cgroup) else {
-        return None;
-    };
-    match cgroup::charge(parent, &pod.id) {
-        Ok(charge) => Some(Overhead::new(pod, charge?, figures)),
-        Err(error) => {
-            tracing::warn!(pod = %pod.id, error = %error.sentence(), "cannot tell what the pod costs");
-            None
-        }
-    }
 }

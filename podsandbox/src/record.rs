@@ -208,3 +208,55 @@ impl ExitReason {
         }
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::{oci, spec};
+
+    /// A pod that serves, of no kubelet's group.
+    pub(crate) fn pod(id: &str, name: &str) -> PodRecord {
+        let mut spec = spec::tests::pod();
+        spec.name.name = name.to_owned();
+        PodRecord {
+            id: id.to_owned(),
+            spec,
+            handler: "microvm".to_owned(),
+            kind: PodKind::MicroVm,
+            phase: PodPhase::Ready,
+            created_at_nanos: 1,
+            uid: 1,
+            vcpus: 1,
+            memory_mib: 512,
+            machine_mib: 512,
+            cgroup: None,
+            network: None,
+            vmm_pid: None,
+            failure: None,
+            timeline: Vec::new(),
+        }
+    }
+
+    pub(crate) fn container(id: &str, pod: &str, phase: ContainerPhase) -> ContainerRecord {
+        ContainerRecord {
+            id: id.to_owned(),
+            pod_id: pod.to_owned(),
+            spec: oci::tests::container(),
+            image_id: "sha256:x".to_owned(),
+            image_ref: "sha256:x".to_owned(),
+            image_name: "busybox".to_owned(),
+            phase,
+            slot: None,
+            volume_slots: Vec::new(),
+            device_slots: Vec::new(),
+            stop_signal: "SIGTERM".to_owned(),
+            log_file: None,
+            created_at_nanos: 1,
+            started_at_nanos: 0,
+            exit: None,
+            pid: 0,
+            user: None,
+            binds: Vec::new(),
+        }
+    }
+}

@@ -184,7 +184,7 @@ async fn open(
     drop(open);
     let (sizes, resize) = mpsc::channel(SIZES);
     if opened.terminal {
-        tokio::spawn(keep_size(agent.clone(), token, resize));
+        tokio::spawn(agent.in_scope(keep_size(agent.clone(), token, resize)));
     }
     let agent = agent.clone();
     Ok(Session {
@@ -223,7 +223,7 @@ async fn next(
 ) -> Result<Event> {
     let message = tokio::select! {
         () = agent.stopped() => return Err(Error::Stopping),
-        message = events.message() => message,
+        message = agent.in_scope(events.message()) => message,
     };
     let event = message.map_err(|status| refused(call, &status))?;
     event.and_then(|event| event.event).ok_or(Error::Protocol {

@@ -62,11 +62,9 @@ pub fn size(
         }
         _ => runtime.default_vcpus,
     };
+    let most = bounds.host_cpus.min(bounds.max_vcpus).min(MAX_VCPUS);
     VmSize {
-        vcpus: vcpus.clamp(
-            1,
-            bounds.host_cpus.clamp(1, bounds.max_vcpus.min(MAX_VCPUS)),
-        ),
+        vcpus: vcpus.min(most).max(1),
         memory_mib,
         machine_mib: in_bounds(
             memory_mib.saturating_add(runtime.memory_headroom_mib),

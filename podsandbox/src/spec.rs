@@ -5,6 +5,7 @@
 //! are, so a restarted daemon knows what was asked for.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -18,6 +19,18 @@ pub struct PodName {
     pub namespace: String,
     pub uid: String,
     pub attempt: u32,
+}
+
+impl fmt::Display for PodName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            name,
+            namespace,
+            uid,
+            attempt,
+        } = self;
+        write!(f, "{namespace}/{name} (uid {uid}, attempt {attempt})")
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -9,11 +9,13 @@ mod file;
 use std::fs::{File, Permissions};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 
 use crate::config::UIDS;
+use crate::faults;
 use crate::record::{ContainerRecord, PodPhase, PodRecord};
 use file::ReservedFile;
 
@@ -67,6 +69,7 @@ pub struct Store {
     path: Arc<Path>,
     /// None after an I/O error, which redb does not go on after.
     open: Arc<Mutex<Option<Database>>>,
+    writes: Arc<AtomicU64>,
 }
 
 /// Takes the database's file, made where there is none.
@@ -112,7 +115,13 @@ impl Store {
         Ok(Self {
             path: path.into(),
             open: Arc::new(Mutex::new(Some(database))),
+            writes: Arc::default(),
         })
+    }
+
+    /// How often something was written.
+    pub fn writes(&self) -> u64 {
+        self.writes.load(Ordering::Relaxed)
     }
 
     /// With the first record of a pod goes its uid, which no other pod is to
@@ -186,8 +195,9 @@ impl Store {
         &self,
         change: impl FnOnce(&redb::WriteTransaction) -> Result<(), StoreError> + Send + 'static,
     ) -> Result<(), StoreError> {
+        self.writes.fetch_add(1, Ordering::Relaxed);
         let store = self.clone();
-        tokio::task::spawn_blocking(move || {
+        faults::spawn_blocking(move || {
             let mut open = store.lock();
             let database = store.ready(&mut open)?;
             let written = (|| {

@@ -8,13 +8,10 @@ mod table;
 
 use cri_api::v1;
 use podsandbox::record::ContainerRecord;
-use podsandbox::{ContainerStats, Overhead, PodSnapshot, Pressure, StatsResponse};
+use podsandbox::{ContainerStats, Figures, Overhead, PodSnapshot, Pressure};
 
 use self::table::{LABELS, METRICS};
-use super::stats::{MAX_INTERFACES, MAX_NAME};
 
-/// The guest can name any number of disks; a pod has some thirty.
-const MAX_DISKS: usize = 64;
 const NANOS: u64 = 1_000_000_000;
 
 pub fn descriptors() -> Vec<v1::MetricDescriptor> {
@@ -32,21 +29,15 @@ pub fn descriptors() -> Vec<v1::MetricDescriptor> {
         .collect()
 }
 
-/// Of a pod whose guest has given `figures` at `now`, in nanoseconds since the
-/// epoch.
-pub fn pod(
-    pod: &PodSnapshot,
-    figures: &StatsResponse,
-    overhead: Option<&Overhead>,
-    now: i64,
-) -> v1::PodSandboxMetrics {
+/// Of a pod that used so much at `now`, in nanoseconds since the epoch.
+pub fn pod(pod: &PodSnapshot, figures: &Figures, now: i64) -> v1::PodSandboxMetrics {
     let mut of_pod = Metrics::new(labels(pod, None));
-    of_pod.of_guest(pod, figures, now);
-    if let Some(overhead) = overhead {
-        of_pod.of_overhead(overhead);
+    of_pod.of_pod(pod, figures, now);
+    if let Some(overhead) = figures.overhead(&pod.pod) {
+        of_pod.of_overhead(&overhead);
     }
     let container = |record: &ContainerRecord| {
-        let of = figures.containers.iter().find(|c| c.id == record.id)?;
+        let of = figures.containers.get(&record.id)?;
         let mut metrics = Metrics::new(labels(pod, Some(record)));
         metrics.of_container(record, of, figures, now);
         Some(v1::ContainerMetrics {
@@ -110,22 +101,20 @@ impl Metrics {
         });
     }
 
-    fn of_guest(&mut self, pod: &PodSnapshot, figures: &StatsResponse, now: i64) {
-        let guest = figures.guest.clone().unwrap_or_default();
-        let used = guest
-            .memory_total_bytes
-            .saturating_sub(guest.memory_available_bytes);
+    fn of_pod(&mut self, pod: &PodSnapshot, figures: &Figures, now: i64) {
+        let (of, guest) = (&figures.pod, &figures.guest);
         let total = ["total"];
-        let cpu = guest.cpu_usage_nanos / NANOS;
+        let cpu = of.cpu_nanos / NANOS;
         self.add_with("container_cpu_usage_seconds_total", &total, cpu);
-        self.add("container_memory_usage_bytes", used);
-        self.add("container_memory_working_set_bytes", used);
+        self.add("container_memory_usage_bytes", of.memory_usage_bytes);
+        let working_set = of.memory_working_set_bytes;
+        self.add("container_memory_working_set_bytes", working_set);
         self.pressure("cpu", guest.cpu_pressure.as_ref());
         self.pressure("memory", guest.memory_pressure.as_ref());
         self.pressure("io", guest.io_pressure.as_ref());
         self.times(pod.pod.created_at_nanos, now);
-        for interface in guest.interfaces.iter().take(MAX_INTERFACES) {
-            let name: String = interface.name.chars().take(MAX_NAME).collect();
+        for interface in &guest.interfaces {
+            let name = interface.name.as_str();
             for (what, received, sent) in [
                 ("bytes", interface.rx_bytes, interface.tx_bytes),
                 ("packets", interface.rx_packets, interface.tx_packets),
@@ -138,7 +127,7 @@ impl Metrics {
             ] {
                 for (way, value) in [("receive", received), ("transmit", sent)] {
                     let metric = format!("container_network_{way}_{what}_total");
-                    self.add_with(&metric, &[&name], value);
+                    self.add_with(&metric, &[name], value);
                 }
             }
         }
@@ -157,7 +146,7 @@ impl Metrics {
         &mut self,
         record: &ContainerRecord,
         of: &ContainerStats,
-        figures: &StatsResponse,
+        figures: &Figures,
         now: i64,
     ) {
         self.cpu(record, of);
@@ -224,12 +213,12 @@ impl Metrics {
         }
     }
 
-    fn disks(&mut self, of: &ContainerStats, figures: &StatsResponse) {
+    fn disks(&mut self, of: &ContainerStats, figures: &Figures) {
         const SCRATCH: &str = "scratch";
         self.add_with("container_fs_usage_bytes", &[SCRATCH], of.fs_used_bytes);
         // A pod on the host's kernel has no disk of its own.
-        let guest = figures.guest.as_ref();
-        if let Some(guest) = guest.filter(|guest| guest.scratch_bytes > 0) {
+        let guest = &figures.guest;
+        if guest.scratch_bytes > 0 {
             for (name, value) in [
                 ("container_fs_limit_bytes", guest.scratch_bytes),
                 ("container_fs_inodes_total", guest.scratch_inodes),
@@ -238,21 +227,21 @@ impl Metrics {
                 self.add_with(name, &[SCRATCH], value);
             }
         }
-        for disk in of.disks.iter().take(MAX_DISKS) {
-            let name: String = disk.name.chars().take(MAX_NAME).collect();
+        for disk in &of.disks {
+            let name = disk.name.as_str();
             for (metric, value) in [
                 ("container_fs_reads_bytes_total", disk.read_bytes),
                 ("container_fs_reads_total", disk.reads),
                 ("container_fs_writes_bytes_total", disk.written_bytes),
                 ("container_fs_writes_total", disk.writes),
             ] {
-                self.add_with(metric, &[&name], value);
+                self.add_with(metric, &[name], value);
             }
             let (major, minor) = (disk.major.to_string(), disk.minor.to_string());
             for (operation, value) in [("Read", disk.read_bytes), ("Write", disk.written_bytes)] {
                 self.add_with(
                     "container_blkio_device_usage_total",
-                    &[&name, &major, &minor, operation],
+                    &[name, &major, &minor, operation],
                     value,
                 );
             }
@@ -328,24 +317,20 @@ mod tests {
             memory_peak_bytes: Some(1),
             ..ContainerStats::default()
         });
-        let figures = StatsResponse {
-            guest: Some(podsandbox::GuestStats {
-                scratch_bytes: 1,
-                ..podsandbox::GuestStats::default()
-            }),
-            ..StatsResponse::default()
-        };
+        const DISKS: usize = 9;
+        let mut figures = Figures::default();
+        figures.guest.scratch_bytes = 1;
         let disk = podsandbox::DiskStats::default();
         metrics.disks(
             &ContainerStats {
-                disks: vec![disk; MAX_DISKS + 9],
+                disks: vec![disk; DISKS],
                 ..ContainerStats::default()
             },
             &figures,
         );
         metrics.times(1, 2);
         // 6 of pressure, 13 of memory, 4 of the file system, 6 of a disk.
-        assert_eq!(metrics.all.len(), 6 + 13 + 4 + 6 * MAX_DISKS + 2);
+        assert_eq!(metrics.all.len(), 6 + 13 + 4 + 6 * DISKS + 2);
         for metric in &metrics.all {
             let of = described.iter().find(|d| d.name == metric.name).unwrap();
             assert_eq!(of.label_keys.len(), metric.label_values.len(), "{metric:?}");

@@ -29,12 +29,17 @@ pub fn parse(field: &str, resources: &v1::LinuxContainerResources) -> Result<Res
             "memory_swap_limit_in_bytes",
             resources.memory_swap_limit_in_bytes,
         )?,
-        oom_score_adj: i32::try_from(resources.oom_score_adj.clamp(-1000, 1000)).unwrap_or(0),
+        oom_score_adj: oom_score(resources),
         cpuset_cpus: resources.cpuset_cpus.clone(),
         cpuset_mems: resources.cpuset_mems.clone(),
         unified: resources.unified.clone().into_iter().collect(),
         hugepage_limits: hugepages(field, resources)?,
     })
+}
+
+#[expect(clippy::disallowed_methods, reason = "the bounds are constants")]
+fn oom_score(resources: &v1::LinuxContainerResources) -> i32 {
+    i32::try_from(resources.oom_score_adj.clamp(-1000, 1000)).unwrap_or(0)
 }
 
 /// An update: 0 and an empty text leave what there is, -1 lifts a limit.
@@ -51,7 +56,7 @@ pub fn parse_change(
         )),
     };
     let text = |value: &String| (!value.is_empty()).then(|| value.clone());
-    let score = i32::try_from(resources.oom_score_adj.clamp(-1000, 1000)).unwrap_or(0);
+    let score = oom_score(resources);
     Ok(ContainerChange {
         cpu_period_us: stated("cpu_period", resources.cpu_period)?,
         cpu_quota_us: limit(field, "cpu_quota", resources.cpu_quota)?,

@@ -1,13 +1,8 @@
-//! Statistics, from the agent's figures.
+//! Statistics, from figures that are bounded by then.
 
 use cri_api::v1;
 use podsandbox::record::ContainerRecord;
-use podsandbox::{ContainerStats, PodSnapshot, Pressure, PressureData, StatsResponse};
-
-/// The guest can claim any number; a pod has one, and what its containers add.
-pub(super) const MAX_INTERFACES: usize = 16;
-/// `IFNAMSIZ` less the null byte.
-pub(super) const MAX_NAME: usize = 15;
+use podsandbox::{ContainerStats, Figures, PodSnapshot, Pressure, PressureData};
 
 fn value(value: u64) -> Option<v1::UInt64Value> {
     Some(v1::UInt64Value { value })
@@ -99,31 +94,20 @@ pub fn container(
     }
 }
 
-pub fn pod(
-    pod: &PodSnapshot,
-    figures: Option<&StatsResponse>,
-    mountpoint: &str,
-) -> v1::PodSandboxStats {
+pub fn pod(pod: &PodSnapshot, figures: &Figures, mountpoint: &str) -> v1::PodSandboxStats {
     let spec = &pod.pod.spec;
     let timestamp = podsandbox::now_nanos();
-    let guest = figures.and_then(|f| f.guest.clone()).unwrap_or_default();
-    let used = guest
-        .memory_total_bytes
-        .saturating_sub(guest.memory_available_bytes);
-    let mut interfaces =
-        guest
-            .interfaces
-            .iter()
-            .take(MAX_INTERFACES)
-            .map(|i| v1::NetworkInterfaceUsage {
-                name: i.name.chars().take(MAX_NAME).collect(),
-                rx_bytes: value(i.rx_bytes),
-                rx_errors: value(i.rx_errors),
-                tx_bytes: value(i.tx_bytes),
-                tx_errors: value(i.tx_errors),
-            });
+    let (of, guest) = (&figures.pod, &figures.guest);
+    let interfaces = guest.interfaces.iter();
+    let mut interfaces = interfaces.map(|i| v1::NetworkInterfaceUsage {
+        name: i.name.clone(),
+        rx_bytes: value(i.rx_bytes),
+        rx_errors: value(i.rx_errors),
+        tx_bytes: value(i.tx_bytes),
+        tx_errors: value(i.tx_errors),
+    });
     let containers = pod.containers.values().map(|record| {
-        let of = figures.and_then(|f| f.containers.iter().find(|c| c.id == record.id));
+        let of = figures.containers.get(&record.id);
         container(record, of, timestamp, mountpoint)
     });
     v1::PodSandboxStats {
@@ -134,16 +118,12 @@ pub fn pod(
             annotations: spec.annotations.clone().into_iter().collect(),
         }),
         linux: Some(v1::LinuxPodSandboxStats {
-            cpu: Some(cpu(
-                timestamp,
-                guest.cpu_usage_nanos,
-                guest.cpu_pressure.as_ref(),
-            )),
+            cpu: Some(cpu(timestamp, of.cpu_nanos, guest.cpu_pressure.as_ref())),
             memory: Some(v1::MemoryUsage {
                 timestamp,
-                working_set_bytes: value(used),
-                available_bytes: value(guest.memory_available_bytes),
-                usage_bytes: value(used),
+                working_set_bytes: value(of.memory_working_set_bytes),
+                available_bytes: value(of.memory_available_bytes),
+                usage_bytes: value(of.memory_usage_bytes),
                 psi: psi(guest.memory_pressure.as_ref()),
                 ..v1::MemoryUsage::default()
             }),
@@ -154,7 +134,7 @@ pub fn pod(
             }),
             process: Some(v1::ProcessUsage {
                 timestamp,
-                process_count: value(guest.process_count),
+                process_count: value(of.tasks),
             }),
             containers: containers.collect(),
             io: io(timestamp, guest.io_pressure.as_ref()),

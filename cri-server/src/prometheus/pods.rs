@@ -9,6 +9,7 @@ use podsandbox::PodManager;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
 use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 
 use super::labels::{self, CONTAINER_STATES, POD_PHASES};
@@ -43,6 +44,11 @@ impl fmt::Debug for Pods {
 impl Collector for Pods {
     fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
         overhead::encode(&self.overheads.all(), &mut encoder)?;
+        let help = "Writes of records of pods and containers to disk.";
+        let writes = ConstCounter::new(self.pods.record_writes());
+        let written =
+            encoder.encode_descriptor("record_writes", help, None, MetricType::Counter)?;
+        writes.encode(written)?;
         let mut tally = Tally::new(&self.handlers);
         let mut machines = Machines::of(&self.pods);
         for snapshot in self.pods.snapshots() {

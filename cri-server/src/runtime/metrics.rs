@@ -1,4 +1,4 @@
-//! ListPodSandboxMetrics and its stream: of the pods whose guests answer.
+//! ListPodSandboxMetrics and its stream: of the pods that run.
 
 use cri_api::v1;
 
@@ -16,11 +16,8 @@ impl Runtime {
             .collect();
         let now = podsandbox::now_nanos();
         let figures = figures::of(&self.pods, ready).await;
-        let measured = self.pods.overheads(figures).await;
-        let known = measured.iter().filter_map(|(pod, figures, overhead)| {
-            let figures = figures.as_ref()?;
-            Some(metrics::pod(pod, figures, overhead.as_ref(), now))
-        });
+        let known = figures.iter();
+        let known = known.map(|(pod, figures)| metrics::pod(pod, figures, now));
         known.collect()
     }
 }

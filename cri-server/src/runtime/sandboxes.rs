@@ -75,14 +75,10 @@ impl Runtime {
         if !pod.is_ready() {
             return None;
         }
-        let figures = figures::of_one(&self.pods, pod).await?;
+        let figures = figures::of_one(&self.pods, pod).await;
+        let overhead = figures.overhead(&pod.pod)?;
         let shared = self.pods.proportional_overhead(pod, &figures).await;
-        let measured = self
-            .pods
-            .overheads(vec![(pod.clone(), Some(figures))])
-            .await;
-        let (_, _, overhead) = measured.into_iter().next()?;
-        let mut value = serde_json::to_value(overhead?).ok()?;
+        let mut value = serde_json::to_value(overhead).ok()?;
         match shared {
             Ok(bytes) => value["proportionalBytes"] = serde_json::json!(bytes),
             Err(error) => {

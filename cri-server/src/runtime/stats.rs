@@ -1,5 +1,5 @@
-//! Statistics. A pod whose guest does not answer is listed without figures; it
-//! never fails the list.
+//! Statistics. A pod whose guest does not answer is listed with what the node
+//! knows of it; it never fails the list.
 
 use cri_api::v1;
 use podsandbox::PodSnapshot;
@@ -20,10 +20,8 @@ impl Runtime {
         id: &str,
     ) -> Result<v1::ContainerStatsResponse, Status> {
         let (pod, record) = self.pods.container(id).map_err(error::pod)?;
-        let figures = self.pods.stats(&pod).await.map_err(error::pod)?;
-        let of = figures
-            .as_ref()
-            .and_then(|f| f.containers.iter().find(|c| c.id == record.id));
+        let figures = figures::of_one(&self.pods, &pod).await;
+        let of = figures.containers.get(&record.id);
         let timestamp = podsandbox::now_nanos();
         Ok(v1::ContainerStatsResponse {
             stats: Some(stats::container(&record, of, timestamp, &self.mountpoint())),
@@ -49,9 +47,7 @@ impl Runtime {
                 .values()
                 .filter(|c| filter::container_stats_match(c, &wanted));
             list.extend(picked.map(|record| {
-                let of = figures
-                    .as_ref()
-                    .and_then(|f| f.containers.iter().find(|c| c.id == record.id));
+                let of = figures.containers.get(&record.id);
                 stats::container(record, of, podsandbox::now_nanos(), &mountpoint)
             }));
         }
@@ -63,9 +59,9 @@ impl Runtime {
         id: &str,
     ) -> Result<v1::PodSandboxStatsResponse, Status> {
         let pod = self.pods.pod(id).map_err(error::pod)?;
-        let figures = self.pods.stats(&pod).await.map_err(error::pod)?;
+        let figures = figures::of_one(&self.pods, &pod).await;
         Ok(v1::PodSandboxStatsResponse {
-            stats: Some(stats::pod(&pod, figures.as_ref(), &self.mountpoint())),
+            stats: Some(stats::pod(&pod, &figures, &self.mountpoint())),
         })
     }
 
@@ -85,7 +81,7 @@ impl Runtime {
         v1::ListPodSandboxStatsResponse {
             stats: figures
                 .iter()
-                .map(|(pod, of)| stats::pod(pod, of.as_ref(), &mountpoint))
+                .map(|(pod, of)| stats::pod(pod, of, &mountpoint))
                 .collect(),
         }
     }

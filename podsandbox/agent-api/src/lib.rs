@@ -2,12 +2,14 @@
 //! generated from `proto/agent.proto`, and the bounds both sides keep to.
 #![forbid(unsafe_code)]
 
+pub mod bounds;
+pub mod codec;
 pub mod stream;
 
 tonic::include_proto!("drupe.agent.v1");
 
-/// Largest gRPC message either side takes. An OCI runtime spec is tens of KiB;
-/// statistics of a hundred containers fit many times.
+/// Largest gRPC message that an agent takes; an OCI runtime spec is tens of KiB.
+/// What a daemon takes is bounded by each call of its own.
 pub const MAX_MESSAGE_BYTES: usize = 4 * 1024 * 1024;
 
 /// RPCs under way on one connection: a session is one for as long as it lasts,
@@ -45,3 +47,14 @@ pub const POD_ETC: &str = "etc";
 
 /// In a container's bundle: a link to the directory that takes what it writes.
 pub const UPPER_LINK: &str = "upper";
+
+/// The longest text of an error that an agent tells, in bytes.
+pub const MAX_ERROR_BYTES: usize = 2048;
+
+/// Cuts the text of an error to [`MAX_ERROR_BYTES`]: it may quote a command line
+/// of megabytes.
+#[must_use]
+pub fn brief(mut text: String) -> String {
+    text.truncate(text.floor_char_boundary(MAX_ERROR_BYTES));
+    text
+}

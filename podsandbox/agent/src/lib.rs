@@ -28,6 +28,7 @@ pub mod stats;
 pub mod streams;
 pub mod sys;
 pub mod tree;
+mod trim;
 mod userns;
 
 use std::io;
@@ -102,6 +103,7 @@ async fn serve() -> Result<(), AgentError> {
     let containers = Containers::new(reaper).map_err(AgentError::Runtime)?;
     network::loopback_up().await.map_err(AgentError::Loopback)?;
     let listener = listen(AGENT_PORT)?;
+    tokio::spawn(trim::keep());
     tokio::spawn(streams::serve(listen(STREAM_PORT)?, containers.sessions()));
     // Held until the end, for a host that wants to see it.
     let _ready = announce().await.map_err(AgentError::Ready)?;

@@ -216,6 +216,7 @@ fn status(code: Code, error: &dyn std::error::Error) -> Status {
     Status::new(code, sentence(error))
 }
 
+/// The error and its causes, not too long to be told.
 pub fn sentence(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
@@ -228,7 +229,7 @@ pub fn sentence(error: &dyn std::error::Error) -> String {
         }
         source = cause.source();
     }
-    text
+    agent_api::brief(text)
 }
 
 fn sandbox_code(error: &SandboxError) -> Code {

@@ -179,7 +179,7 @@ impl Container {
                 code: code.unwrap_or(START_ERROR_CODE),
                 oom_killed: false,
                 finished_at_unix_nanos: clock::now_nanos(),
-                start_error: why,
+                start_error: agent_api::brief(why),
             },
         );
     }

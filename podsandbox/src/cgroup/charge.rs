@@ -12,17 +12,45 @@ use crate::{Error, Result};
 pub struct Charge {
     /// Without cached files of the node, which it drops when it needs memory.
     pub memory_bytes: u64,
+    /// With them.
+    pub usage_bytes: u64,
+    /// With those of them that were used lately: what the kubelet and cAdvisor
+    /// call the working set.
+    pub working_set_bytes: u64,
     pub cpu_nanos: u64,
+    /// Processes and threads; none where the node does not count them.
+    pub tasks: Option<u64>,
+}
+
+impl Charge {
+    fn add(&mut self, other: Self) {
+        let Self {
+            memory_bytes,
+            usage_bytes,
+            working_set_bytes,
+            cpu_nanos,
+            tasks,
+        } = other;
+        for (sum, value) in [
+            (&mut self.memory_bytes, memory_bytes),
+            (&mut self.usage_bytes, usage_bytes),
+            (&mut self.working_set_bytes, working_set_bytes),
+            (&mut self.cpu_nanos, cpu_nanos),
+        ] {
+            *sum = sum.saturating_add(value);
+        }
+        self.tasks = self.tasks.zip(tasks).map(|(a, b)| a.saturating_add(b));
+    }
 }
 
 /// None: there is no such group.
 pub fn charge(parent: &Path, id: &str) -> Result<Option<Charge>> {
-    let mut sum = None;
+    let mut sum: Option<Charge> = None;
     for group in groups(parent, id)? {
-        if let Some(charge) = charge_of(&group)? {
-            let sum = sum.get_or_insert(Charge::default());
-            sum.memory_bytes = sum.memory_bytes.saturating_add(charge.memory_bytes);
-            sum.cpu_nanos = sum.cpu_nanos.saturating_add(charge.cpu_nanos);
+        match (charge_of(&group)?, &mut sum) {
+            (Some(charge), Some(sum)) => sum.add(charge),
+            (Some(charge), None) => sum = Some(charge),
+            (None, _) => {}
         }
     }
     Ok(sum)
@@ -60,12 +88,12 @@ pub fn proportional_bytes(parent: &Path, id: &str) -> Result<u64> {
 
 fn charge_of(group: &Path) -> Result<Option<Charge>> {
     let below = group.strip_prefix("/").unwrap_or(group);
-    let (memory, cpu) = if is_unified() {
+    let (memory, cpu, pids) = if is_unified() {
         let dir = Path::new(ROOT).join(below);
-        (dir.clone(), dir)
+        (dir.clone(), dir.clone(), dir)
     } else {
         let of = |controller| Path::new(ROOT).join(controller).join(below);
-        (of("memory"), of("cpuacct"))
+        (of("memory"), of("cpuacct"), of("pids"))
     };
     let used = ["memory.current", "memory.usage_in_bytes"];
     let Some((path, used)) = first(&memory, &used)? else {
@@ -74,7 +102,9 @@ fn charge_of(group: &Path) -> Result<Option<Charge>> {
     let used = number(&path, &used)?;
     let path = memory.join("memory.stat");
     let stat = if_there(&path)?.unwrap_or_default();
-    let cached = ["inactive_file", "active_file"].map(|key| keyed(&stat, key).unwrap_or(0));
+    // With what is in groups below: v1 has it by another name.
+    let cached = |key: &str| keyed(&stat, &format!("total_{key}")).or_else(|| keyed(&stat, key));
+    let [unused, lately] = ["inactive_file", "active_file"].map(|key| cached(key).unwrap_or(0));
     let Some((path, text)) = first(&cpu, &["cpuacct.usage", "cpu.stat"])? else {
         return Ok(None);
     };
@@ -82,9 +112,15 @@ fn charge_of(group: &Path) -> Result<Option<Charge>> {
         Some(micros) => micros.saturating_mul(1000),
         None => number(&path, &text)?,
     };
+    let path = pids.join("pids.current");
+    let tasks = if_there(&path)?.map(|text| number(&path, &text));
+    let working_set_bytes = used.saturating_sub(unused);
     Ok(Some(Charge {
-        memory_bytes: used.saturating_sub(cached.iter().sum()),
+        memory_bytes: working_set_bytes.saturating_sub(lately),
+        usage_bytes: used,
+        working_set_bytes,
         cpu_nanos,
+        tasks: tasks.transpose()?,
     }))
 }
 
@@ -158,6 +194,10 @@ mod tests {
             assert!(begun.elapsed().as_secs() < 10, "{:?}", used());
             std::thread::yield_now();
         }
+        let now = used();
+        let [all, lately, held] = [now.usage_bytes, now.working_set_bytes, now.memory_bytes];
+        assert!(all >= lately && lately >= held, "{now:?}");
+        assert!(now.tasks >= Some(1), "{now:?}");
         assert!(proportional_bytes(parent, "p").unwrap() > 0);
         remove(parent, "p").await.unwrap();
         remove(beside(parent), "p").await.unwrap();

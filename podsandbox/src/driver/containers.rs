@@ -6,7 +6,7 @@ use tokio::task::JoinError;
 
 use super::Driver;
 use super::disks::slots_of;
-use crate::context::now_nanos;
+use crate::context::{now_nanos, told_nanos};
 use crate::record::{ContainerPhase, ContainerRecord, ExitReason, ExitRecord};
 use crate::volumes::Bind;
 use crate::{Error, Result, log_file, volumes};
@@ -27,6 +27,12 @@ pub(super) struct Freed {
 pub(super) fn end_is_presumed(record: &ContainerRecord) -> bool {
     let presumed = |exit: &ExitRecord| exit.presumed;
     record.phase == ContainerPhase::Removing && record.exit.as_ref().is_some_and(presumed)
+}
+
+/// Of a container that is over now, whatever became of the clock meanwhile.
+pub(super) fn finished_now(record: &ContainerRecord) -> i64 {
+    let begun = record.started_at_nanos.max(record.created_at_nanos);
+    now_nanos().max(begun)
 }
 
 impl Driver {
@@ -139,6 +145,7 @@ impl Driver {
             ));
         }
         let started = self.machine()?.agent.start(id).await;
+        let now = now_nanos();
         if matches!(
             started,
             Err(Error::AgentLink { .. } | Error::AgentTimeout { .. })
@@ -155,7 +162,10 @@ impl Driver {
                 if record.phase == ContainerPhase::Created {
                     record.phase = ContainerPhase::Running;
                 }
-                record.started_at_nanos = *at;
+                if record.started_at_nanos == 0 {
+                    let created = record.created_at_nanos;
+                    record.started_at_nanos = told_nanos(*at, created, now);
+                }
             }
             // It was killed before; its exit event is on the way.
             Err(Error::Agent {
@@ -166,7 +176,7 @@ impl Driver {
                 record.phase = ContainerPhase::Exited;
                 record.exit = Some(ExitRecord {
                     code: START_ERROR_CODE,
-                    finished_at_nanos: now_nanos(),
+                    finished_at_nanos: finished_now(record),
                     reason: ExitReason::StartError,
                     message: message.clone(),
                     presumed: false,
@@ -208,9 +218,10 @@ impl Driver {
             return Ok(());
         };
         record.phase = ContainerPhase::Removing;
+        let finished_at_nanos = finished_now(record);
         record.exit.get_or_insert_with(|| ExitRecord {
             code: KILLED,
-            finished_at_nanos: now_nanos(),
+            finished_at_nanos,
             reason: ExitReason::Error,
             message: "the container was removed".to_owned(),
             presumed: true,
@@ -226,6 +237,9 @@ impl Driver {
         }
         self.context.store.delete_container(id).await?;
         self.containers.remove(id);
+        if let Some(machine) = &self.machine {
+            machine.agent.budget().forget(id);
+        }
         self.publish();
         Ok(())
     }

@@ -11,13 +11,13 @@ use super::Driver;
 use super::containers::state_error;
 use super::devices::Devices;
 use super::disks::{Disk, Disks};
-use crate::context::now_nanos;
+use crate::context::{later_nanos, now_nanos};
 use crate::record::{ContainerPhase, ContainerRecord, PodPhase};
 use crate::seccomp::Profile;
 use crate::shell::{MAX_SHELLS, ShellError};
 use crate::spec::{self, ContainerName, ContainerSpec, Mount, PidNamespace, Seccomp};
 use crate::volumes::Bind;
-use crate::{Error, Result, host, id_mapping, ids, oci, volumes};
+use crate::{Error, Result, faults, host, id_mapping, ids, oci, volumes};
 
 /// Mounting waits for nothing unless a file system of the node hangs.
 const MOUNT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -75,7 +75,11 @@ impl Driver {
                 self.record.spec.log_directory.as_deref(),
                 spec.log_path.as_deref(),
             ),
-            created_at_nanos: now_nanos(),
+            // The kubelet goes by the container that was made last.
+            created_at_nanos: later_nanos(
+                now_nanos(),
+                self.containers.values().map(|other| other.created_at_nanos),
+            ),
             started_at_nanos: 0,
             exit: None,
             pid: 0,
@@ -84,6 +88,9 @@ impl Driver {
             spec,
         };
         let log_file = record.log_file.clone();
+        if let Some(machine) = &self.machine {
+            machine.agent.budget().know(&id);
+        }
         let outcome = match self.context.store.put_container(&record).await {
             Ok(()) if self.is_on_host() => {
                 self.put_together_on_host(&record, &root, &volumes, &devices)
@@ -287,7 +294,7 @@ pub(super) async fn mounting<T: Send + 'static>(
     spec: &ContainerSpec,
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
-    let work = tokio::task::spawn_blocking(work);
+    let work = faults::spawn_blocking(work);
     match tokio::time::timeout(MOUNT_TIMEOUT, work).await {
         Ok(joined) => joined.map_err(|_| Error::Stopping)?,
         Err(_) => Err(Error::MountTimeout {
@@ -305,7 +312,7 @@ pub(super) async fn seccomp_profile(spec: &ContainerSpec) -> Result<Option<Profi
         _ => return Ok(None),
     };
     let file = path.clone();
-    let work = tokio::task::spawn_blocking(move || Profile::read(&file));
+    let work = faults::spawn_blocking(move || Profile::read(&file));
     match tokio::time::timeout(MOUNT_TIMEOUT, work).await {
         Ok(joined) => joined
             .map_err(|_| Error::Stopping)?

@@ -12,7 +12,9 @@ mod containers;
 mod create;
 mod devices;
 mod disks;
+mod learn;
 mod on_host;
+mod orphans;
 mod resources;
 mod start;
 mod stop;
@@ -29,8 +31,10 @@ use tokio_util::sync::CancellationToken;
 use vmm_client::Control;
 
 use crate::agent::AgentClient;
+use crate::agent::budget::Budget;
 use crate::context::Context;
 use crate::events::Told;
+use crate::faults::{self, Scope};
 use crate::observer::{StartFailure, TraceParent};
 use crate::paths::PodPaths;
 use crate::phase::{PodEvent, PodPhase};
@@ -95,6 +99,23 @@ pub(crate) enum Command {
     },
 }
 
+impl Command {
+    /// A caller that has gone does not want the answer.
+    fn refuse(self, why: Error) {
+        match self {
+            Self::Create { reply, .. } => drop(reply.send(Err(why))),
+            Self::Start { reply, .. }
+            | Self::Signal { reply, .. }
+            | Self::RemoveContainer { reply, .. }
+            | Self::ReopenLog { reply, .. }
+            | Self::UpdateContainer { reply, .. }
+            | Self::UpdatePod { reply, .. }
+            | Self::Stop { reply }
+            | Self::Remove { reply } => drop(reply.send(Err(why))),
+        }
+    }
+}
+
 /// The way to a driver.
 #[derive(Clone)]
 pub(crate) struct Handle {
@@ -147,8 +168,11 @@ pub(crate) struct Driver {
     paths: PodPaths,
     containers: BTreeMap<String, ContainerRecord>,
     machine: Option<Machine>,
-    /// Containers of a supervisor that has gone resist being ended.
+    /// What a lost pod runs resists being ended.
     has_orphans: bool,
+    /// How often the pod has ended the daemon, if that is too often for
+    /// anything to be done with it.
+    is_left: Option<u32>,
     /// Containers that have ended and are being freed in the guest.
     freeing: JoinSet<containers::Freed>,
     publish: watch::Sender<PodSnapshot>,
@@ -192,6 +216,7 @@ impl Driver {
             containers,
             machine: None,
             has_orphans: false,
+            is_left: None,
             freeing: JoinSet::new(),
             publish,
             told: Mutex::new(told),
@@ -210,7 +235,8 @@ impl Driver {
         parent: Option<TraceParent>,
     ) -> Handle {
         let (mut driver, handle) = Self::new(context, record, BTreeMap::new());
-        tokio::spawn(async move {
+        let scope = driver.scope();
+        tokio::spawn(faults::in_scope(scope, async move {
             let outcome = driver.start(since).await;
             let took = since.elapsed();
             match outcome {
@@ -235,7 +261,7 @@ impl Driver {
                     }
                 }
             }
-        });
+        }));
         handle
     }
 
@@ -253,7 +279,8 @@ impl Driver {
             let cut_off = Err(Arc::new(Error::Stopping));
             driver.started.send_replace(Some(cut_off));
         }
-        tokio::spawn(async move {
+        let scope = driver.scope();
+        tokio::spawn(faults::in_scope(scope, async move {
             let place = turn.acquire_owned().await;
             driver.take_up().await;
             drop(place);
@@ -263,8 +290,14 @@ impl Driver {
             if !driver.publish.borrow().gone {
                 driver.run().await;
             }
-        });
+        }));
         handle
+    }
+
+    /// Whose fault it is when the daemon panics over this pod.
+    fn scope(&self) -> Option<Scope> {
+        let (id, name) = (&self.record.id, &self.record.spec.name);
+        Some(self.context.faults.scope(id, name))
     }
 
     async fn run(mut self) {
@@ -292,6 +325,11 @@ impl Driver {
 
     /// Returns whether the pod is gone.
     async fn handle(&mut self, command: Command) -> bool {
+        if let Some(ends) = self.is_left {
+            let refusal = self.context.faults.refusal(&self.record.spec.name, ends);
+            command.refuse(refusal);
+            return false;
+        }
         // A caller that has gone does not want the answer.
         match command {
             Command::Create { spec, reply } => drop(reply.send(self.create_container(*spec).await)),
@@ -336,12 +374,11 @@ impl Driver {
     /// Whether a stop or removal of the pod or of a container was begun and
     /// something resisted, or the end of a lost pod's containers did.
     fn is_unfinished(&self) -> bool {
-        self.record.phase.is_unfinished()
+        let removing = |c: &ContainerRecord| c.phase == ContainerPhase::Removing;
+        let unfinished = self.record.phase.is_unfinished()
             || self.has_orphans
-            || self
-                .containers
-                .values()
-                .any(|c| c.phase == ContainerPhase::Removing)
+            || self.containers.values().any(removing);
+        unfinished && self.is_left.is_none()
     }
 
     /// Tries again what was begun. Returns whether the pod is gone.
@@ -403,10 +440,16 @@ impl Driver {
 
     /// A client of the pod's agent, which is dialled when it is called.
     fn agent(&self) -> AgentClient {
-        AgentClient::new(
+        let budget = Budget::new(self.context.shared.clone());
+        for id in self.containers.keys() {
+            budget.know(id);
+        }
+        AgentClient::of_pod(
             self.paths.vsock.clone(),
             self.stopping.clone(),
             Arc::clone(&self.context.observer),
+            budget,
+            self.scope(),
         )
     }
 

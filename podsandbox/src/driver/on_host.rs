@@ -196,7 +196,7 @@ impl Driver {
         Ok((pid, control, events))
     }
 
-    fn cgroup_parent(&self) -> &Path {
+    pub(super) fn cgroup_parent(&self) -> &Path {
         let parent = self.record.cgroup.as_deref();
         parent.unwrap_or(Path::new(cgroup::OWN_PARENT))
     }
@@ -341,32 +341,11 @@ impl Driver {
         Ok(())
     }
 
-    /// Without their supervisor containers would run on unseen. What resists is
-    /// tried again.
-    pub(super) async fn end_orphans(&mut self) {
-        if !self.is_on_host() {
-            return;
-        }
-        let ended = cgroup::remove(self.cgroup_parent(), &self.record.id).await;
-        self.has_orphans = ended.is_err();
-        if let Err(error) = ended {
-            tracing::error!(pod = %self.record.id, error = %error.sentence(), "cannot end containers without a supervisor yet");
-        }
-    }
-
     /// Part of undoing: what is outside of the pod's volatile directory.
     pub(super) async fn remove_written(&self) -> Result<()> {
         trash::discard(&self.paths.trash, &self.paths.writable)?;
         trash::empty(&self.paths.trash);
         Ok(())
-    }
-
-    /// What the loss of the machine is called.
-    pub(super) fn ended(&self, reason: &str) -> String {
-        match self.record.kind {
-            PodKind::MicroVm => format!("the virtual machine ended: {reason}"),
-            PodKind::Host => format!("the pod's supervisor ended: {reason}"),
-        }
     }
 }
 

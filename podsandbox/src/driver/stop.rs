@@ -13,7 +13,7 @@ use crate::observer::MachineEnd;
 use crate::phase::{PodEvent, PodPhase};
 use crate::process::Process;
 use crate::record::ExitReason;
-use crate::{Error, Result, cgroup, scratch, volumes};
+use crate::{Error, Result, scratch, volumes};
 
 /// A killed VMM takes its guest along at once, and the kernel frees its memory;
 /// on a node whose CPUs are all busy that was seen to take 15 s. Nobody gains by
@@ -87,21 +87,8 @@ impl Driver {
     pub(super) async fn undo(&self) -> Result<()> {
         let id = &self.record.id;
         let machine = async {
-            let vmm = self.record.vmm_pid.and_then(|pid| Process::open(pid, id));
-            let ended = end_machine(&self.paths.control, vmm).await;
-            match (&self.record.spec.cgroup_parent, &self.record.cgroup) {
-                (Some(parent), _) => {
-                    let removed = cgroup::remove(parent, id).await;
-                    let boot = cgroup::remove(cgroup::beside(parent), id).await;
-                    ended.and(removed).and(boot)
-                }
-                (None, Some(own)) => {
-                    let removed = cgroup::remove(own, id).await;
-                    cgroup::remove_own_parent();
-                    ended.and(removed)
-                }
-                (None, None) => ended,
-            }
+            let ended = end_machine(&self.paths.control, self.monitor()).await;
+            ended.and(self.remove_groups().await)
         };
         // Neither needs the other: what the guest still sends goes nowhere.
         let (ended, detached) = tokio::join!(machine, self.context.network.del(id));

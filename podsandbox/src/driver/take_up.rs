@@ -6,9 +6,11 @@ use std::sync::Arc;
 use vmm_client::Control;
 use vmm_client::protocol::VmState;
 
+use super::learn::end;
 use super::watch_vm::{self, Ended};
 use super::{Driver, Machine};
 use crate::Result;
+use crate::faults::{self, Posture};
 use crate::phase::{PodEvent, PodPhase};
 use crate::process::Process;
 use crate::record::{ContainerPhase, ContainerRecord, ExitReason};
@@ -18,6 +20,16 @@ const CONNECT_TRIES: u32 = 3;
 
 impl Driver {
     pub(super) async fn take_up(&mut self) {
+        match self.context.faults.posture(&self.record.spec.name) {
+            Posture::Avoid(ends) if self.record.phase == PodPhase::Ready => {
+                return self.avoid(ends);
+            }
+            Posture::Leave(ends) => {
+                self.is_left = Some(ends);
+                return self.avoid(ends);
+            }
+            Posture::Serve | Posture::Avoid(_) => {}
+        }
         let result = match self.record.phase {
             PodPhase::Reserved | PodPhase::Starting => self.forget_half_made().await,
             PodPhase::Ready => self.reconnect().await,
@@ -34,6 +46,20 @@ impl Driver {
             self.record.failure = Some(error.sentence());
             self.advance_anyway(PodEvent::DaemonRestarted).await;
         }
+    }
+
+    /// For a pod that has ended the daemon: it is shown as failed and asked for
+    /// nothing. On record it stays what it was; a daemon without the fault takes
+    /// it up.
+    fn avoid(&mut self, ends: u32) {
+        let refusal = self.context.faults.refusal(&self.record.spec.name, ends);
+        let reason = refusal.sentence();
+        tracing::error!(pod = %self.record.id, %reason, "left alone");
+        for record in self.containers.values_mut() {
+            end(record, ExitReason::Unknown, &reason);
+        }
+        self.record.failure = Some(reason);
+        self.publish();
     }
 
     async fn forget_half_made(&mut self) -> Result<()> {
@@ -102,7 +128,7 @@ impl Driver {
     fn check_network(&self) {
         let (context, stopping) = (Arc::clone(&self.context), self.stopping.clone());
         let (id, name) = (self.record.id.clone(), self.record.spec.name.clone());
-        tokio::spawn(async move {
+        faults::spawn(async move {
             tokio::select! {
                 () = stopping.cancelled() => {}
                 complaint = context.network.check(&id) => if let Some(complaint) = complaint {

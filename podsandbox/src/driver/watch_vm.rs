@@ -1,30 +1,28 @@
 //! Watching a running pod from outside its driver: the VMM's end, and what the
 //! agent reports. Both become [`VmEvent`]s in one bounded queue.
 
-use std::collections::HashMap;
 use std::time::Duration;
 
 use agent_api::event::Event as AgentEvent;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use vmm_client::protocol::{Event, VmState};
 
-use super::Driver;
-use super::containers::{KILLED, end_is_presumed};
-use crate::agent::{AgentClient, plain};
-use crate::context::now_nanos;
+use crate::agent::budget::Bucket;
+use crate::agent::{AgentClient, cut_exit};
 use crate::observer::MachineEnd;
-use crate::record::{ContainerPhase, ExitReason, ExitRecord, PodPhase, ResolvedUser};
+use crate::{Error, faults};
 
 /// Events the driver has not taken yet; the watcher waits beyond that.
 const EVENT_QUEUE: usize = 64;
-/// Between attempts to reach an agent whose event stream broke.
-const RETRY: Duration = Duration::from_millis(200);
-
-/// What containerd answers for an exit nobody saw.
-const UNKNOWN_CODE: i32 = 255;
-/// `NGROUPS_MAX` of Linux.
-const MAX_GROUPS: usize = 65_536;
+/// Between attempts to reach an agent whose event stream broke: twice as long
+/// each time, until one has held.
+const RETRY_FIRST: Duration = Duration::from_millis(200);
+const RETRY_LAST: Duration = Duration::from_secs(5);
+const HOLDS_FROM: Duration = Duration::from_secs(10);
+/// A monitor says three things in its life.
+const MONITOR_EVENTS: u64 = 20;
 
 pub(super) enum VmEvent {
     /// The state of all containers: first after each (re)connection.
@@ -63,11 +61,16 @@ pub(super) fn watch(
     let ended = CancellationToken::new();
     {
         let (sender, ended, stopping) = (sender.clone(), ended.clone(), stopping.clone());
-        tokio::spawn(async move {
+        faults::spawn(async move {
+            let mut said = Bucket::new(1, MONITOR_EVENTS);
             let told = loop {
                 tokio::select! {
                     () = stopping.cancelled() => return,
                     event = vm.next() => match event {
+                        Ok(Some(_)) if !said.take(1, Instant::now()).is_zero() => {
+                            let reason = "its monitor process says the same again and again";
+                            break Ended::lost(reason.to_owned());
+                        }
                         Ok(Some(Event::State(status))) => {
                             if let VmState::Ended { reason, cause } = status.state {
                                 let end = cause.into();
@@ -87,7 +90,7 @@ pub(super) fn watch(
             drop(sender.send(VmEvent::Ended(told)).await);
         });
     }
-    tokio::spawn(async move {
+    faults::spawn(async move {
         tokio::select! {
             () = stopping.cancelled() => {}
             () = ended.cancelled() => {}
@@ -97,19 +100,26 @@ pub(super) fn watch(
     receiver
 }
 
-/// Subscribes before it lists, so that no exit falls between the two.
+/// Goes on until the driver listens no more.
 async fn follow_agent(agent: &AgentClient, sender: &mpsc::Sender<VmEvent>) {
+    let mut pause = RETRY_FIRST;
     loop {
+        let begun = Instant::now();
         if let Err(error) = follow_once(agent, sender).await {
             tracing::debug!(error = %error.sentence(), "agent's event stream broke; trying again");
         }
         if sender.is_closed() {
             return;
         }
-        tokio::time::sleep(RETRY).await;
+        if begun.elapsed() >= HOLDS_FROM {
+            pause = RETRY_FIRST;
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(RETRY_LAST);
     }
 }
 
+/// Subscribes before it lists, so that no exit falls between the two.
 async fn follow_once(agent: &AgentClient, sender: &mpsc::Sender<VmEvent>) -> crate::Result<()> {
     let mut stream = agent.events().await?;
     let listing = agent.list().await?;
@@ -121,10 +131,17 @@ async fn follow_once(agent: &AgentClient, sender: &mpsc::Sender<VmEvent>) -> cra
         .await
         .map_err(|status| crate::agent::refused("Events", &status))?
     {
+        agent.budget().event().await;
+        if !agent.budget().knew(&event.container_id) {
+            return Err(Error::Protocol {
+                call: "Events",
+                why: "it tells of a container that is not the pod's",
+            });
+        }
         if let Some(AgentEvent::Exit(exit)) = event.event {
             let event = VmEvent::Exit {
                 container: event.container_id,
-                exit,
+                exit: cut_exit(exit),
             };
             if sender.send(event).await.is_err() {
                 return Ok(());
@@ -132,160 +149,4 @@ async fn follow_once(agent: &AgentClient, sender: &mpsc::Sender<VmEvent>) -> cra
         }
     }
     Ok(())
-}
-
-impl Driver {
-    pub(super) async fn on_vm_event(&mut self, event: VmEvent) {
-        match event {
-            VmEvent::Listing(states) => self.learn_listing(states).await,
-            VmEvent::Exit { container, exit } => self.learn_exit(&container, exit).await,
-            VmEvent::Ended(ended) => self.lose_machine(ended).await,
-            VmEvent::WatcherGone => {
-                let ended = Ended::lost("its watcher ended".to_owned());
-                self.lose_machine(ended).await;
-            }
-        }
-    }
-
-    /// The guest may name what it likes as often as it likes: each container
-    /// of the pod is looked at once.
-    pub(super) async fn learn_listing(&mut self, states: Vec<agent_api::ContainerState>) {
-        let mut by_id: HashMap<String, agent_api::ContainerState> = states
-            .into_iter()
-            .map(|state| (state.id.clone(), state))
-            .collect();
-        let ids: Vec<String> = self.containers.keys().cloned().collect();
-        for id in ids {
-            if let Some(state) = by_id.remove(&id) {
-                self.learn_state(state).await;
-            }
-        }
-    }
-
-    async fn learn_state(&mut self, state: agent_api::ContainerState) {
-        let Some(record) = self.containers.get_mut(&state.id) else {
-            return;
-        };
-        let before = (
-            record.pid,
-            record.user.clone(),
-            record.phase,
-            record.started_at_nanos,
-        );
-        record.pid = state.pid;
-        record.user = Some(ResolvedUser {
-            uid: state.uid,
-            gid: state.gid,
-            supplemental_groups: state
-                .supplemental_groups
-                .iter()
-                .copied()
-                .take(MAX_GROUPS)
-                .collect(),
-        });
-        let running = state.phase() == agent_api::container_state::Phase::Running;
-        if running && record.phase == ContainerPhase::Created {
-            // Started, but the daemon died before it could write that down.
-            record.phase = ContainerPhase::Running;
-        }
-        if state.started_at_unix_nanos != 0 && record.started_at_nanos == 0 {
-            record.started_at_nanos = state.started_at_unix_nanos;
-        }
-        let after = (
-            record.pid,
-            record.user.clone(),
-            record.phase,
-            record.started_at_nanos,
-        );
-        match state.exit {
-            Some(exit) => self.learn_exit(&state.id, exit).await,
-            None if before != after => self.save_logged(&state.id).await,
-            None => {}
-        }
-    }
-
-    pub(super) async fn learn_exit(&mut self, id: &str, exit: agent_api::Exit) {
-        let Some(record) = self.containers.get_mut(id) else {
-            return;
-        };
-        let presumed = end_is_presumed(record);
-        if record.exit.is_some() && !presumed {
-            return;
-        }
-        // What is being removed stays so.
-        if !presumed {
-            record.phase = ContainerPhase::Exited;
-        }
-        record.exit = Some(ExitRecord {
-            code: exit.code,
-            // The guest's clock is the guest's word.
-            finished_at_nanos: exit
-                .finished_at_unix_nanos
-                .clamp(record.created_at_nanos, now_nanos()),
-            reason: ExitReason::of(exit.code, exit.oom_killed, &exit.start_error),
-            message: plain(&exit.start_error),
-            presumed: false,
-        });
-        self.save_logged(id).await;
-        // The next container needs the slot.
-        if !presumed {
-            self.begin_freeing(id);
-        }
-    }
-
-    /// The machine ended though nobody stopped the pod: the pod is not ready,
-    /// its containers are over, and the kubelet will make a new one.
-    async fn lose_machine(&mut self, ended: Ended) {
-        self.context.observer.machine_ended(ended.end);
-        let reason = plain(&ended.reason);
-        tracing::warn!(pod = %self.record.id, %reason, "pod lost its machine");
-        self.machine = None;
-        self.record.failure = Some(self.ended(&reason));
-        self.end_orphans().await;
-        self.end_containers(ExitReason::Error, &reason).await;
-        if self.record.phase == PodPhase::Ready
-            && let Err(error) = self.context.store.put_pod(&self.record).await
-        {
-            tracing::error!(pod = %self.record.id, %error, "cannot record the pod's failure");
-        }
-        self.publish();
-    }
-
-    /// Marks what was not over yet as ended with the machine.
-    pub(super) async fn end_containers(&mut self, reason: ExitReason, message: &str) {
-        let code = if reason == ExitReason::Unknown {
-            UNKNOWN_CODE
-        } else {
-            KILLED
-        };
-        let ids: Vec<String> = self.containers.keys().cloned().collect();
-        for id in ids {
-            let Some(record) = self.containers.get_mut(&id) else {
-                continue;
-            };
-            if matches!(
-                record.phase,
-                ContainerPhase::Created | ContainerPhase::Running
-            ) {
-                record.phase = ContainerPhase::Exited;
-                record.exit = Some(ExitRecord {
-                    code,
-                    finished_at_nanos: now_nanos(),
-                    reason,
-                    message: message.to_owned(),
-                    presumed: false,
-                });
-                self.save_logged(&id).await;
-            }
-        }
-    }
-
-    /// For changes nobody waits for: the snapshot is true even when the disk
-    /// refuses; after a restart the agent tells again.
-    pub(super) async fn save_logged(&self, id: &str) {
-        if let Err(error) = self.save_container(id).await {
-            tracing::error!(container = id, error = %error.sentence(), "cannot record the container's state");
-            self.publish();
-        }
-    }
 }

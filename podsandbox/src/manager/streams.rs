@@ -5,8 +5,10 @@ use std::time::Duration;
 
 use agent_api::exec_sync_event::Event as ExecEvent;
 use tokio::net::UnixStream;
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::PodManager;
+use crate::agent::budget::permits;
 use crate::record::{ContainerPhase, ContainerRecord};
 use crate::session::{AttachOptions, ExecOptions, Session};
 use crate::snapshot::PodSnapshot;
@@ -14,6 +16,8 @@ use crate::{AgentClient, Error, Result};
 
 /// What ExecSync returns of each stream at most; the field's runtimes agree.
 const EXEC_OUTPUT_LIMIT: usize = 16 << 20;
+/// The first piece of room for output; a probe says a line.
+const FIRST_ROOM: usize = 4 << 10;
 /// Beyond an exec's own time-out: for the answer to travel.
 const EXEC_GRACE: Duration = Duration::from_secs(5);
 
@@ -23,6 +27,43 @@ pub struct ExecOutput {
     pub stderr: Vec<u8>,
     pub exit_code: i32,
     pub timed_out: bool,
+    /// There was no room for more of it.
+    is_cut: bool,
+    /// Room for it, which all guests share.
+    room: Vec<OwnedSemaphorePermit>,
+}
+
+impl ExecOutput {
+    /// What is beyond the limit is dropped, as the field's runtimes do; and what
+    /// there is no room for while other commands have said a lot.
+    fn take(&mut self, bytes: &[u8], of: Of, agent: &AgentClient) {
+        let to = match of {
+            Of::Stdout => &mut self.stdout,
+            Of::Stderr => &mut self.stderr,
+        };
+        let left = EXEC_OUTPUT_LIMIT.saturating_sub(to.len());
+        let bytes = &bytes[..bytes.len().min(left)];
+        let (wanted, has) = (to.len() + bytes.len(), to.capacity());
+        if wanted > has && !self.is_cut {
+            let size = wanted.max(has * 2).max(FIRST_ROOM).min(EXEC_OUTPUT_LIMIT);
+            let all = Arc::clone(agent.budget().output());
+            match all.try_acquire_many_owned(permits(size - has)) {
+                Ok(room) => {
+                    to.reserve_exact(size - to.len());
+                    self.room.push(room);
+                }
+                Err(_) => self.is_cut = true,
+            }
+        }
+        if !self.is_cut {
+            to.extend_from_slice(bytes);
+        }
+    }
+}
+
+enum Of {
+    Stdout,
+    Stderr,
 }
 
 impl PodManager {
@@ -108,19 +149,14 @@ pub(super) fn serving(snapshot: &PodSnapshot) -> Result<AgentClient> {
 async fn collect(agent: &AgentClient, request: agent_api::ExecSyncRequest) -> Result<ExecOutput> {
     let mut stream = agent.exec_sync(request).await?;
     let mut output = ExecOutput::default();
-    // What is beyond the limit is dropped, as the field's runtimes do.
-    let take = |to: &mut Vec<u8>, bytes: Vec<u8>| {
-        let room = EXEC_OUTPUT_LIMIT.saturating_sub(to.len());
-        to.extend_from_slice(&bytes[..bytes.len().min(room)]);
-    };
-    while let Some(event) = stream
-        .message()
+    while let Some(event) = agent
+        .in_scope(stream.message())
         .await
         .map_err(|status| crate::agent::refused("ExecSync", &status))?
     {
         match event.event {
-            Some(ExecEvent::Stdout(bytes)) => take(&mut output.stdout, bytes),
-            Some(ExecEvent::Stderr(bytes)) => take(&mut output.stderr, bytes),
+            Some(ExecEvent::Stdout(bytes)) => output.take(&bytes, Of::Stdout, agent),
+            Some(ExecEvent::Stderr(bytes)) => output.take(&bytes, Of::Stderr, agent),
             Some(ExecEvent::Exit(exit)) => {
                 output.exit_code = exit.code;
                 output.timed_out = exit.timed_out;

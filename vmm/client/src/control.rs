@@ -14,6 +14,7 @@ use tokio::time::timeout;
 
 use crate::packet::AsyncPackets;
 use crate::protocol::{Event, MAX_FDS, Reply, Request, Status};
+use crate::text::plain;
 
 /// The VMM answers at once unless its disk thread waits for the host's disk.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -203,7 +204,7 @@ impl Control {
         match reply {
             Reply::Error { message } => Err(ControlError::Refused {
                 request: name,
-                message,
+                message: plain(&message),
             }),
             reply => Ok(reply),
         }

@@ -10,8 +10,10 @@ pub mod packet;
 pub mod protocol;
 mod spawn;
 mod spec;
+mod text;
 
 pub use control::{Control, ControlError, Events};
 pub use dial::{DialError, dial_vsock};
 pub use spawn::{SpawnError, SpawnRequest, VmmProcess, spawn};
 pub use spec::{FdRole, HugePages, IdRange, Machine, RateLimit, UmlMode, VmSpec};
+pub use text::{plain, plain_within};

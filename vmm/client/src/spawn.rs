@@ -25,6 +25,7 @@ use tokio::time::timeout;
 use crate::packet::AsyncPackets;
 use crate::protocol::Reply;
 use crate::spec::VmSpec;
+use crate::text::plain;
 
 /// From exec to the machine's start takes some 20 ms; a node that is
 /// overloaded beyond this cannot run the pod either.
@@ -198,7 +199,9 @@ pub async fn spawn(request: SpawnRequest) -> Result<VmmProcess, SpawnError> {
     };
     let error = match timeout(START_TIMEOUT, handoff).await {
         Ok(Ok(Some(Reply::Ok))) => return undo.keep(),
-        Ok(Ok(Some(Reply::Error { message }))) => SpawnError::Failed { message },
+        Ok(Ok(Some(Reply::Error { message }))) => SpawnError::Failed {
+            message: plain(&message),
+        },
         Ok(Ok(Some(Reply::Status(_)))) => SpawnError::Handoff(io::Error::new(
             io::ErrorKind::InvalidData,
             "an answer of another kind",

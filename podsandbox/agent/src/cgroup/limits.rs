@@ -145,6 +145,7 @@ fn check_name(file: &str) -> Result<(), CgroupError> {
 
 /// `cpu.weight` for OCI's cpu shares: the conversion that the field's runtimes
 /// agreed on, which maps 2 to 1, 1024 to 100 and 262144 to 10000.
+#[expect(clippy::disallowed_methods, reason = "the bounds are constants")]
 fn weight(shares: u64) -> u64 {
     if shares <= 2 {
         return *WEIGHT.start();

@@ -283,6 +283,7 @@ impl Containers {
         }
     }
 
+    #[expect(clippy::disallowed_methods, reason = "the bounds are constants")]
     pub async fn update(&self, request: UpdateContainerRequest) -> Result<(), Error> {
         let container = self.get(&request.id)?;
         let resources: LinuxResources =

@@ -54,7 +54,7 @@ async fn start(container: Arc<Container>) -> Result<i64, Error> {
                 LaunchError::Exec(exec) => exec.code,
                 _ => SETUP_FAILED,
             };
-            state.start_error = Some((error.to_string(), code));
+            state.start_error = Some((agent_api::brief(error.to_string()), code));
             Err(error.into())
         }
     }

@@ -1,0 +1,111 @@
+//! Monitors that run and cannot be reached any more: their machines are ended,
+//! rather than to run on where nobody sees them.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use e2e::{Node, Pod, eventually};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use rustix::net::{Shutdown, shutdown};
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+
+use crate::machine::{assert_ended, await_end};
+use crate::with_drupe;
+
+/// The pod's monitor, as the daemon knows it.
+fn monitor(node: &Node, pod: &Pod) -> Result<i32> {
+    let inspected = node.crictl_ok(&["inspectp", &pod.id])?;
+    let inspected: serde_json::Value = serde_json::from_str(&inspected)?;
+    let pid = inspected["info"]["pid"].as_i64().context("info.pid")?;
+    Ok(i32::try_from(pid)?)
+}
+
+/// Inodes of the sockets that listen at a pod's control socket, or were accepted
+/// there.
+fn control_sockets(node: &Node) -> Result<BTreeSet<u64>> {
+    let run_dir = node.run_dir().display().to_string();
+    let sockets = fs::read_to_string("/proc/net/unix")?;
+    // Num RefCount Protocol Flags Type St Inode Path
+    let inodes = sockets.lines().filter_map(|line| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let path = words.get(7)?;
+        let is_control = path.starts_with(&run_dir) && path.ends_with("/control.sock");
+        is_control.then(|| words.get(6)?.parse().ok()).flatten()
+    });
+    Ok(inodes.collect())
+}
+
+/// Closes what the process holds of them, as if it had done so itself.
+fn close_control_sockets(node: &Node, pid: i32) -> Result<usize> {
+    let ours = control_sockets(node)?;
+    let process = rustix::process::Pid::from_raw(pid).context("a process id")?;
+    let process = pidfd_open(process, PidfdFlags::empty())?;
+    let mut closed = 0;
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let entry = entry?;
+        let target = fs::read_link(entry.path())?.display().to_string();
+        let inode = target
+            .strip_prefix("socket:[")
+            .and_then(|rest| rest.strip_suffix(']'))
+            .and_then(|inode| inode.parse().ok());
+        if inode.is_some_and(|inode: u64| ours.contains(&inode)) {
+            let number = entry.file_name().to_string_lossy().parse()?;
+            let socket: OwnedFd = pidfd_getfd(&process, number, PidfdGetfdFlags::empty())?;
+            shutdown(&socket, Shutdown::Both)?;
+            closed += 1;
+        }
+    }
+    Ok(closed)
+}
+
+fn await_no_process(node: &Node) -> Result<()> {
+    eventually(
+        "the pod's processes to end",
+        Duration::from_secs(10),
+        || {
+            let left = node.pod_processes()?;
+            ensure!(left.is_empty(), "{left:?}");
+            Ok::<_, anyhow::Error>(())
+        },
+    )
+}
+
+#[test]
+fn a_monitor_that_closes_its_control_socket_is_ended() -> Result<()> {
+    with_drupe(|node| {
+        let pod = node.run_pod("silent")?;
+        let container = pod.start_idle("c")?;
+        let closed = close_control_sockets(node, monitor(node, &pod)?)?;
+        // The listener, and the daemon's two connections.
+        ensure!(closed >= 2, "{closed} sockets");
+        await_end(&pod, &container)?;
+        await_no_process(node)?;
+        assert_ended(node, &pod, &container)
+    })
+}
+
+#[test]
+fn a_monitor_that_has_stopped_is_ended_by_a_daemon_that_cannot_take_its_pod_up() -> Result<()> {
+    with_drupe(|node| {
+        let pod = node.run_pod("stopped")?;
+        let container = pod.start_idle("c")?;
+        let other = node.run_pod("beside")?.start_idle("c")?;
+        let monitor = monitor(node, &pod)?;
+        node.kill_server()?;
+        kill(Pid::from_raw(monitor), Signal::SIGSTOP)?;
+        node.start_server()?;
+        // Three calls, each of ten seconds.
+        eventually("the pod to be lost", Duration::from_secs(60), || {
+            await_end(&pod, &container).map(drop)
+        })?;
+        ensure!(!fs::exists(format!("/proc/{monitor}"))?, "it is there");
+        other.exec(&["true"])?;
+        pod.stop()?;
+        pod.remove()?;
+        Ok(())
+    })
+}
