@@ -223,6 +223,7 @@ pub(crate) mod tests {
             spec,
             handler: "microvm".to_owned(),
             kind: PodKind::MicroVm,
+            machine: None,
             phase: PodPhase::Ready,
             created_at_nanos: 1,
             uid: 1,

@@ -6,13 +6,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
-use imagesvc::{ImageService, ImageServiceConfig};
+use imagesvc::{ImageService, ImageServiceConfig, Unpacker};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike;
 use serde::{Deserialize, Serialize};
 
 use super::{HONEST, OF_HONEST, OF_HOSTILE, config};
-use crate::network::{Network, NetworkOptions};
+use crate::network::{Exempt, Network, NetworkOptions};
 use crate::observer::Observer;
 use crate::{PodManager, faults};
 
@@ -70,12 +70,20 @@ pub(super) fn end_on_panic() {
 
 pub(super) async fn open(root: &Path, observer: Arc<dyn Observer>) -> PodManager {
     let dir = root.join("images");
-    let images = ImageService::open(ImageServiceConfig::default(), &dir, Arc::new(()));
+    // No image is pulled here.
+    let unpacker = Unpacker {
+        program: root.join("no-unpacker"),
+        uid: 1,
+        gid: 1,
+        strict: true,
+    };
+    let images = ImageService::open(ImageServiceConfig::default(), &dir, unpacker, Arc::new(()));
     let network = Network::open(NetworkOptions {
         conf_dir: root.join("net.d"),
         bin_dirs: Vec::new(),
         record_dir: root.join("cni"),
         plugin_timeout: Duration::from_secs(1),
+        source_check_exempt: Exempt::default(),
     });
     let (images, network) = (images.await.unwrap(), network.await.unwrap());
     PodManager::open(config(root), images, network, observer)
