@@ -384,4 +384,3 @@ impl PodManager {
 async fn detached(work: impl Future<Output = Result<()>> + Send + 'static) -> Result<()> {
     tokio::spawn(work).await.map_err(|_| Error::Stopping)?
 }
-

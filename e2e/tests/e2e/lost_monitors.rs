@@ -26,9 +26,13 @@ fn monitor(node: &Node, pod: &Pod) -> Result<i32> {
 
 /// Inodes of the sockets that listen at a pod's control socket, or were accepted
 /// there.
-fn control_sockets(node: &Node) -> Result<BTreeSet<u64>> {
+fn control_sockets(node: &Node, monitor: i32) -> Result<BTreeSet<u64>> {
     let run_dir = node.run_dir().display().to_string();
-    let sockets = fs::read_to_string("/proc/net/unix")?;
+    // Of the daemon's network, which made them: the monitor's parent.
+    let status = fs::read_to_string(format!("/proc/{monitor}/status"))?;
+    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"));
+    let daemon = parent.context("PPid")?.trim().to_owned();
+    let sockets = fs::read_to_string(format!("/proc/{daemon}/net/unix"))?;
     // Num RefCount Protocol Flags Type St Inode Path
     let inodes = sockets.lines().filter_map(|line| {
         let words: Vec<&str> = line.split_whitespace().collect();
@@ -41,7 +45,7 @@ fn control_sockets(node: &Node) -> Result<BTreeSet<u64>> {
 
 /// Closes what the process holds of them, as if it had done so itself.
 fn close_control_sockets(node: &Node, pid: i32) -> Result<usize> {
-    let ours = control_sockets(node)?;
+    let ours = control_sockets(node, pid)?;
     let process = rustix::process::Pid::from_raw(pid).context("a process id")?;
     let process = pidfd_open(process, PidfdFlags::empty())?;
     let mut closed = 0;
