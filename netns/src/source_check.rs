@@ -318,7 +318,7 @@ impl Sender {
             p.refuse(0);
             p.shift_left(3);
             p.add_index();
-            p.to_index();
+            p.move_to_index();
         }
         p.load_slot(Slot::End);
         p.jump_up_to_index(&mut over);
@@ -349,9 +349,9 @@ fn follow_extensions(p: &mut Program, pass: &mut Label, icmp: &mut Label) {
         p.jump_if_any_bit(0xfff8, pass);
         p.load(Size::Byte, At::Index(0));
         p.store(Slot::Header);
-        p.from_index();
+        p.load_index();
         p.add(8);
-        p.to_index();
+        p.move_to_index();
         p.load_slot(Slot::Header);
         p.jump(&mut next);
 
@@ -362,7 +362,7 @@ fn follow_extensions(p: &mut Program, pass: &mut Label, icmp: &mut Label) {
         p.add(1);
         p.shift_left(3);
         p.add_index();
-        p.to_index();
+        p.move_to_index();
         p.load_slot(Slot::Header);
         p.place(next);
     }
@@ -377,7 +377,7 @@ fn follow_extensions(p: &mut Program, pass: &mut Label, icmp: &mut Label) {
 /// Neighbour discovery has none that a neighbour would heed (RFC 6980 for
 /// fragments), and what is checked next is at a fixed place.
 fn need_no_extension(p: &mut Program) {
-    p.from_index();
+    p.load_index();
     p.need(IPV6_PAYLOAD);
 }
 

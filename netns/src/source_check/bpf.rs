@@ -131,12 +131,12 @@ impl Program {
     }
 
     /// X = A.
-    pub(super) fn to_index(&mut self) {
+    pub(super) fn move_to_index(&mut self) {
         self.plain(libc::BPF_MISC | libc::BPF_TAX, 0);
     }
 
     /// A = X.
-    pub(super) fn from_index(&mut self) {
+    pub(super) fn load_index(&mut self) {
         self.plain(libc::BPF_MISC | libc::BPF_TXA, 0);
     }
 
