@@ -26,7 +26,7 @@ fn learn(record: &mut ContainerRecord, state: &agent_api::ContainerState, now: i
         record.pid = state.pid;
         is_new = true;
     }
-    if record.user.is_none() || std::env::var_os("OLD").is_some() {
+    if record.user.is_none() {
         record.user = Some(ResolvedUser {
             uid: state.uid,
             gid: state.gid,

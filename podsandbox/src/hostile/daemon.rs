@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::{HONEST, OF_HONEST, OF_HOSTILE, config};
 use crate::network::{Exempt, Network, NetworkOptions};
 use crate::observer::Observer;
+use crate::record::ExitRecord;
 use crate::{PodManager, faults};
 
 const ROOT: &str = "DRUPE_TEST_ROOT";
@@ -134,7 +135,9 @@ async fn measure(root: &Path, time: Duration) -> Measured {
     }
     probe.abort();
     let (_, container) = pods.container(OF_HONEST).unwrap();
-    is_honest_served &= container.exit.as_ref().is_some_and(|exit| exit.code == 7);
+    let created = container.created_at_nanos;
+    let learnt = |exit: &ExitRecord| exit.code == 7 && exit.finished_at_nanos >= created;
+    is_honest_served &= container.exit.as_ref().is_some_and(learnt);
     Measured {
         memory: peak() - memory,
         cpu: used() - cpu,

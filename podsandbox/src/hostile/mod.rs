@@ -19,9 +19,10 @@ use self::agent::Guest;
 use self::daemon::{Measured, run_daemon};
 use self::monitor::Monitor;
 use crate::config::Config;
+use crate::context::now_nanos;
 use crate::paths::PodPaths;
-use crate::record::ContainerPhase;
 use crate::record::tests::{container, pod};
+use crate::record::{ContainerPhase, ContainerRecord};
 use crate::store::Store;
 
 /// The pod whose guest is hostile, and one beside it.
@@ -37,9 +38,9 @@ const OF_HONEST: &str = "ddddddddddddddddddddddddddddddddddddddddddddddddddddddd
 const MEMORY: u64 = 64 << 20;
 /// And of one of the node's CPUs: 8 MiB or 16,000 frames a second are handled.
 const CPU_PERCENT: u64 = 50;
-/// Who the container runs as, its process, its start, its end, and that it was
-/// freed.
-const WRITES: u64 = 5;
+/// For each container: who it runs as, with its process and its start, and its
+/// end. None of these holds anything that would have to be freed.
+const WRITES: u64 = 2;
 
 /// Root of a daemon with both pods on record.
 struct Node {
@@ -64,7 +65,11 @@ impl Node {
             std::fs::create_dir_all(PodPaths::new(&config, id).dir).unwrap();
             runtime.block_on(async {
                 store.put_pod(&pod(id, name)).await.unwrap();
-                let record = container(of, id, ContainerPhase::Running);
+                let record = ContainerRecord {
+                    // The clock was set back by an hour since.
+                    created_at_nanos: now_nanos() + 3600 * 1_000_000_000,
+                    ..container(of, id, ContainerPhase::Running)
+                };
                 store.put_container(&record).await.unwrap();
             });
         }

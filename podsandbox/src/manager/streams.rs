@@ -45,7 +45,7 @@ impl ExecOutput {
         let bytes = &bytes[..bytes.len().min(left)];
         let (wanted, has) = (to.len() + bytes.len(), to.capacity());
         if wanted > has && !self.is_cut {
-            let size = wanted.max(has * 2).max(FIRST_ROOM).min(EXEC_OUTPUT_LIMIT);
+            let size = EXEC_OUTPUT_LIMIT.min(wanted.max(has * 2).max(FIRST_ROOM));
             let all = Arc::clone(agent.budget().output());
             match all.try_acquire_many_owned(permits(size - has)) {
                 Ok(room) => {
