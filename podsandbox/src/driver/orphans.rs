@@ -1,6 +1,7 @@
 //! What is left of a pod whose monitor or supervisor is gone, or cannot be
 //! reached any more: ended, so that nothing runs on unseen.
 
+use std::path::Path;
 use std::time::Duration;
 
 use super::Driver;
@@ -41,23 +42,15 @@ impl Driver {
 
     /// The pod's control groups with all that runs in them.
     pub(super) async fn remove_groups(&self) -> Result<()> {
-        let id = &self.record.id;
-        if self.is_on_host() {
-            return cgroup::remove(self.cgroup_parent(), id).await;
+        let (id, parent) = (&self.record.id, self.cgroup_parent());
+        let mut removed = cgroup::remove(parent, id).await;
+        if parent == Path::new(cgroup::OWN_PARENT) {
+            cgroup::remove_own_parent();
+        } else if !self.is_on_host() {
+            // Where its machine has booted.
+            removed = removed.and(cgroup::remove(cgroup::beside(parent), id).await);
         }
-        match (&self.record.spec.cgroup_parent, &self.record.cgroup) {
-            (Some(parent), _) => {
-                let removed = cgroup::remove(parent, id).await;
-                let boot = cgroup::remove(cgroup::beside(parent), id).await;
-                removed.and(boot)
-            }
-            (None, Some(own)) => {
-                let removed = cgroup::remove(own, id).await;
-                cgroup::remove_own_parent();
-                removed
-            }
-            (None, None) => Ok(()),
-        }
+        removed
     }
 
     /// What the loss of the machine is called; `reason` may be the guest's word.
