@@ -5,7 +5,7 @@
 //! is; whoever has broken out of one, or makes its kernel multiply, does not.
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use vmm_client::Machine;
@@ -52,7 +52,9 @@ impl Limits {
     pub(super) fn set(self, group: &Path) -> Result<()> {
         for (controller, file, value) in self.files() {
             let path = dir(controller, group).join(file);
-            match fs::write(&path, value) {
+            // Not made where it is not: control groups refuse that as not permitted.
+            let opened = fs::File::options().write(true).open(&path);
+            match opened.and_then(|mut file| file.write_all(value.as_bytes())) {
                 // The controller is not there, or off for this group.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
                     tracing::debug!(path = %path.display(), "no such limit here");
@@ -157,7 +159,7 @@ mod tests {
             fs::write(file, child.id().to_string()).unwrap();
         }
         let mut input = child.stdin.take().unwrap();
-        io::Write::write_all(&mut input, b"go\n").unwrap();
+        input.write_all(b"go\n").unwrap();
         let output = child.wait_with_output().unwrap();
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
         let pids = super::dir("pids", &crate::cgroup::group(parent, "p").unwrap());

@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
+use nix::mount::{MsFlags, mount};
 use serde_json::json;
 
 use crate::harness::{Container, Guest, Image, artifacts, busybox_tree};
@@ -59,10 +60,22 @@ async fn volumes_come_from_the_shared_directory() {
     let Some(artifacts) = artifacts() else { return };
     let mut guest = Guest::boot(&artifacts).await;
     let root = guest.attach(&Image::busybox()).await;
-    let shared = guest.path("shared");
-    fs::create_dir(shared.join("data")).unwrap();
-    fs::set_permissions(shared.join("data"), fs::Permissions::from_mode(0o777)).unwrap();
-    fs::write(shared.join("data/in"), "from the host\n").unwrap();
+    // What is mounted there can be written; the directory itself cannot.
+    let (shared, data) = (guest.path("shared"), guest.path("data"));
+    for dir in [&data, &shared.join("data")] {
+        fs::create_dir(dir).unwrap();
+    }
+    fs::set_permissions(&data, fs::Permissions::from_mode(0o777)).unwrap();
+    let none = None::<&str>;
+    mount(
+        Some(&data),
+        &shared.join("data"),
+        none,
+        MsFlags::MS_BIND,
+        none,
+    )
+    .unwrap();
+    fs::write(data.join("in"), "from the host\n").unwrap();
     fs::write(shared.join("hosts"), "1.2.3.4 kubelet\n").unwrap();
     let bind = |target: &str, source: &str, mode: &str| {
         json!({ "destination": target, "type": "bind", "source": format!("/run/drupe/shared/{source}"),
@@ -80,10 +93,7 @@ async fn volumes_come_from_the_shared_directory() {
     assert_eq!(exit.code, 0);
     let expected = "from the host\n1.2.3.4 kubelet\nread-only\nroot\n/proc/keys\nsys\n";
     assert_eq!(output, expected, "{}", guest.output("vol", "stderr"));
-    assert_eq!(
-        fs::read_to_string(shared.join("data/out")).unwrap(),
-        "out\n"
-    );
+    assert_eq!(fs::read_to_string(data.join("out")).unwrap(), "out\n");
     guest.shut_down().await;
 }
 
