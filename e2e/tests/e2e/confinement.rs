@@ -62,6 +62,10 @@ fn no_process_of_a_pod_has_rights_over_the_node() -> Result<()> {
             let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}"));
             // One of the guest's that has ended meanwhile.
             let Ok(status) = read("status") else { continue };
+            // A thread of the node's kernel that works for KVM counts as the pod's.
+            if field(&status, "PPid:")? == "2" {
+                continue;
+            }
             let allowed = match *pid == found.file_server {
                 true => "00000000800000db",
                 false => "0000000000000000",
