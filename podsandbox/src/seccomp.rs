@@ -12,7 +12,8 @@ mod localhost;
 use std::collections::HashSet;
 
 use oci_spec::runtime::{
-    Arch, Capability, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompBuilder, LinuxSyscallBuilder,
+    Arch, Capability, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArgBuilder,
+    LinuxSeccompBuilder, LinuxSeccompOperator, LinuxSyscallBuilder,
 };
 
 pub use host::host_default;
@@ -97,6 +98,10 @@ const REFUSED: [(Option<Capability>, &[&str]); 9] = [
 /// `EPERM`, as the field's default profiles answer.
 const EPERM: u32 = 1;
 
+/// Reaches the hypervisor, and what is at its ports, past the network's rules:
+/// in a guest the monitor and the agent, which no container has to do with.
+const AF_VSOCK: u64 = 40;
+
 /// Of a container in a microVM.
 pub fn runtime_default(held: &HashSet<Capability>) -> Result<LinuxSeccomp> {
     let names: Vec<String> = REFUSED
@@ -109,10 +114,21 @@ pub fn runtime_default(held: &HashSet<Capability>) -> Result<LinuxSeccomp> {
         .action(LinuxSeccompAction::ScmpActErrno)
         .errno_ret(EPERM)
         .build()?;
+    let family = LinuxSeccompArgBuilder::default()
+        .index(0_usize)
+        .op(LinuxSeccompOperator::ScmpCmpEq)
+        .value(AF_VSOCK)
+        .build()?;
+    let vsock = LinuxSyscallBuilder::default()
+        .names(vec!["socket".to_owned()])
+        .action(LinuxSeccompAction::ScmpActErrno)
+        .errno_ret(EPERM)
+        .args(vec![family])
+        .build()?;
     Ok(LinuxSeccompBuilder::default()
         .default_action(LinuxSeccompAction::ScmpActAllow)
         .architectures(vec![Arch::ScmpArchX86_64])
-        .syscalls(vec![refuse])
+        .syscalls(vec![refuse, vsock])
         .build()?)
 }
 
@@ -136,5 +152,23 @@ mod tests {
         assert!(none.contains("mount") && none.contains("keyctl") && none.contains("bpf"));
         let admin = refused(&HashSet::from([Capability::SysAdmin]));
         assert!(!admin.contains("mount") && admin.contains("keyctl") && admin.contains("bpf"));
+    }
+
+    #[test]
+    fn sockets_to_the_monitor_are_refused_and_no_others() {
+        let profile = runtime_default(&HashSet::from([Capability::SysAdmin])).unwrap();
+        let rules = profile.syscalls().clone().unwrap();
+        let of_sockets: Vec<_> = rules
+            .iter()
+            .filter(|rule| rule.names().iter().any(|name| name == "socket"))
+            .collect();
+        let [rule] = of_sockets[..] else {
+            panic!("{of_sockets:?}");
+        };
+        assert_eq!(rule.names().len(), 1);
+        assert_eq!(rule.action(), LinuxSeccompAction::ScmpActErrno);
+        let args = rule.args().clone().unwrap();
+        assert_eq!((args[0].index(), args[0].value()), (0, AF_VSOCK));
+        assert_eq!(args[0].op(), LinuxSeccompOperator::ScmpCmpEq);
     }
 }

@@ -110,6 +110,7 @@ fn start_file_server(spec: &VmSpec) -> io::Result<OwnedFd> {
         shared_dir: spec.shared_dir.clone(),
         root: spec.jail_root.clone(),
         ids: spec.shared_ids,
+        files: files::guest_files(spec.memory_mib),
         uid: spec.uid,
         gid: spec.gid,
     };
@@ -366,6 +367,8 @@ struct Ports {
 impl HostPorts for Ports {
     fn connect(&mut self, port: u32) -> io::Result<UnixStream> {
         match port {
+            // Whoever comes after the agent has nothing to tell.
+            READY_PORT if self.ready.is_some() => Err(io::ErrorKind::ConnectionRefused.into()),
             READY_PORT => {
                 // The connection itself is the message. It is kept, unread, so
                 // that the agent can say who it is; what it may say beyond

@@ -25,6 +25,8 @@ pub mod jail;
 pub mod logs;
 pub mod machine;
 mod packet;
+#[cfg(test)]
+mod refusing;
 pub mod supervisor;
 pub mod transport;
 

@@ -23,6 +23,7 @@ mod image_volumes;
 mod images;
 mod kubelet_volumes;
 mod logs;
+mod lost_monitors;
 mod machine;
 mod metrics;
 mod networks;

@@ -1,6 +1,7 @@
 //! Seccomp profiles that are files of the node.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use anyhow::{Result, ensure};
@@ -9,6 +10,7 @@ use cri_api::v1::*;
 use e2e::pod::{IDLE, Pod, security};
 use tonic::Code;
 
+use crate::host_pods::security::calling;
 use crate::{refused, with_drupe};
 
 const NO_CHMOD: &str = r#"{
@@ -88,5 +90,49 @@ fn a_profile_that_cannot_be_used_is_named() -> Result<()> {
         }
         // The name is free.
         pod.start_idle("c").map(drop)
+    })
+}
+
+#[test]
+fn the_default_profile_keeps_containers_from_the_ports_of_their_machine() -> Result<()> {
+    const EPERM: i32 = 1;
+    const SOCKET: u32 = 41;
+    const AF_UNIX: u32 = 1;
+    const AF_VSOCK: u32 = 40;
+    with_drupe(|node| {
+        let tools = node.dir.join("tools");
+        fs::create_dir(&tools)?;
+        for (name, family) in [("unix", AF_UNIX), ("vsock", AF_VSOCK)] {
+            let tool = tools.join(name);
+            // With a type that no family has.
+            fs::write(&tool, calling(SOCKET, family))?;
+            fs::set_permissions(&tool, fs::Permissions::from_mode(0o755))?;
+        }
+        let pod = node.run_pod("ports")?;
+        let start = |name: &str, profile: ProfileType| {
+            let mut config = pod.container_config(name, IDLE);
+            config.mounts.push(Mount {
+                container_path: "/tools".to_owned(),
+                host_path: tools.display().to_string(),
+                ..Default::default()
+            });
+            security(&mut config).seccomp = Some(SecurityProfile {
+                profile_type: profile.into(),
+                ..Default::default()
+            });
+            pod.start_with(config)
+        };
+        let confined = start("confined", ProfileType::RuntimeDefault)?;
+        let free = start("free", ProfileType::Unconfined)?;
+        for (container, tool, refused) in [
+            (&confined, "vsock", true),
+            (&confined, "unix", false),
+            (&free, "vsock", false),
+        ] {
+            let path = format!("/tools/{tool}");
+            let code = container.exec_sync(&[path.as_str()], 20)?.exit_code;
+            ensure!(code != 0 && (code == EPERM) == refused, "{tool}: {code}");
+        }
+        Ok(())
     })
 }

@@ -1,5 +1,6 @@
 //! What containers and pods use, as the kubelet asks for it.
 
+use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -202,6 +203,45 @@ fn pressure_shows_who_waits_for_a_cpu() -> Result<()> {
         let psi = linux.cpu.and_then(|cpu| cpu.psi).context("no pressure")?;
         ensure!(psi.some.is_some_and(|some| some.total > second));
         ensure!(linux.io.is_some());
+        Ok(())
+    })
+}
+
+#[test]
+fn what_a_container_deletes_is_given_back_to_the_node() -> Result<()> {
+    with_drupe(|node| {
+        let pod = node.run_pod("tidy")?;
+        let container = pod.start_idle("c")?;
+        let on_node = || -> Result<u64> {
+            let mut blocks = 0;
+            for entry in std::fs::read_dir(node.root().join("scratch"))? {
+                let entry = entry?;
+                if pod.id.starts_with(
+                    entry
+                        .file_name()
+                        .to_string_lossy()
+                        .trim_end_matches(".ext4"),
+                ) {
+                    blocks += entry.metadata()?.blocks();
+                }
+            }
+            Ok(blocks * 512)
+        };
+        let mebibyte = 1 << 20;
+        let write = "dd if=/dev/urandom of=/large bs=1M count=200 2> /dev/null; sync";
+        container.exec(&["sh", "-c", write])?;
+        let written = on_node()?;
+        ensure!(written > 200 * mebibyte, "{written} bytes");
+        container.exec(&["sh", "-c", "rm /large; sync"])?;
+        // The agent looks every half a minute.
+        eventually("blocks to be given back", Duration::from_secs(90), || {
+            let left = on_node()?;
+            ensure!(left < 60 * mebibyte, "{left} of {written} bytes");
+            Ok::<_, anyhow::Error>(())
+        })?;
+        let layer = container.stats()?.writable_layer.context("no disk usage")?;
+        let used = layer.used_bytes.context("no disk usage")?.value;
+        ensure!(used < mebibyte, "{used} bytes");
         Ok(())
     })
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,7 +16,7 @@ use tokio::task::JoinHandle;
 use crate::support::{
     eventually, files,
     http::{Fault, Server, registry_reply},
-    image::TestImage,
+    image::{Layer, Packing, TestImage},
     open, unpacker, unpackers,
 };
 
@@ -163,7 +164,7 @@ fn holds_nothing(proc: &Path) {
     for none in ["Max open files", "Max processes", "Max core file size"] {
         assert_eq!(limit(none), 0);
     }
-    assert!(limit("Max address space") < 1 << 30);
+    assert!(limit("Max address space") < 2 << 30);
     assert!(limit("Max cpu time") < 24 * 3600);
     assert!(limit("Max file size") < 1 << 32);
     let score = fs::read_to_string(proc.join("oom_score_adj")).unwrap();
@@ -240,4 +241,59 @@ async fn without_the_program_a_pull_names_it() {
     );
     assert!(error.to_string().contains(&cause), "{error}");
     assert_eq!(files(root.path()), [""; 0]);
+}
+
+/// An archive of `count` directories, each in the one before, `depth` deep.
+fn nested(count: usize, depth: usize) -> Vec<u8> {
+    let mut archive = tar::Builder::new(Vec::new());
+    let mut left = count;
+    let mut chain = 0;
+    while left > 0 {
+        let mut path = format!("{chain}");
+        for _ in 0..depth.min(left) {
+            let mut header = tar::Header::new_ustar();
+            header.set_entry_type(tar::EntryType::Directory);
+            header.set_size(0);
+            header.set_mode(0o755);
+            // Longer ones would need a header more.
+            header.set_path(&path).unwrap();
+            header.set_cksum();
+            archive.append(&header, &b""[..]).unwrap();
+            path.push_str("/d");
+        }
+        left -= depth.min(left);
+        chain += 1;
+    }
+    archive.into_inner().unwrap()
+}
+
+async fn pull(image: &TestImage) -> Result<PulledImage, Error> {
+    let server = {
+        let image = image.clone();
+        Server::start(move |request| registry_reply(&image, request)).await
+    };
+    let root = tempfile::tempdir().unwrap();
+    let service = open(root.path()).await;
+    service.pull(&format!("{}/app", server.host()), None).await
+}
+
+/// What takes most memory for what is counted.
+#[tokio::test]
+async fn a_layer_at_its_bounds_fits_in_an_unpackers_memory() {
+    let limit = imagesvc::ImageServiceConfig::default().max_layer_entries;
+    // The root is one too.
+    let archive = nested(usize::try_from(limit).unwrap() - 1, 30);
+    let layer = Layer::of_archive(Packing::Zstd, &archive);
+    pull(&TestImage::new(vec![layer])).await.unwrap();
+}
+
+#[tokio::test]
+async fn so_does_the_largest_window_of_zstd() {
+    let mut layer = Layer::new(Packing::Zstd, &[("a", b"b")]);
+    let archive = zstd::decode_all(&layer.bytes[..]).unwrap();
+    let mut encoder = zstd::stream::Encoder::new(Vec::new(), 1).unwrap();
+    encoder.window_log(27).unwrap();
+    encoder.write_all(&archive).unwrap();
+    layer.bytes = encoder.finish().unwrap();
+    pull(&TestImage::new(vec![layer])).await.unwrap();
 }

@@ -202,7 +202,7 @@ async fn no_bit_of_who_speaks_can_be_another() {
             &[6..12, IP..IP + 6, IP + 8..IP + 18],
         ),
         (from_v6(V6, 6, TCP), &[6..12, IP + 8..IP + 24]),
-        (from_v6(LINK_LOCAL, 6, TCP), &[IP + 8..IP + 24]),
+        (from_v6(LINK_LOCAL, 6, TCP), &[6..12, IP + 8..IP + 24]),
         (
             from_v6(V6, 58, &nd(135, OTHER_V6, &own)),
             &[6..12, IP + 8..IP + 24, IP + 66..IP + 72],

@@ -41,6 +41,7 @@ use agent_api::{MAX_CALLS, MAX_MESSAGE_BYTES};
 use tokio::io::AsyncWriteExt;
 use tokio::sync::watch;
 use tokio::time::timeout;
+use tokio_stream::{Stream, StreamExt};
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener, VsockStream};
 use tonic::transport::Server;
 
@@ -102,7 +103,7 @@ async fn serve() -> Result<(), AgentError> {
     let reaper = Reaper::start().map_err(AgentError::Runtime)?;
     let containers = Containers::new(reaper).map_err(AgentError::Runtime)?;
     network::loopback_up().await.map_err(AgentError::Loopback)?;
-    let listener = listen(AGENT_PORT)?;
+    let calls = from_host(listen(AGENT_PORT)?);
     tokio::spawn(trim::keep());
     tokio::spawn(streams::serve(listen(STREAM_PORT)?, containers.sessions()));
     // Held until the end, for a host that wants to see it.
@@ -117,7 +118,7 @@ async fn serve() -> Result<(), AgentError> {
     let serving = Server::builder()
         .max_concurrent_streams(MAX_CALLS)
         .add_service(service)
-        .serve_with_incoming_shutdown(listener.incoming(), async move {
+        .serve_with_incoming_shutdown(calls, async move {
             // The sender lives in the service.
             let _ = over.wait_for(|over| *over).await;
         });
@@ -136,6 +137,19 @@ async fn serve() -> Result<(), AgentError> {
 fn listen(port: u32) -> Result<VsockListener, AgentError> {
     VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port))
         .map_err(|source| AgentError::Listen { port, source })
+}
+
+/// Connections of the host's. Programs of the guest have no business here,
+/// should its kernel know a way.
+fn from_host(listener: VsockListener) -> impl Stream<Item = io::Result<VsockStream>> {
+    listener.incoming().filter(|accepted| match accepted {
+        Ok(stream) => stream.peer_addr().is_ok_and(|peer| is_host(&peer)),
+        Err(_) => true,
+    })
+}
+
+fn is_host(peer: &VsockAddr) -> bool {
+    peer.cid() == HOST_CID
 }
 
 /// Connects to the host, which is the message, and says who is there.

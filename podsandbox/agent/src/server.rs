@@ -21,6 +21,7 @@ use tonic::{Code, Request, Response, Status};
 
 use crate::cgroup::CgroupError;
 use crate::container::session::SessionError;
+use crate::container::stdio::StdioError;
 use crate::container::{Containers, Error};
 use crate::power;
 use crate::sandbox::{self, Sandbox, SandboxError};
@@ -267,6 +268,7 @@ fn container_status(error: Error) -> Status {
         Error::SetupTimeout | Error::Session(SessionError::ConnectTimeout) => {
             Code::DeadlineExceeded
         }
+        Error::Stdio(StdioError::Token { .. }) => Code::InvalidArgument,
         Error::Stdio(_) => Code::Unavailable,
         Error::Launch(LaunchError::Exec(exec)) if exec.code == 127 => Code::NotFound,
         Error::Rootfs(RootfsError::SubPath { source, .. })

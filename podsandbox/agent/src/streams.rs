@@ -16,9 +16,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{sleep, timeout};
 use tokio_vsock::VsockListener;
 
-use crate::HOST_CID;
 use crate::container::session::{Connection, Sessions};
-use crate::{log, sys};
+use crate::{is_host, log, sys};
 
 /// Connections that have not said yet what they are for, and for how long.
 pub const MAX_GREETINGS: usize = 256;
@@ -49,7 +48,7 @@ pub async fn serve(listener: VsockListener, sessions: Arc<Sessions>) {
     while let Ok(place) = greetings.clone().acquire_owned().await {
         match listener.accept().await {
             // Programs of the guest have no business here.
-            Ok((_, peer)) if peer.cid() != HOST_CID => {}
+            Ok((_, peer)) if !is_host(&peer) => {}
             Ok((stream, _)) => {
                 tokio::spawn(greet(stream, place, sessions.clone(), forwards.clone()));
             }

@@ -43,6 +43,8 @@ pub fn ready() -> Status {
         jailed_us: None,
         machine_started_us: None,
         guest_ready_us: None,
+        // No program of a container reaches the logs but by its own streams.
+        log_tokens: false,
     }
 }
 
@@ -78,9 +80,9 @@ impl Control {
             let reply = match request {
                 Request::Status => Reply::Status(self.status.borrow().clone()),
                 Request::Subscribe => return self.tell_all(&socket).await,
-                Request::OpenLog { container } => match <[OwnedFd; 1]>::try_from(fds) {
+                Request::OpenLog { container, token } => match <[OwnedFd; 1]>::try_from(fds) {
                     Ok([file]) => {
-                        self.on_logs(move |logs| logs.open(&container, file.into()))
+                        self.on_logs(move |logs| logs.open(&container, token, file.into()))
                             .await
                     }
                     Err(fds) => refused(format!(

@@ -62,11 +62,12 @@ mod tests {
         let (log, _other) = UnixStream::pair().unwrap();
         let sent = Request::OpenLog {
             container: "c".into(),
+            token: None,
         };
         vmm_client::packet::send(&theirs, &sent, &[log.as_fd()]).unwrap();
         let mut buffer = [0; 4096];
         let (request, fds) = request(&ours, &mut buffer).unwrap().unwrap();
-        assert!(matches!(request, Request::OpenLog { container } if container == "c"));
+        assert!(matches!(request, Request::OpenLog { container, .. } if container == "c"));
         assert_eq!(fds.len(), 1);
         drop(theirs);
         assert!(super::request(&ours, &mut buffer).unwrap().is_none());

@@ -3,6 +3,7 @@
 use std::os::fd::AsFd;
 
 use tokio::task::JoinError;
+use vmm_client::LogToken;
 
 use super::Driver;
 use super::disks::slots_of;
@@ -253,18 +254,36 @@ impl Driver {
             ));
         }
         let record = record.clone();
-        self.open_log(&record).await
+        // Its token stays what it is.
+        self.open_log(&record, None).await
+    }
+
+    /// What the streams of a new log are known by. `None` without a log, and
+    /// where an older daemon started the monitor, which asks for none.
+    pub(super) async fn new_log_token(
+        &mut self,
+        record: &ContainerRecord,
+    ) -> Result<Option<LogToken>> {
+        if record.log_file.is_none() {
+            return Ok(None);
+        }
+        let status = self.machine_mut()?.control.status().await?;
+        Ok(status.log_tokens.then(|| LogToken::new(rand::random())))
     }
 
     /// Hands the container's log to whoever writes it, if it has one.
-    pub(super) async fn open_log(&mut self, record: &ContainerRecord) -> Result<()> {
+    pub(super) async fn open_log(
+        &mut self,
+        record: &ContainerRecord,
+        token: Option<LogToken>,
+    ) -> Result<()> {
         let directory = self.record.spec.log_directory.as_deref();
         let (Some(directory), Some(path)) = (directory, &record.log_file) else {
             return Ok(());
         };
         let file = log_file::open(directory, path)?;
         let control = &mut self.machine_mut()?.control;
-        Ok(control.open_log(&record.id, file.as_fd()).await?)
+        Ok(control.open_log(&record.id, token, file.as_fd()).await?)
     }
 
     pub(super) fn container(&self, id: &str) -> Result<&ContainerRecord> {

@@ -221,7 +221,8 @@ impl Driver {
             .unwrap_or_default();
         let user = user(spec, &image_user);
         let devices = self.attach_devices(record, devices, &user).await?;
-        self.open_log(record).await?;
+        let log_token = self.new_log_token(record).await?;
+        self.open_log(record, log_token).await?;
         let machine = self.machine_mut()?;
         let root = root.attach(&mut machine.control).await?;
         let mut image_volumes = Vec::with_capacity(volumes.len());
@@ -241,6 +242,7 @@ impl Driver {
             stdin: spec.stdin,
             stdin_once: spec.stdin_once,
             log: record.log_file.is_some(),
+            log_token: log_token.map_or_else(Vec::new, |token| token.bytes().into()),
             image_volumes,
             devices,
             guest: spec.debug,

@@ -262,7 +262,7 @@ impl Driver {
         let image_user = config.and_then(|c| c.user().clone()).unwrap_or_default();
         let user = user(spec, &image_user);
         devices.add_on_host(&mut oci, &user)?;
-        self.open_log(record).await?;
+        self.open_log(record, None).await?;
         let machine = self.machine_mut()?;
         let request = agent_api::CreateContainerRequest {
             id: id.to_owned(),
@@ -273,6 +273,7 @@ impl Driver {
             stdin: spec.stdin,
             stdin_once: spec.stdin_once,
             log: record.log_file.is_some(),
+            log_token: Vec::new(),
             // They are mounts as any other by now.
             image_volumes: Vec::new(),
             devices: Vec::new(),

@@ -23,6 +23,7 @@ fn ready() -> Status {
         jailed_us: None,
         machine_started_us: None,
         guest_ready_us: None,
+        log_tokens: true,
     }
 }
 

@@ -12,6 +12,7 @@ use oci_spec::runtime::{
     LinuxSeccompBuilder, LinuxSeccompOperator, LinuxSyscall, LinuxSyscallBuilder,
 };
 
+use super::AF_VSOCK;
 use crate::Result;
 
 /// The kinds of program that an x86 host runs; those of a kind that is not
@@ -25,9 +26,6 @@ const ENOSYS: u32 = 38;
 /// namespaces, among the flags of clone(2). That for time is clone3(2)'s alone.
 const NEW_NAMESPACES: u64 =
     0x0002_0000 | 0x0200_0000 | 0x0400_0000 | 0x0800_0000 | 0x1000_0000 | 0x2000_0000 | 0x4000_0000;
-
-/// Reaches the hypervisor, and other machines, past the network's rules.
-const AF_VSOCK: u64 = 40;
 
 /// What personality(2) may set: Linux, its 32-bit form, each with what uname
 /// tells as 2.6; and the question.

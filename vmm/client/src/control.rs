@@ -12,6 +12,7 @@ use nix::sys::time::{TimeVal, TimeValLike};
 use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 
+use crate::LogToken;
 use crate::packet::AsyncPackets;
 use crate::protocol::{Event, MAX_FDS, Reply, Request, Status};
 use crate::text::plain;
@@ -107,14 +108,17 @@ impl Control {
     }
 
     /// Takes the output of `container` into `log`, or goes on in `log` after
-    /// a rotation.
+    /// a rotation. With a token only streams that have it are the container's;
+    /// a VMM without [`Status::log_tokens`] takes none.
     pub async fn open_log(
         &mut self,
         container: &str,
+        token: Option<LogToken>,
         log: BorrowedFd<'_>,
     ) -> Result<(), ControlError> {
         let request = Request::OpenLog {
             container: container.into(),
+            token,
         };
         self.order("open-log", &request, &[log]).await
     }

@@ -6,6 +6,7 @@
 
 mod control;
 mod dial;
+mod log_token;
 pub mod packet;
 pub mod protocol;
 mod spawn;
@@ -14,6 +15,7 @@ mod text;
 
 pub use control::{Control, ControlError, Events};
 pub use dial::{DialError, dial_vsock};
+pub use log_token::{LogToken, NoToken};
 pub use spawn::{SpawnError, SpawnRequest, VmmProcess, spawn};
 pub use spec::{FdRole, HugePages, IdRange, Machine, RateLimit, UmlMode, VmSpec};
 pub use text::{plain, plain_within};

@@ -9,6 +9,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixDatagram as StdUnixDatagram;
 
+use nix::errno::Errno;
 use nix::sys::socket::{ControlMessage, MsgFlags, recvmsg, sendmsg};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -46,12 +47,19 @@ pub fn send(socket: impl AsFd, message: &impl Serialize, fds: &[BorrowedFd<'_>])
 pub fn recv<T: DeserializeOwned>(socket: impl AsFd) -> io::Result<Option<T>> {
     let mut buffer = vec![0; MAX_MESSAGE];
     let mut iov = [IoSliceMut::new(&mut buffer)];
-    let received = recvmsg::<()>(
-        socket.as_fd().as_raw_fd(),
-        &mut iov,
-        None,
-        MsgFlags::MSG_CMSG_CLOEXEC,
-    )?;
+    let received = loop {
+        match recvmsg::<()>(
+            socket.as_fd().as_raw_fd(),
+            &mut iov,
+            None,
+            MsgFlags::MSG_CMSG_CLOEXEC,
+        ) {
+            // The peer has gone without reading all it was sent. What it sent
+            // itself, why its machine has ended perhaps, comes first.
+            Err(Errno::ECONNRESET) => {}
+            received => break received?,
+        }
+    };
     let (len, flags) = (received.bytes, received.flags);
     if flags.contains(MsgFlags::MSG_TRUNC) {
         return Err(io::Error::new(
@@ -89,5 +97,23 @@ impl AsyncPackets {
 
     pub(crate) async fn recv<T: DeserializeOwned>(&self) -> io::Result<Option<T>> {
         self.0.async_io(Interest::READABLE, || recv(&self.0)).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+
+    use super::*;
+
+    #[test]
+    fn the_last_word_of_a_peer_that_has_not_read_all_is_heard() {
+        let (family, kind) = (AddressFamily::Unix, SockType::SeqPacket);
+        let (ours, theirs) = socketpair(family, kind, None, SockFlag::SOCK_CLOEXEC).unwrap();
+        send(&ours, &"unread", &[]).unwrap();
+        send(&theirs, &"the last", &[]).unwrap();
+        drop(theirs);
+        assert_eq!(recv::<String>(&ours).unwrap().as_deref(), Some("the last"));
+        assert_eq!(recv::<String>(&ours).unwrap(), None);
     }
 }

@@ -9,6 +9,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::LogToken;
+
 /// Room for a status with the tail of a console.
 pub const MAX_MESSAGE: usize = 64 * 1024;
 
@@ -45,11 +47,15 @@ pub enum Request {
     },
     /// Take the output of container `container` into the log file sent beside
     /// this message, in the CRI log format. The guest opens [`LOG_PORT`] and
-    /// sends one line, `container stream\n` with `stream` either `stdout` or
-    /// `stderr`, then raw bytes. Sent again, the new file replaces the old
-    /// one between two lines: log rotation.
+    /// sends one line, `container stream token\n` with `stream` either
+    /// `stdout` or `stderr`, then raw bytes. A log without a token, as older
+    /// daemons open them, takes `container stream\n`. Sent again, the new file
+    /// replaces the old one between two lines: log rotation; the token stays
+    /// unless there is a new one. See [`Status::log_tokens`].
     OpenLog {
         container: String,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        token: Option<LogToken>,
     },
     /// Forget the log once its streams have ended.
     CloseLog {
@@ -80,6 +86,10 @@ pub struct Status {
     pub jailed_us: Option<u64>,
     pub machine_started_us: Option<u64>,
     pub guest_ready_us: Option<u64>,
+    /// Whether [`Request::OpenLog`] may have a token. A VMM that an older
+    /// daemon started takes none.
+    #[serde(default)]
+    pub log_tokens: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -125,6 +135,34 @@ pub enum Event {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn old_and_new_daemons_and_vmms_understand_each_other() {
+        let container = "c".to_owned();
+        let text = r#"{"request":"open-log","container":"c"}"#;
+        let request = Request::OpenLog {
+            container: container.clone(),
+            token: None,
+        };
+        assert_eq!(serde_json::to_string(&request).unwrap(), text);
+        let read = serde_json::from_str(text).unwrap();
+        assert!(matches!(read, Request::OpenLog { token: None, .. }));
+
+        let sent = LogToken::new([7; 16]);
+        let request = Request::OpenLog {
+            container,
+            token: Some(sent),
+        };
+        let text = serde_json::to_string(&request).unwrap();
+        let read = serde_json::from_str(&text).unwrap();
+        assert!(matches!(read, Request::OpenLog { token: Some(token), .. } if token == sent));
+
+        // Of a VMM before there were tokens.
+        let text = r#"{"state":{"state":"ready"},"jailed_us":1,"machine_started_us":2,
+            "guest_ready_us":3}"#;
+        let status: Status = serde_json::from_str(text).unwrap();
+        assert!(!status.log_tokens);
+    }
 
     #[test]
     fn an_end_is_read_from_every_version_of_the_vmm() {

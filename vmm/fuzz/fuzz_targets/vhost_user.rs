@@ -1,7 +1,7 @@
 #![no_main]
 
-use drupe_vmm::devices::hostile::targets;
+use drupe_vmm::devices::hostile::{Script, targets};
 
 libfuzzer_sys::fuzz_target!(|script: &[u8]| {
-    targets::vhost_user(script).expect("the host's side of the device");
+    targets::vhost_user(Script::new(script)).expect("the host's side of the device");
 });

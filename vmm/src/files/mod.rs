@@ -28,7 +28,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, openat2};
 use serde::{Deserialize, Serialize};
 use virtiofsd::passthrough::{
     CachePolicy, Config, InodeFileHandlesMode, NegotiationMode, PassthroughFs,
@@ -49,12 +49,23 @@ use crate::jail;
 const CACHE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Files and directories that the guest may know of or have open at once, each
-/// a descriptor here and, if open, one in the monitor. A process of a node has
-/// as many by default; each pins an inode of the node.
-pub const GUEST_FILES: u64 = 65_536;
+/// a descriptor here and, if open, one in the monitor; each pins an inode of the
+/// node. A guest's kernel knows what its cache has, so what holds for the open
+/// files of a process does not do: a walk through a large volume would fail
+/// half-way. It has room for one in 1 KiB of its memory, about; more is no
+/// kernel's cache.
+const FILES_PER_MIB: u64 = 1024;
+/// For the smallest guests, whose kernel may be a thriftier one.
+pub const FEWEST_FILES: u64 = 65_536;
 
 /// Descriptors of the file server's own.
-pub const OWN_FDS: u64 = 64;
+const OWN_FDS: u64 = 64;
+
+/// Files of a guest with so much memory.
+#[must_use]
+pub fn guest_files(memory_mib: u32) -> u64 {
+    FEWEST_FILES.max(u64::from(memory_mib) * FILES_PER_MIB)
+}
 
 /// Its name in lists of processes, and the word that makes this program it.
 pub const NAME: &str = "drupe-files";
@@ -71,6 +82,9 @@ pub struct FilesSpec {
     pub root: PathBuf,
     /// How the guest sees the owners of what is in it; absent: as they are.
     pub ids: Option<IdRange>,
+    /// Files that the guest may know of at once, where the node lets a process
+    /// have as many: see [`guest_files`].
+    pub files: u64,
     /// The pod's: what it is once it has entered its jail.
     pub uid: u32,
     pub gid: u32,
@@ -100,9 +114,12 @@ pub fn run() -> Result<(), FilesError> {
     let channel = crate::handoff::take_stdin().map_err(FilesError::Channel)?;
     let received = crate::packet::recv::<FilesSpec>(&channel).map_err(FilesError::Channel)?;
     let (spec, _) = received.ok_or(FilesError::Gone)?;
-    let server = jail::enter_as_file_server(&spec)
+    let server = jail::enter_as_file_server(&spec, spec.files + OWN_FDS)
         .map_err(FilesError::from)
-        .and_then(|own_fds| FileServer::new(Path::new("/"), Some(own_fds), spec.ids));
+        .and_then(|jailed| {
+            let files = jailed.files.saturating_sub(OWN_FDS);
+            FileServer::new(Path::new("/"), Some(jailed.own_fds), spec.ids, files)
+        });
     let reply = match &server {
         Ok(_) => Reply::Ok,
         Err(error) => Reply::Error {
@@ -121,12 +138,14 @@ pub struct FileServer {
 }
 
 impl FileServer {
-    /// Serves `root`. `own_fds` is this process's /proc/self/fd where that path
-    /// is not there. The umask of the calling process becomes 0.
+    /// Serves `root`, of which the guest may know `files` at once. `own_fds` is
+    /// this process's /proc/self/fd where that path is not there. The umask of
+    /// the calling process becomes 0.
     pub fn new(
         root: &Path,
         own_fds: Option<File>,
         ids: Option<IdRange>,
+        files: u64,
     ) -> Result<Self, FilesError> {
         let bad_root = |source| FilesError::Root {
             path: root.to_owned(),
@@ -139,11 +158,9 @@ impl FileServer {
         if !dir.metadata().map_err(bad_root)?.is_dir() {
             return Err(bad_root(io::ErrorKind::NotADirectory.into()));
         }
-        // Without it the library would look names up by openat(2), links and all.
-        let how = OpenHow::new()
-            .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
-            .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-        let probe = openat2(&dir, ".", how);
+        // Without it the library would look names up by openat(2), links and
+        // all, and say nothing. This is how it finds out.
+        let probe = openat2(AT_FDCWD, ".", OpenHow::new().flags(OFlag::O_CLOEXEC));
         probe.map_err(|error| FilesError::Openat2(error.into()))?;
         let passthrough = PassthroughFs::new(Config {
             entry_timeout: CACHE_TIMEOUT,
@@ -161,7 +178,7 @@ impl FileServer {
             security_label: NegotiationMode::Never,
             uid_map: ids.map(id_map),
             gid_map: ids.map(id_map),
-            guest_fd_limit: GUEST_FILES,
+            guest_fd_limit: files,
             proc_sfd_rawfd: own_fds,
             ..Config::default()
         })
@@ -187,8 +204,8 @@ impl FileServer {
                 continue;
             }
             match answer.send(channel) {
-                // Nobody is left to answer.
-                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
+                // Nobody is left to answer, who may have left answers unread.
+                Err(error) if is_gone(&error) => return Ok(()),
                 sent => sent.map_err(FilesError::Channel)?,
             }
         }
@@ -229,6 +246,11 @@ fn id_map(ids: IdRange) -> Vec<IdMap> {
     ]
 }
 
+fn is_gone(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset};
+    matches!(error.kind(), BrokenPipe | ConnectionReset)
+}
+
 /// Waits for the word of a file server that was just started.
 pub fn started(channel: impl AsFd) -> io::Result<()> {
     match packet::recv::<Reply>(channel)? {
@@ -237,5 +259,17 @@ pub fn started(channel: impl AsFd) -> io::Result<()> {
         _ => Err(io::Error::other(
             "it ended during its start; the log says why",
         )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_may_know_the_files_that_its_memory_can_remember() {
+        assert_eq!(guest_files(32), 65_536);
+        assert_eq!(guest_files(512), 524_288);
+        assert_eq!(guest_files(u32::MAX), u64::from(u32::MAX) * 1024);
     }
 }

@@ -5,12 +5,12 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::mpsc;
-use std::thread;
+use std::thread::{self, JoinHandle};
 
 use nix::sched::{CloneFlags, unshare};
 use vmm_client::IdRange;
 
-use super::{FileServer, channel};
+use super::{FEWEST_FILES, FileServer, channel};
 
 /// Starts it on `root`; the monitor's end of its channel. `prepare` runs on the
 /// thread first. It ends when that end is closed.
@@ -19,16 +19,25 @@ pub fn start(
     ids: Option<IdRange>,
     prepare: impl FnOnce() + Send + 'static,
 ) -> io::Result<OwnedFd> {
+    Ok(start_joinable(root, ids, prepare)?.0)
+}
+
+/// As [`start`], with the thread, which panics where the file server failed.
+pub fn start_joinable(
+    root: &Path,
+    ids: Option<IdRange>,
+    prepare: impl FnOnce() + Send + 'static,
+) -> io::Result<(OwnedFd, JoinHandle<()>)> {
     let (ours, theirs) = channel::pair()?;
     let (tell, told) = mpsc::channel();
     let root = root.to_owned();
-    thread::spawn(move || {
+    let thread = thread::spawn(move || {
         // The umask and the working directory become its own.
         let server = unshare(CloneFlags::CLONE_FS)
             .map_err(io::Error::from)
             .and_then(|()| {
                 prepare();
-                FileServer::new(&root, None, ids).map_err(io::Error::other)
+                FileServer::new(&root, None, ids, FEWEST_FILES).map_err(io::Error::other)
             });
         let (server, outcome) = match server {
             Ok(server) => (Some(server), Ok(())),
@@ -43,5 +52,5 @@ pub fn start(
         }
     });
     told.recv().map_err(io::Error::other)??;
-    Ok(ours)
+    Ok((ours, thread))
 }

@@ -39,7 +39,7 @@ fn run(program: &[sock_filter], arch: u32, number: u32, args: &[u64; 6]) -> u32 
         4 => arch,
         16..64 => {
             let value = args[(offset as usize - 16) / 8];
-            if offset % 8 == 0 {
+            if offset.is_multiple_of(8) {
                 value as u32
             } else {
                 (value >> 32) as u32
@@ -114,7 +114,7 @@ proptest! {
                 prop_assert_eq!(both == value(Answer::Allow), alone == Answer::Allow);
                 prop_assert!(alone != Answer::Allow || outer == Answer::Allow);
                 // What the first list refuses is its own to tell.
-                if outer == Answer::Ask && boot.rules.get(&number).is_none() {
+                if outer == Answer::Ask && !boot.rules.contains_key(&number) {
                     prop_assert_eq!(both, value(Answer::Ask));
                 }
             }

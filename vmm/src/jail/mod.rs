@@ -31,7 +31,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::{Mode, umask};
 use vmm_client::VmSpec;
 
-use crate::files::{self, FilesSpec};
+use crate::files::FilesSpec;
 
 /// Inside the monitor's jail: where it binds its devices' sockets.
 pub const RUN_DIR: &str = "/run";
@@ -94,18 +94,26 @@ fn tell(enforced: Enforced) {
     }
 }
 
-/// Enters the file server's jail; its own /proc/self/fd, which is not to be
-/// found there.
-pub fn enter_as_file_server(spec: &FilesSpec) -> Result<File, JailError> {
+/// What the file server has in its jail.
+pub struct FileServerJail {
+    /// Its own /proc/self/fd, which is not to be found there.
+    pub own_fds: File,
+    /// Descriptors that it may have.
+    pub files: u64,
+}
+
+/// Enters the file server's jail, in which it has `files` descriptors where the
+/// node lets it.
+pub fn enter_as_file_server(spec: &FilesSpec, files: u64) -> Result<FileServerJail, JailError> {
     // Modes of files are the guest's to say.
     umask(Mode::empty());
-    limits(files::GUEST_FILES + files::OWN_FDS)?;
+    let files = limits(files)?;
     own_namespaces()?;
     let own_fds = mounts::own_fds()?;
     mounts::pivot_into(&spec.shared_dir, &spec.root)?;
     creds::become_the_file_server(spec.uid, spec.gid)?;
     tell(landlock::restrict_file_server()?);
-    Ok(own_fds)
+    Ok(FileServerJail { own_fds, files })
 }
 
 fn own_namespaces() -> Result<(), JailError> {
@@ -117,12 +125,14 @@ fn own_namespaces() -> Result<(), JailError> {
     unshare(own).map_err(step("unshare namespaces"))
 }
 
-fn limits(files: u64) -> Result<(), JailError> {
+/// The descriptors that there may be: `files`, or fewer.
+fn limits(files: u64) -> Result<u64, JailError> {
     // A guest kernel's panic aborts its process: no image of it on the disk.
     setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(step("limit core dumps"))?;
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(step("read the file limit"))?;
     let files = files.min(hard);
-    setrlimit(Resource::RLIMIT_NOFILE, files, files).map_err(step("set the file limit"))
+    setrlimit(Resource::RLIMIT_NOFILE, files, files).map_err(step("set the file limit"))?;
+    Ok(files)
 }
 
 /// Pods do not inherit the daemon's protection from the OOM killer.

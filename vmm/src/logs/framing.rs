@@ -122,8 +122,8 @@ impl Framer {
 }
 
 /// What a reader of the format makes of records; the stamps apart.
-#[cfg(test)]
-pub(super) fn decode(log: &[u8]) -> Vec<(StreamKind, u8, Vec<u8>)> {
+#[cfg(any(test, feature = "hostile"))]
+pub(crate) fn decode(log: &[u8]) -> Vec<(StreamKind, u8, Vec<u8>)> {
     let mut records = Vec::new();
     for line in log.split_inclusive(|&b| b == b'\n') {
         let line = line.strip_suffix(b"\n").expect("a record ends its line");
@@ -139,8 +139,8 @@ pub(super) fn decode(log: &[u8]) -> Vec<(StreamKind, u8, Vec<u8>)> {
 }
 
 /// The bytes of one stream, as the kubelet and crictl put them together.
-#[cfg(test)]
-pub(super) fn content(log: &[u8], kind: StreamKind) -> Vec<u8> {
+#[cfg(any(test, feature = "hostile"))]
+pub(crate) fn content(log: &[u8], kind: StreamKind) -> Vec<u8> {
     let mut bytes = Vec::new();
     for (of, tag, content) in decode(log) {
         if of == kind {

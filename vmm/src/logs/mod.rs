@@ -2,7 +2,9 @@
 //!
 //! The daemon may restart while containers write, so their logs are the VMM's
 //! work. The guest opens one stream for each of a container's stdout and
-//! stderr, sends the line `container stream\n`, then raw bytes until the end.
+//! stderr, sends the line `container stream token\n`, then raw bytes until the
+//! end. The token, which the daemon has told the agent and this process, keeps
+//! other processes of the guest out of the log.
 //! Once all of them are in the file the stream is closed on this side too: the
 //! agent takes that as the word that nothing is missing, and only then reports
 //! the container's exit.
@@ -13,9 +15,11 @@
 
 mod file;
 pub mod framing;
+mod header;
 mod service;
 #[cfg(test)]
 mod tests;
+mod unnamed;
 
 use std::fs::File;
 use std::io;
@@ -23,11 +27,11 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Sender};
-use std::time::Duration;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use service::{Command, Service};
+use service::{Command, Service, Waits};
+use vmm_client::LogToken;
 
 /// Streams at once; two for each container and room for those that end.
 const MAX_STREAMS: usize = 2048;
@@ -58,14 +62,14 @@ pub struct LogService;
 impl LogService {
     /// Starts the thread, which lives as long as a handle does.
     pub fn start() -> io::Result<LogHandle> {
-        Self::start_with(service::ROTATION_WAIT)
+        Self::start_with(Waits::default())
     }
 
-    fn start_with(rotation_wait: Duration) -> io::Result<LogHandle> {
+    fn start_with(waits: Waits) -> io::Result<LogHandle> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let wake = Arc::new(EventFd::from_value_and_flags(0, flags)?);
         let (sender, commands) = mpsc::channel();
-        let service = Service::new(commands, wake.clone(), rotation_wait)?;
+        let service = Service::new(commands, wake.clone(), waits)?;
         std::thread::Builder::new()
             .name("logs".into())
             .spawn(move || service.run())?;
@@ -92,14 +96,21 @@ impl LogHandle {
     /// Takes `container`'s output into `file` from now on. If it has a log
     /// already this is its rotation: the old file ends with a whole line, the
     /// new one goes on with the next, and this returns once the old file gets
-    /// no more bytes.
-    pub fn open(&self, container: &str, file: File) -> Result<(), LogError> {
+    /// no more bytes. Streams have to name `token`; a rotation without one
+    /// leaves it as it is.
+    pub fn open(
+        &self,
+        container: &str,
+        token: Option<LogToken>,
+        file: File,
+    ) -> Result<(), LogError> {
         if !valid_container(container.as_bytes()) {
             return Err(LogError::BadContainer(container.to_owned()));
         }
         let (reply, answer) = mpsc::channel();
         self.0.send(Command::Open {
             container: container.to_owned(),
+            token,
             file,
             reply,
         })?;

@@ -1,6 +1,8 @@
 //! The log thread: an event loop over the guest's streams and the commands of
 //! [`super::LogHandle`].
 
+mod rotation;
+
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, ErrorKind, Read};
@@ -13,13 +15,14 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::EventFd;
 use slab::Slab;
+use vmm_client::LogToken;
 
 use super::file::LogFile;
-use super::framing::{Framer, StreamKind};
-use super::{LogError, MAX_LOGS, StreamSlot, valid_container};
-
-/// `container stream\n`, with room.
-const MAX_HEADER: usize = 256;
+use super::framing::Framer;
+use super::header::{self, MAX_HEADER};
+use super::unnamed::{self, Age, Unnamed};
+use super::{LogError, MAX_LOGS, StreamSlot};
+use rotation::OldFile;
 
 /// Read from one stream before the next has its turn.
 const READ_BYTES: usize = 64 * 1024;
@@ -32,13 +35,31 @@ const FINISH_READS: usize = 1024;
 
 /// How long a rotation waits for a line that was begun in the old file. A
 /// container that never ends its line must not keep it.
-pub(super) const ROTATION_WAIT: Duration = Duration::from_secs(1);
+const ROTATION_WAIT: Duration = Duration::from_secs(1);
 
 const TOKEN_WAKE: u64 = u64::MAX;
+
+/// How long some things are waited for.
+pub(super) struct Waits {
+    /// The end of a line in the old file of a rotation.
+    pub(super) rotation: Duration,
+    /// A stream's header.
+    pub(super) header: Duration,
+}
+
+impl Default for Waits {
+    fn default() -> Self {
+        Self {
+            rotation: ROTATION_WAIT,
+            header: unnamed::PATIENCE,
+        }
+    }
+}
 
 pub(super) enum Command {
     Open {
         container: String,
+        token: Option<LogToken>,
         file: File,
         reply: Sender<Result<(), LogError>>,
     },
@@ -57,18 +78,12 @@ pub(super) enum Command {
 
 struct Log {
     file: LogFile,
+    /// What a stream has to name.
+    token: Option<LogToken>,
     /// A file being replaced, while lines begun in it are not ended.
     old: Option<OldFile>,
     streams: usize,
     closing: bool,
-}
-
-struct OldFile {
-    file: LogFile,
-    /// Streams in the middle of a line.
-    unfinished: usize,
-    deadline: Instant,
-    reply: Sender<Result<(), LogError>>,
 }
 
 struct Stream {
@@ -78,7 +93,8 @@ struct Stream {
 }
 
 enum State {
-    Header(Vec<u8>),
+    /// What has come of the header.
+    Header(Vec<u8>, Age),
     Body {
         container: String,
         framer: Framer,
@@ -95,7 +111,7 @@ pub(super) struct Service {
     logs: HashMap<String, Log>,
     buffer: Vec<u8>,
     records: Vec<u8>,
-    /// How long a rotation waits for the end of a line.
+    unnamed: Unnamed,
     rotation_wait: Duration,
 }
 
@@ -103,7 +119,7 @@ impl Service {
     pub(super) fn new(
         commands: Receiver<Command>,
         wake: Arc<EventFd>,
-        rotation_wait: Duration,
+        waits: Waits,
     ) -> io::Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(&*wake, EpollEvent::new(EpollFlags::EPOLLIN, TOKEN_WAKE))?;
@@ -115,7 +131,8 @@ impl Service {
             logs: HashMap::new(),
             buffer: vec![0; READ_BYTES],
             records: Vec::new(),
-            rotation_wait,
+            unnamed: Unnamed::new(waits.header),
+            rotation_wait: waits.rotation,
         })
     }
 
@@ -140,12 +157,14 @@ impl Service {
                 }
             }
             self.end_overdue_rotations();
+            self.drop_overdue_streams();
         }
     }
 
     fn timeout(&self) -> EpollTimeout {
         let deadlines = self.logs.values().filter_map(|log| log.old.as_ref());
-        let Some(next) = deadlines.map(|old| old.deadline).min() else {
+        let deadlines = deadlines.map(|old| old.deadline);
+        let Some(next) = deadlines.chain(self.unnamed.deadline()).min() else {
             return EpollTimeout::NONE;
         };
         let left = next.saturating_duration_since(Instant::now());
@@ -161,9 +180,10 @@ impl Service {
             match self.commands.try_recv() {
                 Ok(Command::Open {
                     container,
+                    token,
                     file,
                     reply,
-                }) => self.open(container, file, reply),
+                }) => self.open(container, token, file, reply),
                 Ok(Command::Close { container, reply }) => {
                     self.close(&container);
                     // Whoever asked may have gone.
@@ -183,58 +203,32 @@ impl Service {
         }
     }
 
-    fn open(&mut self, container: String, file: File, reply: Sender<Result<(), LogError>>) {
+    fn open(
+        &mut self,
+        container: String,
+        token: Option<LogToken>,
+        file: File,
+        reply: Sender<Result<(), LogError>>,
+    ) {
         let file = LogFile::new(&container, file);
-        if self
-            .logs
-            .get(&container)
-            .is_some_and(|log| log.old.is_some())
-        {
-            self.end_rotation(&container);
+        if self.logs.contains_key(&container) {
+            return self.rotate(&container, token, file, reply);
         }
-        let Some(log) = self.logs.get_mut(&container) else {
-            let result = if self.logs.len() < MAX_LOGS {
-                let log = Log {
-                    file,
-                    old: None,
-                    streams: 0,
-                    closing: false,
-                };
-                self.logs.insert(container, log);
-                Ok(())
-            } else {
-                Err(LogError::TooManyLogs)
+        let result = if self.logs.len() < MAX_LOGS {
+            let log = Log {
+                file,
+                token,
+                old: None,
+                streams: 0,
+                closing: false,
             };
-            let _ = reply.send(result);
-            return;
-        };
-        log.closing = false;
-        let old = std::mem::replace(&mut log.file, file);
-        let mut unfinished = 0;
-        for (_, stream) in &mut self.streams {
-            if let State::Body {
-                container: of,
-                framer,
-                in_old,
-            } = &mut stream.state
-                && *of == container
-                && framer.mid_line()
-            {
-                *in_old = true;
-                unfinished += 1;
-            }
-        }
-        if unfinished == 0 {
-            drop(old);
-            let _ = reply.send(Ok(()));
+            self.logs.insert(container, log);
+            Ok(())
         } else {
-            log.old = Some(OldFile {
-                file: old,
-                unfinished,
-                deadline: Instant::now() + self.rotation_wait,
-                reply,
-            });
-        }
+            Err(LogError::TooManyLogs)
+        };
+        // Whoever asked may have gone.
+        let _ = reply.send(result);
     }
 
     fn close(&mut self, container: &str) {
@@ -260,11 +254,35 @@ impl Service {
             tracing::warn!(%error, "an output stream cannot be watched; it is closed");
             return;
         }
+        let age = self.unnamed.add(entry.key());
         entry.insert(Stream {
             socket,
-            state: State::Header(Vec::new()),
+            state: State::Header(Vec::new(), age),
             _slot: slot,
         });
+        while let Some(oldest) = self.unnamed.surplus() {
+            // It may have said it by now.
+            self.read(oldest);
+            if self.unnamed.surplus() == Some(oldest) {
+                tracing::warn!("many output streams do not say whose they are; one is closed");
+                self.refuse(oldest);
+            }
+        }
+    }
+
+    fn drop_overdue_streams(&mut self) {
+        let now = Instant::now();
+        while let Some(key) = self.unnamed.pop_overdue(now) {
+            tracing::warn!("an output stream did not say in time whose it is; it is closed");
+            self.streams.remove(key);
+        }
+    }
+
+    /// Closes a stream that is no container's.
+    fn refuse(&mut self, key: usize) {
+        if let State::Header(_, age) = self.streams.remove(key).state {
+            self.unnamed.remove(age);
+        }
     }
 
     /// Takes what one stream has, once. False when it had nothing more.
@@ -292,22 +310,21 @@ impl Service {
 
     fn take(&mut self, key: usize, mut bytes: &[u8]) {
         let stream = &mut self.streams[key];
-        if let State::Header(held) = &mut stream.state {
+        if let State::Header(held, _) = &mut stream.state {
             let room = MAX_HEADER - held.len();
             let line = &bytes[..bytes.len().min(room)];
             let Some(end) = line.iter().position(|&b| b == b'\n') else {
                 held.extend_from_slice(line);
                 if held.len() == MAX_HEADER {
                     tracing::warn!("an output stream begins with an endless line; it is closed");
-                    self.streams.remove(key);
+                    self.refuse(key);
                 }
                 return;
             };
             held.extend_from_slice(&line[..end]);
             let header = std::mem::take(held);
             if !self.begin(key, &header) {
-                self.streams.remove(key);
-                return;
+                return self.refuse(key);
             }
             bytes = &bytes[end + 1..];
         }
@@ -315,14 +332,18 @@ impl Service {
     }
 
     /// The header line came; false: the stream is refused.
-    fn begin(&mut self, key: usize, header: &[u8]) -> bool {
-        let Some((container, kind)) = parse_header(header) else {
+    fn begin(&mut self, key: usize, line: &[u8]) -> bool {
+        let Some(header) = header::parse(line) else {
+            // Not the token that it may have.
+            let ends = line.iter().enumerate().filter(|(_, b)| **b == b' ');
+            let shown = ends.map(|(at, _)| at).nth(1).unwrap_or(line.len());
             tracing::warn!(
-                header = %header.escape_ascii(),
+                header = %line[..shown].escape_ascii(),
                 "an output stream does not say whose it is; it is closed"
             );
             return false;
         };
+        let container = header.container;
         let Some(log) = self.logs.get_mut(container).filter(|log| !log.closing) else {
             tracing::warn!(
                 container,
@@ -330,12 +351,22 @@ impl Service {
             );
             return false;
         };
+        if header.token != log.token {
+            tracing::warn!(
+                container,
+                "an output stream has not the token of the container that it names; it is closed"
+            );
+            return false;
+        }
         log.streams += 1;
-        self.streams[key].state = State::Body {
+        let body = State::Body {
             container: container.to_owned(),
-            framer: Framer::new(kind),
+            framer: Framer::new(header.kind),
             in_old: false,
         };
+        if let State::Header(_, age) = std::mem::replace(&mut self.streams[key].state, body) {
+            self.unnamed.remove(age);
+        }
         true
     }
 
@@ -359,21 +390,6 @@ impl Service {
         write_out(&mut log.file, &mut self.records);
     }
 
-    /// A stream has nothing more to write to the old file of its log.
-    fn left_old(&mut self, key: usize) {
-        if let Some((log, _, in_old)) = body(&mut self.streams, &mut self.logs, key)
-            && *in_old
-        {
-            *in_old = false;
-            if let Some(old) = &mut log.old {
-                old.unfinished -= 1;
-                if old.unfinished == 0 {
-                    retire(log);
-                }
-            }
-        }
-    }
-
     fn end_stream(&mut self, key: usize) {
         if let Some((log, framer, in_old)) = body(&mut self.streams, &mut self.logs, key) {
             framer.finish(&now(), &mut self.records);
@@ -386,42 +402,14 @@ impl Service {
         self.left_old(key);
         // Only now is it closed: the guest takes that for an acknowledgment.
         let stream = self.streams.remove(key);
-        if let State::Body { container, .. } = stream.state {
-            if let Some(log) = self.logs.get_mut(&container) {
-                log.streams -= 1;
+        match stream.state {
+            State::Header(_, age) => self.unnamed.remove(age),
+            State::Body { container, .. } => {
+                if let Some(log) = self.logs.get_mut(&container) {
+                    log.streams -= 1;
+                }
+                self.forget_if_done(&container);
             }
-            self.forget_if_done(&container);
-        }
-    }
-
-    fn end_overdue_rotations(&mut self) {
-        let now = Instant::now();
-        let overdue: Vec<String> = self
-            .logs
-            .iter()
-            .filter(|(_, log)| log.old.as_ref().is_some_and(|old| old.deadline <= now))
-            .map(|(container, _)| container.clone())
-            .collect();
-        for container in overdue {
-            self.end_rotation(&container);
-        }
-    }
-
-    /// Ends a rotation at once: lines go on in the new file.
-    fn end_rotation(&mut self, container: &str) {
-        for (_, stream) in &mut self.streams {
-            if let State::Body {
-                container: of,
-                in_old,
-                ..
-            } = &mut stream.state
-                && of == container
-            {
-                *in_old = false;
-            }
-        }
-        if let Some(log) = self.logs.get_mut(container) {
-            retire(log);
         }
     }
 
@@ -446,7 +434,7 @@ fn body<'a>(
     key: usize,
 ) -> Option<(&'a mut Log, &'a mut Framer, &'a mut bool)> {
     match &mut streams.get_mut(key)?.state {
-        State::Header(_) => None,
+        State::Header(..) => None,
         State::Body {
             container,
             framer,
@@ -461,24 +449,6 @@ fn write_out(file: &mut LogFile, records: &mut Vec<u8>) {
         records.clear();
         records.shrink_to(RECORDS_KEPT);
     }
-}
-
-/// Closes the old file and tells who asked for the rotation.
-fn retire(log: &mut Log) {
-    if let Some(old) = log.old.take() {
-        drop(old.file);
-        let _ = old.reply.send(Ok(()));
-    }
-}
-
-fn parse_header(header: &[u8]) -> Option<(&str, StreamKind)> {
-    let space = header.iter().position(|&b| b == b' ')?;
-    let (container, stream) = (&header[..space], &header[space + 1..]);
-    if !valid_container(container) {
-        return None;
-    }
-    let kind = StreamKind::parse(stream)?;
-    Some((std::str::from_utf8(container).ok()?, kind))
 }
 
 /// RFC 3339 in UTC with nanoseconds, as CRI wants it.

@@ -6,9 +6,10 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::framing::{MAX_CONTENT, StreamKind, content, decode};
+use super::unnamed::MAX_UNNAMED;
 use super::*;
 
 /// How long a test waits for what must come.
@@ -24,6 +25,10 @@ impl Logs {
         Self::of(LogService::start().unwrap())
     }
 
+    fn waiting(waits: Waits) -> Self {
+        Self::of(LogService::start_with(waits).unwrap())
+    }
+
     fn of(handle: LogHandle) -> Self {
         let dir = tempfile::tempdir().unwrap();
         Self { handle, dir }
@@ -35,7 +40,14 @@ impl Logs {
 
     fn open(&self, container: &str, name: &str) -> PathBuf {
         let path = self.path(name);
-        self.handle.open(container, append(&path)).unwrap();
+        self.handle.open(container, None, append(&path)).unwrap();
+        path
+    }
+
+    /// With a token that streams have to name.
+    fn guard(&self, container: &str, token: Option<LogToken>, name: &str) -> PathBuf {
+        let path = self.path(name);
+        self.handle.open(container, token, append(&path)).unwrap();
         path
     }
 
@@ -164,7 +176,10 @@ fn both_streams_share_a_file_record_by_record() {
 #[test]
 fn rotation_under_load_loses_nothing_and_cuts_no_line() {
     // However long a busy machine keeps a writer in the middle of a line.
-    let logs = Logs::of(LogService::start_with(Duration::from_secs(600)).unwrap());
+    let logs = Logs::waiting(Waits {
+        rotation: Duration::from_secs(600),
+        ..Waits::default()
+    });
     logs.open("c", "0.log");
     let mut bytes = lines(24 << 20);
     // A stream's unfinished last line may be the end of any file but the last.
@@ -231,6 +246,7 @@ fn rotation_waits_for_the_end_of_a_line_but_not_for_ever() {
     let (reply, rotated) = mpsc::channel();
     let open = Command::Open {
         container: "c".into(),
+        token: None,
         file: append(&logs.path("1.log")),
         reply,
     };
@@ -285,7 +301,7 @@ fn a_stream_that_is_nobodys_is_closed() {
 fn a_full_disk_does_not_block_the_container() {
     let logs = Logs::new();
     let full = OpenOptions::new().write(true).open("/dev/full").unwrap();
-    logs.handle.open("c", full).unwrap();
+    logs.handle.open("c", None, full).unwrap();
     let mut stream = logs.stream("c stdout\n");
     stream.write_all(&lines(4 << 20)).unwrap();
     // A new file, as rotation brings one, takes what comes from then on. The
@@ -329,10 +345,107 @@ fn the_end_of_the_machine_leaves_nothing_in_the_streams() {
 }
 
 #[test]
+fn only_who_knows_its_token_writes_a_containers_log() {
+    let logs = Logs::new();
+    let (token, other) = (LogToken::new([7; 16]), LogToken::new([8; 16]));
+    let path = logs.guard("c", Some(token), "0.log");
+    logs.guard("sibling", Some(other), "sibling.log");
+    for header in [
+        "c stdout\n".to_owned(),
+        "c stdout \n".to_owned(),
+        format!("c stdout {other}\n"),
+        format!("sibling stdout {token}\n"),
+        format!("c stdout {token} \n"),
+        format!("c stdout {token}0\n"),
+        format!("c stdout {}\n", &token.to_string()[1..]),
+    ] {
+        let mut stream = logs.handle.connect().unwrap();
+        // It may be refused before all is written.
+        let _ = stream.write_all(format!("{header}forged\n").as_bytes());
+        assert_closed(stream);
+    }
+    let mut stream = logs.stream(&format!("c stdout {token}\n"));
+    stream.write_all(b"its own\n").unwrap();
+    end(stream);
+    let log = std::fs::read(&path).unwrap();
+    assert_eq!(content(&log, StreamKind::Stdout), b"its own\n");
+    assert_eq!(std::fs::read(logs.path("sibling.log")).unwrap(), b"");
+
+    // A rotation leaves the token as it is; another creation brings its own.
+    let rotated = logs.guard("c", None, "1.log");
+    assert_closed(logs.stream("c stdout\n"));
+    end(logs.stream(&format!("c stdout {token}\n")));
+    logs.guard("c", Some(other), "2.log");
+    assert_closed(logs.stream(&format!("c stdout {token}\n")));
+    end(logs.stream(&format!("c stdout {other}\n")));
+    assert_eq!(std::fs::read(rotated).unwrap(), b"");
+
+    // A log of an older daemon has none, and streams name none.
+    logs.open("old", "old.log");
+    assert_closed(logs.stream(&format!("old stdout {token}\n")));
+    end(logs.stream("old stdout\n"));
+}
+
+#[test]
+fn streams_that_do_not_say_whose_they_are_keep_no_container_out() {
+    let logs = Logs::new();
+    let path = logs.open("c", "0.log");
+    let mut named = logs.stream("c stderr\n");
+    logs.turn();
+    let mut silent: Vec<_> = (0..MAX_UNNAMED)
+        .map(|_| logs.handle.connect().unwrap())
+        .collect();
+    // As many as there may be, and each has said half of it.
+    for stream in &mut silent {
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.write_all(b"c std").unwrap();
+    }
+    logs.turn();
+    let mut stream = logs.stream("c stdout\n");
+    stream.write_all(b"here\n").unwrap();
+    end(stream);
+    assert_closed(silent.remove(0));
+    // The others may still say it, and who has a name is none of them.
+    silent[0].write_all(b"out\n").unwrap();
+    end(silent.remove(0));
+    named.write_all(b"still\n").unwrap();
+    end(named);
+    let log = std::fs::read(&path).unwrap();
+    assert_eq!(content(&log, StreamKind::Stdout), b"here\n");
+    assert_eq!(content(&log, StreamKind::Stderr), b"still\n");
+}
+
+#[test]
+fn who_does_not_say_in_time_whose_it_is_is_closed() {
+    let wait = Duration::from_millis(200);
+    let logs = Logs::waiting(Waits {
+        header: wait,
+        ..Waits::default()
+    });
+    let path = logs.open("c", "0.log");
+    let mut named = logs.stream("c stdout\n");
+    logs.turn();
+    let start = Instant::now();
+    let mut silent = logs.stream("");
+    let mut slow = logs.stream("c std");
+    // Some more of it is no reason to wait for longer.
+    logs.turn();
+    slow.write_all(b"ou").unwrap();
+    assert_eq!(silent.read(&mut [0; 1]).unwrap(), 0);
+    assert!(start.elapsed() >= wait);
+    assert_closed(slow);
+    named.write_all(b"late\n").unwrap();
+    end(named);
+    let log = std::fs::read(&path).unwrap();
+    assert_eq!(content(&log, StreamKind::Stdout), b"late\n");
+}
+
+#[test]
 fn streams_and_names_are_bounded() {
     let logs = Logs::new();
+    logs.open("c", "0.log");
     let streams: Vec<_> = (0..MAX_STREAMS)
-        .map(|_| logs.handle.connect().unwrap())
+        .map(|_| logs.stream("c stdout\n"))
         .collect();
     assert!(matches!(
         logs.handle.connect(),
@@ -347,7 +460,7 @@ fn streams_and_names_are_bounded() {
     let file = || append(&logs.path("x"));
     for name in ["", "a/b", "a b", &"a".repeat(129)] {
         assert!(matches!(
-            logs.handle.open(name, file()),
+            logs.handle.open(name, None, file()),
             Err(LogError::BadContainer(_))
         ));
     }

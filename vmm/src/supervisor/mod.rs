@@ -14,7 +14,7 @@ mod notice;
 
 use std::io::{self, PipeReader, Read};
 use std::os::fd::{AsFd, OwnedFd};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -126,6 +126,7 @@ impl Supervisor {
                 jailed_us: Some(parts.jailed_us),
                 machine_started_us: Some(microseconds(parts.since)),
                 guest_ready_us: None,
+                log_tokens: true,
             },
             since: parts.since,
         })
@@ -158,10 +159,17 @@ impl Supervisor {
     /// Handles what is ready; `Some` ends the machine.
     fn step(&mut self) -> io::Result<Option<Ending>> {
         let mut events = [EpollEvent::empty(); 16];
-        let ready = match self.epoll.wait(&mut events, EpollTimeout::NONE) {
+        // Rounded up, so as not to wake too early again and again.
+        let patience = match self.clients.patience() {
+            Some(left) => EpollTimeout::try_from(left + Duration::from_millis(1)),
+            None => Ok(EpollTimeout::NONE),
+        };
+        let patience = patience.unwrap_or(EpollTimeout::ZERO);
+        let ready = match self.epoll.wait(&mut events, patience) {
             Err(Errno::EINTR) => return Ok(None),
             other => other?,
         };
+        self.clients.resume(&self.epoll)?;
         for event in &events[..ready] {
             let ended = match event.data() {
                 SIGNALS => self.take_signals()?,
@@ -303,8 +311,10 @@ impl Supervisor {
                 }),
             },
             Request::DetachDisk { slot } => self.detach(client, slot),
-            Request::OpenLog { container } => match <[OwnedFd; 1]>::try_from(fds) {
-                Ok([fd]) => self.on_logs(client, move |logs| logs.open(&container, fd.into())),
+            Request::OpenLog { container, token } => match <[OwnedFd; 1]>::try_from(fds) {
+                Ok([fd]) => {
+                    self.on_logs(client, move |logs| logs.open(&container, token, fd.into()))
+                }
                 Err(fds) => Some(Reply::Error {
                     message: format!("open-log with {} descriptors, one belongs", fds.len()),
                 }),

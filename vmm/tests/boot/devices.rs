@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use nix::mount::{MsFlags, mount};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use vmm_client::protocol::{AGENT_PORT, EndCause, Event, VmState};
-use vmm_client::{ControlError, DialError, dial_vsock};
+use vmm_client::{ControlError, DialError, LogToken, dial_vsock};
 
 use crate::common::{
     HOST_ADDRESS, Pod, Setup, in_netns, ip, kernel, namespace_of, prepare, tempdir,
@@ -337,6 +337,8 @@ async fn the_guest_reports_ready_and_its_ports_are_dialled() {
             until grep -q listening /tmp/echo; do usleep 1000; done
             vsock connect 1 </dev/null &
             vsock connect 77 </dev/null || echo refused
+            turn image0
+            vsock connect 1 </dev/null || echo ready-was-said
             sleep 1000
         "#,
         ..Setup::default()
@@ -372,7 +374,12 @@ async fn the_guest_reports_ready_and_its_ports_are_dialled() {
     assert!(matches!(error, DialError::Refused { port: 1025, .. }));
     pod.expect("refused").await;
 
+    // Nobody can take the agent's place.
     let mut control = pod.control().await;
+    let signal = File::open(&kernel).unwrap();
+    control.attach_disk(0, &[signal.as_fd()]).await.unwrap();
+    pod.expect("ready-was-said").await;
+
     control.kill().await.unwrap();
     let Some(Event::State(status)) = events.next().await.unwrap() else {
         panic!("no end");
@@ -424,8 +431,12 @@ async fn container_output_reaches_its_log_and_survives_rotation() {
     let Some(kernel) = kernel() else { return };
     let setup = Setup {
         script: r#"
-            turn image0; { echo c1 stdout; echo one; } | vsock connect 2; echo first
-            turn image1; { echo c1 stderr; printf two; } | vsock connect 2; echo second
+            token=000102030405060708090a0b0c0d0e0f
+            turn image0; { echo c1 stdout $token; echo one; } | vsock connect 2
+            { echo c1 stdout; echo forged; } | vsock connect 2
+            { echo c1 stdout f$token; echo forged; } | vsock connect 2
+            { echo c1 stdout ${token%f}0; echo forged; } | vsock connect 2; echo first
+            turn image1; { echo c1 stderr $token; printf two; } | vsock connect 2; echo second
             until [ $(cat /sys/block/${t##*/}/size) = 0 ]; do usleep 10000; done
         "#,
         ..Setup::default()
@@ -442,14 +453,20 @@ async fn container_output_reaches_its_log_and_survives_rotation() {
     };
     let (old, new) = (open("c1.log"), open("c1.log.1"));
     let signal = File::open(&kernel).unwrap();
-    control.open_log("c1", old.as_fd()).await.unwrap();
+    assert!(control.status().await.unwrap().log_tokens);
+    let token: [u8; 16] = std::array::from_fn(|n| n as u8);
+    let token = Some(LogToken::new(token));
+    control.open_log("c1", token, old.as_fd()).await.unwrap();
     control.attach_disk(0, &[signal.as_fd()]).await.unwrap();
     pod.expect("first").await;
-    control.open_log("c1", new.as_fd()).await.unwrap();
+    control.open_log("c1", None, new.as_fd()).await.unwrap();
     control.attach_disk(1, &[signal.as_fd()]).await.unwrap();
     pod.expect("second").await;
     control.close_log("c1").await.unwrap();
-    let refused = control.open_log("../evil", new.as_fd()).await.unwrap_err();
+    let refused = control
+        .open_log("../evil", None, new.as_fd())
+        .await
+        .unwrap_err();
     assert!(
         refused.to_string().contains("not a container id"),
         "{refused}"
@@ -457,6 +474,7 @@ async fn container_output_reaches_its_log_and_survives_rotation() {
     control.detach_disk(1).await.unwrap();
     pod.ended().await;
     let read = |name: &str| fs::read_to_string(pod.path(name)).unwrap();
+    assert_eq!(read("c1.log").lines().count(), 1, "{}", read("c1.log"));
     assert!(
         read("c1.log").ends_with(" stdout F one\n"),
         "{}",

@@ -8,7 +8,7 @@ mod limits;
 mod mounts;
 mod namespaces;
 mod processes;
-mod security;
+pub(crate) mod security;
 mod streams;
 
 use std::collections::BTreeMap;

@@ -135,7 +135,7 @@ fn the_default_profile_refuses_namespaces_and_runs_32_bit_programs() -> Result<(
 }
 
 /// A program that makes one call and exits with its error.
-fn calling(number: u32, first: u32) -> Vec<u8> {
+pub(crate) fn calling(number: u32, first: u32) -> Vec<u8> {
     let mut code = vec![0xb8];
     code.extend(number.to_le_bytes());
     code.push(0xbf);

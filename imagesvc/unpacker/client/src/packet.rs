@@ -53,10 +53,14 @@ pub fn send_with(
 /// The packet is no such message.
 pub fn recv<T: DeserializeOwned>(socket: impl AsFd) -> io::Result<Option<T>> {
     let mut buffer = vec![0; MAX_MESSAGE + 1];
-    match retry_on_intr(|| read(&socket, &mut buffer)) {
-        Ok(len) => decode(&buffer[..len]),
-        Err(rustix::io::Errno::CONNRESET) => Ok(None),
-        Err(error) => Err(error.into()),
+    loop {
+        match retry_on_intr(|| read(&socket, &mut buffer)) {
+            Ok(len) => return decode(&buffer[..len]),
+            // The peer has gone without reading all it was sent. What it sent
+            // itself comes first, the end after that.
+            Err(rustix::io::Errno::CONNRESET) => {}
+            Err(error) => return Err(error.into()),
+        }
     }
 }
 
@@ -114,4 +118,23 @@ fn whole(sent: usize, json: &[u8]) -> io::Result<()> {
 
 fn invalid(what: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+    use super::*;
+
+    #[test]
+    fn the_last_word_of_a_peer_that_has_not_read_all_is_heard() {
+        let kind = SocketType::SEQPACKET;
+        let (ours, theirs) =
+            socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None).unwrap();
+        send(&ours, &"unread").unwrap();
+        send(&theirs, &"the last").unwrap();
+        drop(theirs);
+        assert_eq!(recv::<String>(&ours).unwrap().as_deref(), Some("the last"));
+        assert_eq!(recv::<String>(&ours).unwrap(), None);
+    }
 }

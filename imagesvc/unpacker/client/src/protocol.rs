@@ -153,6 +153,9 @@ impl Task {
         const MIB: u64 = 1 << 20;
         /// The program, its stack and its buffers.
         const PROGRAM: u64 = 64 * MIB;
+        /// Of what counts as metadata while it is held in maps and made into
+        /// an image. Directories of one name each take most.
+        const METADATA: u64 = 4;
         /// The largest zstd window that is taken, and its decoder's buffers.
         const WINDOW: u64 = 192 * MIB;
         // Far below any CPU: what is beyond does not end by itself.
@@ -167,14 +170,13 @@ impl Task {
                 cpu_seconds: seconds(*max_bytes),
             },
             Self::Write { limits, received } => Bounds {
-                memory_bytes: PROGRAM + 2 * limits.max_metadata_bytes,
+                memory_bytes: PROGRAM + METADATA * limits.max_metadata_bytes,
                 file_bytes: limits.image_bytes(*received),
                 cpu_seconds: seconds(limits.max_uncompressed_bytes),
             },
             Self::Directories { limits, .. } => Bounds {
-                // Names of directories of all layers at once, each counted
-                // against the number of entries, and the tree made of them.
-                memory_bytes: PROGRAM + 4 * limits.max_metadata_bytes,
+                // Names of all layers, too, are counted as one layer's entries.
+                memory_bytes: PROGRAM + METADATA * limits.max_metadata_bytes,
                 file_bytes: 2 * limits.max_metadata_bytes,
                 cpu_seconds: seconds(limits.max_uncompressed_bytes),
             },

@@ -21,7 +21,7 @@ use super::mounts::MountError;
 use super::plan::{Entry, Plan, SeccompFilter, Stdio};
 use super::spec::{self, ContainerSpec, Pids};
 use super::stdin::Stdin;
-use super::stdio::{self, Source, StdioError};
+use super::stdio::{self, LogToken, Source, StdioError};
 use super::supervise::{Vigil, supervise};
 use super::user::Resolved;
 use super::volumes::Held;
@@ -231,12 +231,12 @@ impl Containers {
                 .map_err(|_| Error::SetupTimeout)?
                 .map_err(Error::from)
         };
-        let log = request.log;
+        let (log, token) = (request.log, LogToken::parse(&request.log_token)?);
         let streams: Vec<&'static str> = match terminal {
             Some(_) => vec!["stdout"],
             None => outputs.iter().map(|(stream, _)| *stream).collect(),
         };
-        let (master, hosts) = tokio::try_join!(setup, connect_all(id, &streams, log))?;
+        let (master, hosts) = tokio::try_join!(setup, connect_all(id, &streams, log, token))?;
 
         let mut outputs = outputs;
         let mut stdin = stdin;
@@ -437,10 +437,11 @@ async fn connect_all(
     id: &str,
     streams: &[&'static str],
     log: bool,
+    token: Option<LogToken>,
 ) -> Result<Vec<VsockStream>, Error> {
     let mut hosts = Vec::new();
     for stream in streams.iter().copied().filter(|_| log) {
-        hosts.push(stdio::connect(id, stream).await?);
+        hosts.push(stdio::connect(id, stream, token).await?);
     }
     Ok(hosts)
 }

@@ -235,7 +235,9 @@ impl Launched {
             let mut ready = self.channel.readable().await.map_err(failed)?;
             match receive(self.channel.as_fd()) {
                 Err(Errno::EAGAIN) => ready.clear_ready(),
-                Err(Errno::ECONNRESET) => return Ok(None),
+                // The child has ended without reading all it was sent; what it
+                // has said comes first, the end after that.
+                Err(Errno::ECONNRESET) => {}
                 Err(errno) => return Err(failed(errno.into())),
                 Ok(message) => return Ok(message),
             }

@@ -21,10 +21,9 @@ use tokio::time::timeout;
 use tokio_vsock::{VsockAddr, VsockStream};
 
 use super::tee::Tee;
-use crate::{log, sys};
+use crate::{HOST_CID, log, sys};
 
-/// vsock address and port of the host that take output (the VMM's `LOG_PORT`).
-const HOST_CID: u32 = 2;
+/// The host's vsock port that takes output (the VMM's `LOG_PORT`).
 const LOG_PORT: u32 = 2;
 
 /// What one read takes: all that a pipe holds.
@@ -48,6 +47,8 @@ pub enum StdioError {
         stream: &'static str,
         source: io::Error,
     },
+    #[error("the log's token has {length} bytes, {} belong", LogToken::LEN)]
+    Token { length: usize },
 }
 
 fn create(errno: Errno) -> StdioError {
@@ -106,8 +107,40 @@ pub fn streams(uid: u32, stdin: bool) -> Result<Streams, StdioError> {
     })
 }
 
+/// What the host knows a container's streams by.
+#[derive(Clone, Copy)]
+pub struct LogToken([u8; LogToken::LEN]);
+
+impl LogToken {
+    pub const LEN: usize = 16;
+
+    /// `None` for a host that asks for none.
+    pub fn parse(bytes: &[u8]) -> Result<Option<Self>, StdioError> {
+        if bytes.is_empty() {
+            return Ok(None);
+        }
+        let token = bytes.try_into().map_err(|_| StdioError::Token {
+            length: bytes.len(),
+        })?;
+        Ok(Some(Self(token)))
+    }
+}
+
+/// The line by which the host knows whose a stream is.
+fn header(id: &str, stream: &str, token: Option<LogToken>) -> String {
+    let mut line = format!("{id} {stream}");
+    if let Some(LogToken(bytes)) = token {
+        line += &format!(" {:032x}", u128::from_be_bytes(bytes));
+    }
+    line + "\n"
+}
+
 /// A connection to the host that takes one stream of container `id`.
-pub async fn connect(id: &str, stream: &'static str) -> Result<VsockStream, StdioError> {
+pub async fn connect(
+    id: &str,
+    stream: &'static str,
+    token: Option<LogToken>,
+) -> Result<VsockStream, StdioError> {
     let failed = |source| StdioError::Connect {
         id: id.to_owned(),
         stream,
@@ -116,7 +149,7 @@ pub async fn connect(id: &str, stream: &'static str) -> Result<VsockStream, Stdi
     let mut host = VsockStream::connect(VsockAddr::new(HOST_CID, LOG_PORT))
         .await
         .map_err(failed)?;
-    host.write_all(format!("{id} {stream}\n").as_bytes())
+    host.write_all(header(id, stream, token).as_bytes())
         .await
         .map_err(failed)?;
     Ok(host)
@@ -266,6 +299,18 @@ fn stalled() -> io::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_stream_says_whose_it_is() {
+        assert_eq!(header("c", "stdout", None), "c stdout\n");
+        let mut bytes = [0; 16];
+        bytes[0] = 0xa0;
+        let token = LogToken::parse(&bytes).unwrap();
+        let digits = format!("a0{}", "0".repeat(30));
+        assert_eq!(header("c", "stderr", token), format!("c stderr {digits}\n"));
+        assert!(LogToken::parse(&[]).unwrap().is_none());
+        assert!(LogToken::parse(&[0; 15]).is_err());
+    }
 
     async fn read_all(mut source: Source) -> Vec<u8> {
         let mut all = Vec::new();

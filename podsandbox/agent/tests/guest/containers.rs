@@ -53,6 +53,26 @@ async fn a_container_runs_on_its_own_kernel_and_its_output_arrives() {
 }
 
 #[tokio::test]
+async fn output_that_does_not_name_the_logs_token_is_not_the_containers() {
+    let Some(artifacts) = artifacts() else { return };
+    let mut guest = Guest::boot(&artifacts).await;
+    let root = guest.attach(&Image::busybox()).await;
+    let mut forger = Container::sh("forger", &root, "echo forged; echo forged >&2");
+    forger.log_token[0] ^= 1;
+    let (exit, output) = guest.run_to_end(forger).await;
+    // It is none of the container's doing, which runs to its end.
+    assert_eq!((exit.code, output.as_str()), (0, ""));
+    assert_eq!(guest.output("forger", "stderr"), "");
+    guest.remove("forger").await;
+    let mut request = Container::sh("short", &root, "true").request();
+    request.log_token.pop();
+    let short = guest.agent.create_container(request).await;
+    let why = refused(short, Code::InvalidArgument);
+    assert!(why.contains("token has 15 bytes, 16 belong"), "{why}");
+    guest.shut_down().await;
+}
+
+#[tokio::test]
 async fn a_program_that_cannot_run_is_named() {
     let Some(artifacts) = artifacts() else { return };
     let mut guest = Guest::boot(&artifacts).await;

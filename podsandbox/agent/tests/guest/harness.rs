@@ -26,10 +26,10 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
-use vmm_client::{Control, VmmProcess};
+use vmm_client::{Control, LogToken, VmmProcess};
 
 pub use boot::{Artifacts, Options, artifacts};
-pub use container::Container;
+pub use container::{Container, TOKEN};
 pub use image::{Image, busybox_tree};
 
 /// Nothing here takes a tenth of this on an idle machine.
@@ -89,7 +89,7 @@ impl Guest {
                 .open(&path)
                 .unwrap();
             self.control
-                .open_log(&container.id, log.as_fd())
+                .open_log(&container.id, Some(LogToken::new(TOKEN)), log.as_fd())
                 .await
                 .unwrap();
             self.logs.insert(container.id.clone(), path);

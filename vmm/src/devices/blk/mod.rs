@@ -44,17 +44,18 @@ pub use workers::Workers;
 use self::backing::{Backing, BackingError};
 use self::flight::Flight;
 use self::limit::Limiter;
-use self::request::{Op, Outcome, Request};
+use self::request::{Op, Outcome, Range, Request};
 use super::{Device, Io, Poller, read_config_bytes};
 
 const SECTOR: u64 = 512;
 /// Data buffers in one request: a queue without its header and status.
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 const QUEUE_SIZE: u16 = 256;
-/// Ranges in one discard or write-zeroes request.
-const RANGES_MAX: u32 = 64;
-/// Sectors in one of those ranges: 2 GiB.
-const RANGE_SECTORS_MAX: u32 = 1 << 22;
+/// Ranges in one discard or write-zeroes request, and sectors in one of them
+/// (4 MiB). A host that cannot clear a range writes it, so one request comes
+/// to 64 MiB at most, by which a rate limit can be overdrawn.
+const RANGES_MAX: u32 = 16;
+const RANGE_SECTORS_MAX: u32 = 1 << 13;
 /// Length of the serial in GET_ID (VIRTIO_BLK_ID_BYTES).
 const SERIAL_BYTES: usize = 20;
 /// Requests looked at before other disks of the loop get their turn.
@@ -137,7 +138,8 @@ impl Blk {
         self
     }
 
-    /// Limits what the disk moves.
+    /// Limits what the disk moves; what is cleared counts as if it was
+    /// written.
     pub fn with_rate_limit(mut self, limit: RateLimit) -> io::Result<Self> {
         let limiter = Limiter::new(limit, Duration::ZERO);
         if !limiter.is_off() {
@@ -265,9 +267,9 @@ impl Blk {
         Ok(true)
     }
 
-    fn charge(&mut self, bytes: usize) {
+    fn charge(&mut self, bytes: u64) {
         if let Some(throttle) = &mut self.throttle {
-            throttle.limiter.charge(bytes as u64);
+            throttle.limiter.charge(bytes);
         }
     }
 
@@ -290,7 +292,7 @@ impl Blk {
         let small = request.data.len() <= AT_ONCE_BYTES;
         match op {
             Op::Read { offset } => {
-                self.charge(request.data.len());
+                self.charge(request.data.len() as u64);
                 if small && self.tells_cached {
                     match self.backing.read_cached(request.data.clone(), offset) {
                         Err(BackingError::Io(e)) if e.kind() == io::ErrorKind::WouldBlock => {}
@@ -306,7 +308,7 @@ impl Blk {
                 }
             }
             Op::Write { .. } => {
-                self.charge(request.data.len());
+                self.charge(request.data.len() as u64);
                 if small && alone {
                     return Some(request.execute(&op, &self.backing, &self.state));
                 }
@@ -315,7 +317,9 @@ impl Blk {
                 self.charge(0);
                 return Some(request.execute(&op, &self.backing, &self.state));
             }
-            Op::Flush | Op::Clear(_) => self.charge(0),
+            Op::Flush => self.charge(0),
+            // What it costs the host is not known: as much as to write it.
+            Op::Clear(ref ranges) => self.charge(ranges.iter().map(Range::bytes).sum()),
         }
         // Always so: the request was made of this memory.
         let request = request.into_owned(op, mem)?;

@@ -59,6 +59,12 @@ enum Clear {
     Keep,
 }
 
+impl Range {
+    pub(super) fn bytes(&self) -> u64 {
+        self.count
+    }
+}
+
 impl Op {
     /// Whether a flush that comes later has to cover it.
     pub(super) fn changes_disk(&self) -> bool {

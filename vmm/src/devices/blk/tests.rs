@@ -277,6 +277,75 @@ fn the_scratch_disk_is_written_flushed_and_punched() {
     assert_eq!(status, VIRTIO_BLK_S_UNSUPP, "discard knows no unmap flag");
 }
 
+/// Ranges of a discard or write-zeroes request: sector, sectors, flags.
+fn ranges(list: &[(u64, u32, u32)]) -> Vec<u8> {
+    list.iter()
+        .flat_map(|(sector, count, flags)| {
+            let mut range = sector.to_le_bytes().to_vec();
+            range.extend(count.to_le_bytes());
+            range.extend(flags.to_le_bytes());
+            range
+        })
+        .collect()
+}
+
+#[test]
+fn one_request_clears_64_mib_at_most() {
+    let backing = file(&[]);
+    backing.set_len(128 << 20).unwrap();
+    let mut disk = Blk::scratch("scratch", backing).unwrap();
+    let mut config = [0; 60];
+    disk.read_config(0, &mut config);
+    let word = |at: usize| u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
+    for at in [36, 48] {
+        let (sectors, ranges) = (u64::from(word(at)), u64::from(word(at + 4)));
+        assert_eq!(sectors * SECTOR * ranges, 64 << 20);
+    }
+    let most = (word(36), word(40) as usize);
+    for kind in [VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES] {
+        for (list, status) in [
+            (vec![(0, most.0, 0); most.1], VIRTIO_BLK_S_OK),
+            (vec![(0, most.0 + 1, 0)], VIRTIO_BLK_S_IOERR),
+            (vec![(0, 1, 0); most.1 + 1], VIRTIO_BLK_S_IOERR),
+        ] {
+            let (got, _) = request(&mut disk, kind, 0, &ranges(&list), 0);
+            assert_eq!(got, status, "{kind}: {} ranges", list.len());
+        }
+    }
+}
+
+#[test]
+fn what_is_cleared_counts_against_the_limit() {
+    let limit = RateLimit {
+        bytes_per_second: NonZeroU64::new(1 << 16),
+        ..RateLimit::default()
+    };
+    for (kind, flags) in [
+        (VIRTIO_BLK_T_DISCARD, 0),
+        (VIRTIO_BLK_T_WRITE_ZEROES, 0),
+        (VIRTIO_BLK_T_WRITE_ZEROES, 1),
+    ] {
+        let backing = file(&[]);
+        backing.set_len(16 << 20).unwrap();
+        let disk = Blk::scratch("scratch", backing).unwrap();
+        let mut disk = disk.with_rate_limit(limit).unwrap();
+        let mut driver = Driver::new(&disk);
+        // 3 MiB of ranges, then a request that has to wait for them.
+        let list = ranges(&[(0, 4096, flags), (8192, 2048, flags)]);
+        let (clear, identify) = (header(kind, 0), header(VIRTIO_BLK_T_GET_ID, 0));
+        let parts = [Part::Read(&clear), Part::Read(&list), Part::Write(1)];
+        driver.push(0, &parts);
+        driver.push(0, &[Part::Read(&identify), Part::Write(21)]);
+        driver.kick(&mut disk, 0);
+        settle(&mut driver, &mut disk).unwrap();
+        assert_eq!(std::iter::from_fn(|| driver.used(0)).count(), 1);
+        let throttle = disk.throttle.as_mut().unwrap();
+        let wait = throttle.limiter.wait(throttle.since.elapsed()).unwrap();
+        // Of the 48 seconds, those that the test has taken are over.
+        assert!(wait > PATIENCE, "{kind} {flags}: {wait:?}");
+    }
+}
+
 #[test]
 fn hostile_chains_are_given_back() {
     let mut disk = image(&[&[1; 4096]]);

@@ -33,8 +33,7 @@ const MESSAGES: usize = 128;
 /// # Panics
 ///
 /// When the device's loop does not come to the end of the script.
-pub fn vhost_user(script: &[u8]) -> io::Result<Ended> {
-    let mut script = Script::new(script);
+pub fn vhost_user(mut script: Script<'_>) -> io::Result<Ended> {
     let path = Socket::new();
     let transport = VhostUser::listen(&path.0, Arc::default())?;
     let mut event_loop = EventLoop::new("hostile")?;

@@ -12,16 +12,25 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::Script;
 use super::memory::{Guarded, REGIONS};
+use super::race;
 use super::templates::Templates;
 use crate::devices::{Device, Interrupt, Io, Poller};
 use crate::transport::place_rings;
 
 /// Each queue's rings: descriptors, then these.
-const RING_SPACE: u64 = 0x4000;
-const AVAIL: u64 = 0x2000;
+pub(super) const RING_SPACE: u64 = 0x4000;
+pub(super) const AVAIL: u64 = 0x2000;
 const USED: u64 = 0x3000;
-/// Where buffers mostly lie.
-const DATA: u64 = 0x4_0000;
+/// Where buffers mostly lie, and how far the requests' are from each other.
+pub(super) const DATA: u64 = 0x4_0000;
+pub(super) const DATA_SPACE: u64 = 0x400;
+/// Descriptors, places of data and requests that are used over and over in a
+/// race, so that what the other thread changes is what the device reads.
+pub(super) const FEW_DESCRIPTORS: u16 = 8;
+pub(super) const FEW_PLACES: u8 = 4;
+const FEW_TEMPLATES: usize = 3;
+/// Times that a race offers one chain.
+const RACES: usize = 128;
 /// Actions of one script; more only repeat.
 const ACTIONS: usize = 512;
 /// Rounds of events at once.
@@ -52,8 +61,17 @@ pub(super) fn play<D: Device>(
 ) -> io::Result<Option<String>> {
     let guarded = Guarded::new()?;
     let mem = guarded.regions().ok_or(io::ErrorKind::InvalidInput)?;
-    let mut guest = Guest::new(device, mem, templates)?;
-    let ended = guest.act(script, host).err().map(|e| e.to_string());
+    let mut guest = Guest::new(device, mem.clone(), templates)?;
+    guest.say_hello()?;
+    let ended = if script.racing {
+        let (queues, seed) = (guest.queues.len(), script.long());
+        guest.few_templates_from = Some(script.byte().into());
+        race::beside(&mem, queues, seed, || guest.act(script, host))
+    } else {
+        guest.act(script, host)
+    };
+    let ended = ended.err().map(|e| e.to_string());
+    drop(mem);
     // Threads of the device end with it.
     drop(guest);
     assert!(guarded.is_unharmed(), "written outside of guest memory");
@@ -67,6 +85,8 @@ struct Guest<D> {
     mem: GuestMemoryMmap,
     epoll: Arc<Epoll>,
     templates: Templates,
+    /// The first of the few templates of a race.
+    few_templates_from: Option<usize>,
 }
 
 impl<D: Device> Guest<D> {
@@ -85,6 +105,7 @@ impl<D: Device> Guest<D> {
             mem,
             epoll,
             templates,
+            few_templates_from: None,
         };
         guest.set_up(u64::MAX);
         Ok(guest)
@@ -107,6 +128,18 @@ impl<D: Device> Guest<D> {
         self.write(0, &rings);
     }
 
+    fn say_hello(&mut self) -> io::Result<()> {
+        let Some(hello) = &self.templates.hello else {
+            return Ok(());
+        };
+        self.write(DATA, hello);
+        let (queue, len) = (self.queues.len() - 1, hello.len() as u32);
+        self.write_descriptor(queue, 0, (DATA, len, NEXT, 1));
+        self.write_descriptor(queue, 1, (DATA + 0x1000, 4096, WRITE, 0));
+        self.offer(queue, 0);
+        self.kick(queue)
+    }
+
     fn act(
         &mut self,
         script: &mut Script<'_>,
@@ -117,7 +150,12 @@ impl<D: Device> Guest<D> {
                 break;
             }
             let queue = usize::from(script.byte()) % self.queues.len();
-            match script.byte() % 16 {
+            let action = match script.byte() % 16 {
+                // What ends most machines leaves nothing to race for.
+                1 | 2 | 6 | 8 | 10 if script.racing => 12,
+                action => action,
+            };
+            match action {
                 0 => {
                     let index = script.short();
                     let flags = script.short() & 7;
@@ -176,13 +214,15 @@ impl<D: Device> Guest<D> {
     fn address(&self, script: &mut Script<'_>) -> u64 {
         let n = u64::from(script.short());
         match script.byte() % 10 {
+            // Not over the rings, as above.
+            0 if script.racing => DATA + n,
             0 => n,
             1 => REGIONS[1].0 + n,
             2 => REGIONS[0].1 as u64 - n % 64,
             3 => REGIONS[1].0 + REGIONS[1].1 as u64 - n % 64,
             4 => u64::MAX - n,
             5 => (3 << 20) + n,
-            6 => script.long(),
+            6 => script.long() | if script.racing { DATA } else { 0 },
             _ => DATA + 16 * n % (1 << 19),
         }
     }
@@ -201,6 +241,11 @@ impl<D: Device> Guest<D> {
 
     fn offer(&mut self, queue: usize, head: u16) {
         let size = self.queues[queue].max_size();
+        let ahead = self.avail[queue].wrapping_sub(self.queues[queue].next_avail());
+        if ahead >= size && self.few_templates_from.is_some() {
+            // The queue is full, and one more would end the race.
+            return;
+        }
         let slot = u64::from(self.avail[queue] % size);
         let ring = RING_SPACE * queue as u64 + AVAIL;
         self.write(ring + 4 + 2 * slot, &head.to_le_bytes());
@@ -247,8 +292,12 @@ impl<D: Device> Guest<D> {
 
     /// A template with some bytes changed, or the script's own.
     fn header(&self, script: &mut Script<'_>) -> Vec<u8> {
-        let choice = usize::from(script.byte());
-        let Some(template) = self.templates.get(choice % (self.templates.len() + 1)) else {
+        let choice = match (self.few_templates_from, usize::from(script.byte())) {
+            (Some(first), n) => first + n % FEW_TEMPLATES,
+            (None, n) => n,
+        };
+        let all = &self.templates.requests;
+        let Some(template) = all.get(choice % (all.len() + 1)) else {
             let most = usize::from(script.byte() % 80);
             return script.bytes(most).to_vec();
         };
@@ -265,7 +314,11 @@ impl<D: Device> Guest<D> {
         let shape = script.byte();
         let header = self.header(script);
         // Somewhere else each time, so that some can be under way at once.
-        let data = DATA + 0x400 * u64::from(script.byte());
+        let place = match (script.racing, script.byte()) {
+            (true, n) => n % FEW_PLACES,
+            (false, n) => n,
+        };
+        let data = DATA + DATA_SPACE * u64::from(place);
         self.write(data, &header);
         let mut parts = vec![(data, header.len() as u32, 0)];
         if shape & 1 != 0 {
@@ -283,14 +336,21 @@ impl<D: Device> Guest<D> {
         if shape & 16 != 0 {
             parts.remove(0);
         }
-        let head = u16::from(script.byte());
+        let head = match (script.racing, u16::from(script.byte())) {
+            (true, n) => n % FEW_DESCRIPTORS,
+            (false, n) => n,
+        };
         let count = parts.len();
         for (n, (addr, len, flags)) in (0u16..).zip(parts) {
             let index = head.wrapping_add(n);
             let more = if usize::from(n) + 1 < count { NEXT } else { 0 };
             self.write_descriptor(queue, index, (addr, len, flags | more, index + 1));
         }
-        self.offer(queue, head % self.queues[queue].max_size());
+        // Over and over in a race, as far as the device takes it.
+        let times = if script.racing { RACES } else { 1 };
+        for _ in 0..times {
+            self.offer(queue, head % self.queues[queue].max_size());
+        }
         if shape & 32 != 0 {
             return Ok(());
         }

@@ -6,13 +6,22 @@
 //! guest's memory (there are guard pages around it), and either goes on or
 //! ends the machine by an error.
 //!
-//! [`targets`] has an entry for each device and for the vhost-user front;
-//! `cargo test` plays scripts of a fixed random generator and the files below
-//! `vmm/fuzz/corpus`, `make fuzz` looks for new ones.
+//! A script may be played with [`Script::racing`]: another thread changes
+//! rings and buffers while the device reads them, so that what is read twice
+//! is not the same twice.
+//!
+//! [`targets`] has an entry for each device and for what else reads a guest's
+//! words: both transports and the log thread. `cargo test` plays scripts of a
+//! fixed random generator and the files below `vmm/fuzz/corpus`, `make fuzz`
+//! looks for new ones.
 
+mod canary;
 mod front;
 mod guest;
 mod memory;
+mod output;
+mod race;
+mod registers;
 pub mod targets;
 mod templates;
 #[cfg(test)]
@@ -20,18 +29,34 @@ mod tests;
 mod world;
 
 #[cfg(test)]
+pub(crate) use canary::Canary;
+#[cfg(test)]
 pub(crate) use guest::descriptor;
 
 /// A script being read. Past its end are zeroes.
-pub struct Script<'a>(&'a [u8]);
+pub struct Script<'a> {
+    left: &'a [u8],
+    racing: bool,
+}
 
 impl<'a> Script<'a> {
     pub fn new(bytes: &'a [u8]) -> Self {
-        Self(bytes)
+        Self {
+            left: bytes,
+            racing: false,
+        }
+    }
+
+    /// Played against a guest that changes its memory meanwhile.
+    pub fn racing(bytes: &'a [u8]) -> Self {
+        Self {
+            left: bytes,
+            racing: true,
+        }
     }
 
     fn is_over(&self) -> bool {
-        self.0.is_empty()
+        self.left.is_empty()
     }
 
     fn byte(&mut self) -> u8 {
@@ -41,10 +66,10 @@ impl<'a> Script<'a> {
 
     fn array<const N: usize>(&mut self) -> [u8; N] {
         let mut array = [0; N];
-        let count = N.min(self.0.len());
-        let (head, rest) = self.0.split_at(count);
+        let count = N.min(self.left.len());
+        let (head, rest) = self.left.split_at(count);
         array[..count].copy_from_slice(head);
-        self.0 = rest;
+        self.left = rest;
         array
     }
 
@@ -57,8 +82,8 @@ impl<'a> Script<'a> {
     }
 
     fn bytes(&mut self, most: usize) -> &'a [u8] {
-        let (head, rest) = self.0.split_at(most.min(self.0.len()));
-        self.0 = rest;
+        let (head, rest) = self.left.split_at(most.min(self.left.len()));
+        self.left = rest;
         head
     }
 

@@ -19,9 +19,13 @@ use nix::sys::socket::{
 
 use vmm_client::RateLimit;
 
+use super::canary::Canary;
 pub use super::front::vhost_user;
+pub use super::output::{framing, logs};
+pub use super::registers::mmio;
+use super::templates::{self, Templates};
 pub use super::world::World;
-use super::{Script, guest::play, templates};
+use super::{Script, guest::play};
 use crate::devices::balloon::Balloon;
 use crate::devices::blk::Blk;
 use crate::devices::fs::Fs;
@@ -37,22 +41,21 @@ const ENDS: usize = 16;
 /// How the machine was ended by what the script did.
 pub type Ended = Option<String>;
 
-pub fn balloon(script: &[u8]) -> io::Result<Ended> {
+pub fn balloon(mut script: Script<'_>) -> io::Result<Ended> {
     play(
         Balloon::new(0)?,
-        &mut Script::new(script),
+        &mut script,
         templates::balloon(),
         |balloon, io, what| balloon.set_target(u64::from(what) << 16, io),
     )
 }
 
-pub fn rng(script: &[u8]) -> io::Result<Ended> {
+pub fn rng(mut script: Script<'_>) -> io::Result<Ended> {
     let device = Rng::new(Path::new("/dev/urandom"))?;
-    play(device, &mut Script::new(script), Vec::new(), |_, _, _| {})
+    play(device, &mut script, Templates::default(), |_, _, _| {})
 }
 
-pub fn blk(script: &[u8]) -> io::Result<Ended> {
-    let mut script = Script::new(script);
+pub fn blk(mut script: Script<'_>) -> io::Result<Ended> {
     if script.byte() & 1 == 0 {
         let disk = Blk::scratch("scratch", memory_file(1 << 20)?).map_err(io::Error::other)?;
         // Off, or a rate that a short script meets.
@@ -81,7 +84,7 @@ pub fn blk(script: &[u8]) -> io::Result<Ended> {
     )
 }
 
-fn memory_file(len: u64) -> io::Result<File> {
+pub(super) fn memory_file(len: u64) -> io::Result<File> {
     let file = File::from(memfd_create("disk", MFdFlags::MFD_CLOEXEC)?);
     file.set_len(len)?;
     file.write_all_at(b"some bytes", 0)?;
@@ -93,8 +96,7 @@ pub fn net_world() -> io::Result<World> {
     World::new(|| Ok(unshare(CloneFlags::CLONE_NEWNET)?), net)
 }
 
-fn net(script: &[u8]) -> io::Result<Ended> {
-    let mut script = Script::new(script);
+fn net(mut script: Script<'_>) -> io::Result<Ended> {
     let taps = tap(2 - usize::from(script.byte() & 1))?;
     let net = Net::new(taps, [2, 0, 0, 0, 0, 1], Some(1400));
     let net = net.map_err(io::Error::other)?;
@@ -125,7 +127,7 @@ fn tap(queues: usize) -> io::Result<Vec<File>> {
         .collect()
 }
 
-pub fn vsock(script: &[u8]) -> io::Result<Ended> {
+pub fn vsock(mut script: Script<'_>) -> io::Result<Ended> {
     let (listener, address) = abstract_listener()?;
     let (sender, accepted) = std::sync::mpsc::channel();
     let ports = move |port: u32| {
@@ -141,7 +143,7 @@ pub fn vsock(script: &[u8]) -> io::Result<Ended> {
     let mut ends = VecDeque::new();
     play(
         device,
-        &mut Script::new(script),
+        &mut script,
         templates::vsock(GUEST_CID),
         move |_, _, what| {
             ends.extend(accepted.try_iter());
@@ -206,15 +208,56 @@ fn make_directory() -> io::Result<()> {
     let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
     mount(none, "/", none, flags, none)?;
     let tmpfs = Some("tmpfs");
-    mount(tmpfs, &dir, tmpfs, MsFlags::empty(), Some("size=4m"))?;
-    std::fs::write(dir.join("file"), [7; 10_000])?;
-    std::fs::create_dir_all(dir.join("dir/inner"))?;
-    std::os::unix::fs::symlink("/etc/passwd", dir.join("link"))
+    let options = Some("size=4m,nr_inodes=1k");
+    mount(tmpfs, &dir, tmpfs, MsFlags::empty(), options)?;
+    Canary::new(&dir)?;
+    Ok(())
 }
 
-fn fs(script: &[u8]) -> io::Result<Ended> {
-    let files = on_thread::start(&std::env::temp_dir(), None, || {})?;
+/// The same directory in the beginning of each script.
+fn fs(mut script: Script<'_>) -> io::Result<Ended> {
+    let canary = Canary::at(&std::env::temp_dir())?;
+    let (files, server) = on_thread::start_joinable(&canary.share(), None, || {})?;
     let device = Fs::new(files, "shared").map_err(io::Error::other)?;
-    let mut script = Script::new(script);
-    play(device, &mut script, templates::fs(), |_, _, _| {})
+    let ended = play(device, &mut script, templates::fs(), |_, _, _| {})?;
+    // It has gone with the device once all that it was asked is done.
+    if let Err(panic) = server.join() {
+        std::panic::resume_unwind(panic);
+    }
+    canary.assert_unharmed()?;
+    canary.clear_share()?;
+    Ok(ended)
+}
+
+/// Any device, against a guest that changes what it said; the script's first
+/// byte says which.
+pub struct Raced {
+    net: World,
+    fs: World,
+}
+
+impl Raced {
+    pub fn new() -> io::Result<Self> {
+        Ok(Self {
+            net: net_world()?,
+            fs: fs_world()?,
+        })
+    }
+
+    /// # Panics
+    ///
+    /// When the device did.
+    pub fn play(&self, script: &[u8]) -> io::Result<Ended> {
+        let Some((device, rest)) = script.split_first() else {
+            return Ok(None);
+        };
+        match device % 6 {
+            0 => balloon(Script::racing(rest)),
+            1 => rng(Script::racing(rest)),
+            2 => blk(Script::racing(rest)),
+            3 => vsock(Script::racing(rest)),
+            4 => self.net.race(rest),
+            _ => self.fs.race(rest),
+        }
+    }
 }

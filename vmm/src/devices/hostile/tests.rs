@@ -4,6 +4,7 @@ use std::io;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use super::Script;
 use super::targets::{self, Ended};
 
 /// No script may keep a device busy for longer, on a slow and busy machine.
@@ -65,22 +66,22 @@ fn each(name: &str, count: usize, run: impl Fn(&[u8]) -> io::Result<Ended>) -> V
 
 #[test]
 fn blk_survives() {
-    judge(&each("blk", 1500, targets::blk));
+    judge(&each("blk", 1500, |s| targets::blk(Script::new(s))));
 }
 
 #[test]
 fn balloon_survives() {
-    judge(&each("balloon", 1500, targets::balloon));
+    judge(&each("balloon", 1500, |s| targets::balloon(Script::new(s))));
 }
 
 #[test]
 fn rng_survives() {
-    judge(&each("rng", 500, targets::rng));
+    judge(&each("rng", 500, |s| targets::rng(Script::new(s))));
 }
 
 #[test]
 fn vsock_survives() {
-    judge(&each("vsock", 1500, targets::vsock));
+    judge(&each("vsock", 1500, |s| targets::vsock(Script::new(s))));
 }
 
 #[test]
@@ -97,6 +98,37 @@ fn fs_survives() {
 
 #[test]
 fn vhost_user_survives() {
-    let ended = each("vhost_user", 300, targets::vhost_user);
+    let ended = each("vhost_user", 300, |s| targets::vhost_user(Script::new(s)));
     assert!(ended.iter().all(Option::is_some));
+}
+
+#[test]
+fn mmio_survives() {
+    judge(&each("mmio", 1500, |s| targets::mmio(Script::new(s))));
+}
+
+#[test]
+fn logs_are_their_containers() {
+    each("logs", 200, |s| targets::logs(Script::new(s)));
+}
+
+#[test]
+fn framing_keeps_every_byte() {
+    each("framing", 300, |s| targets::framing(Script::new(s)));
+}
+
+/// Each device against a guest that changes what it said meanwhile. Few and
+/// long scripts: what two threads do at once takes both of them to run.
+#[test]
+fn all_survive_a_race() {
+    let raced = targets::Raced::new().unwrap();
+    let mut random = Random(0x2545_f491_4f6c_dd1d);
+    for device in 0..96 {
+        let mut script: Vec<u8> = (0..4096).map(|_| random.next() as u8).collect();
+        script[0] = device;
+        let start = Instant::now();
+        raced.play(&script).unwrap();
+        assert!(start.elapsed() < LONGEST, "device {}", device % 6);
+    }
+    each("race", 0, |script| raced.play(script));
 }

@@ -3,6 +3,9 @@
 use agent_api::{CreateContainerRequest, ImageVolume, RootDisk, User};
 use serde_json::{Value, json};
 
+/// What the host knows the tests' streams by.
+pub const TOKEN: [u8; 16] = *b"sixteen numbers.";
+
 pub struct Container {
     pub id: String,
     pub spec: Value,
@@ -12,6 +15,7 @@ pub struct Container {
     pub stdin: bool,
     pub stdin_once: bool,
     pub log: bool,
+    pub log_token: [u8; 16],
     pub image_volumes: Vec<ImageVolume>,
 }
 
@@ -83,6 +87,7 @@ impl Container {
             stdin: false,
             stdin_once: false,
             log: true,
+            log_token: TOKEN,
             image_volumes: Vec::new(),
         }
     }
@@ -118,6 +123,7 @@ impl Container {
             stdin: self.stdin,
             stdin_once: self.stdin_once,
             log: self.log,
+            log_token: self.log_token.into(),
             image_volumes: self.image_volumes.clone(),
             devices: Vec::new(),
             guest: false,

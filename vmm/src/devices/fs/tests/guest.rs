@@ -37,7 +37,7 @@ pub(super) const WRITE: u16 = 2;
 
 /// Where a request and its reply lie.
 pub(super) const REQUEST: u64 = 0x10_0000;
-const REPLY: u64 = 0x40_0000;
+pub(super) const REPLY: u64 = 0x40_0000;
 
 /// FUSE_SUBMOUNTS | FUSE_INIT_EXT, and FUSE_CREATE_SUPP_GROUP in the upper half.
 const INIT_FLAGS: u32 = 1 << 27 | 1 << 30;
@@ -61,6 +61,11 @@ pub(super) struct Guest {
 fn ring(queue: usize) -> (u64, u64, u64) {
     let base = 0x1_0000 * (queue as u64 + 1);
     (base, base + 0x4000, base + 0x8000)
+}
+
+/// Where a descriptor of a queue lies.
+pub(super) fn descriptor_place(queue: usize, index: u16) -> u64 {
+    ring(queue).0 + 16 * u64::from(index)
 }
 
 impl Guest {
@@ -124,9 +129,9 @@ impl Guest {
         flags: u16,
         next: u16,
     ) {
-        let at = ring(queue).0 + 16 * u64::from(index);
+        let at = GuestAddress(descriptor_place(queue, index));
         let bytes = descriptor((addr, len, flags, next));
-        self.mem.write_slice(&bytes, GuestAddress(at)).unwrap();
+        self.mem.write_slice(&bytes, at).unwrap();
     }
 
     pub(super) fn offer(&mut self, queue: usize, head: u16) {

@@ -4,6 +4,8 @@ mod credentials;
 mod files;
 mod guest;
 mod hostile;
+mod names;
+mod race;
 mod tmpfs;
 
 use super::*;
