@@ -23,6 +23,7 @@ use crate::devices::rng::Rng;
 use crate::devices::vsock::{HostPorts, Vsock};
 use crate::event_loop::{DeviceRef, EventLoop};
 use crate::files::{self, FilesSpec};
+use crate::filter::{self, Confine, Role, trap};
 use crate::handoff::{Answer, Fds, HandoffError};
 use crate::jail;
 use crate::logs::{LogHandle, LogService};
@@ -85,18 +86,48 @@ fn boot(answer: &Answer, since: Instant) -> Result<Supervisor, BootError> {
         supervisor::block_signals().map_err(|e| BootError::Prepare("block signals", e))?;
     // All before this process loses the right to.
     jail::refuse_devices(std::mem::take(&mut fds.control_groups));
-    let files = start_file_server(&spec).map_err(BootError::FileServer)?;
+    let (traps, teller) = trap::pipe().map_err(|e| BootError::Prepare("make a pipe", e))?;
+    let files = start_file_server(&spec, &teller).map_err(BootError::FileServer)?;
+    trap::tell_through(teller).map_err(|e| BootError::Prepare("handle SIGSYS", e))?;
     let user_ns = match spec.machine {
         Machine::Uml(_) => guests_user_ns(&spec),
         Machine::Kvm => None,
     };
     jail::enter(&spec, fds.kernel.as_fd(), fds.initramfs.as_fd())?;
     let jailed_us = microseconds(since);
-    start(spec, fds, files, signals, since, jailed_us, user_ns)
+    let parts = Prepared {
+        files,
+        signals,
+        traps,
+        confine: filters_of_node(),
+        since,
+        jailed_us,
+        user_ns,
+    };
+    start(spec, fds, parts)
+}
+
+/// What was made while this process had the right to.
+struct Prepared {
+    files: OwnedFd,
+    signals: SignalFd,
+    traps: trap::Traps,
+    confine: Confine,
+    since: Instant,
+    jailed_us: u64,
+    user_ns: Option<OwnedFd>,
+}
+
+fn filters_of_node() -> Confine {
+    if filter::is_supported() {
+        return filter::confine;
+    }
+    tracing::warn!("the node's kernel lacks seccomp filters: all its calls are open");
+    filter::leave_open
 }
 
 /// Executes this program again as the pod's file server; the channel to it.
-fn start_file_server(spec: &VmSpec) -> io::Result<OwnedFd> {
+fn start_file_server(spec: &VmSpec, teller: &OwnedFd) -> io::Result<OwnedFd> {
     let (ours, theirs) = files::channel::pair()?;
     Command::new("/proc/self/exe")
         .arg0(files::NAME)
@@ -114,7 +145,7 @@ fn start_file_server(spec: &VmSpec) -> io::Result<OwnedFd> {
         uid: spec.uid,
         gid: spec.gid,
     };
-    packet::send(&ours, &told, &[])?;
+    packet::send(&ours, &told, &[teller.as_fd()])?;
     Ok(ours)
 }
 
@@ -130,15 +161,8 @@ fn guests_user_ns(spec: &VmSpec) -> Option<OwnedFd> {
     }
 }
 
-fn start(
-    spec: VmSpec,
-    mut fds: Fds,
-    files: OwnedFd,
-    signals: SignalFd,
-    since: Instant,
-    jailed_us: u64,
-    user_ns: Option<OwnedFd>,
-) -> Result<Supervisor, BootError> {
+fn start(spec: VmSpec, mut fds: Fds, prepared: Prepared) -> Result<Supervisor, BootError> {
+    let confine = prepared.confine;
     let (notifier, notices) =
         supervisor::notices().map_err(|e| BootError::Prepare("make an eventfd", e))?;
     let wiring = match fds.kvm.take() {
@@ -175,7 +199,8 @@ fn start(
         let net = Net::new(queues, mac, spec.mtu).map_err(device_error("net"))?;
         devices.add(Kind::Quick, "net", net)?;
     }
-    let logs = LogService::start().map_err(|e| BootError::Prepare("start the log thread", e))?;
+    let logs = LogService::start(move || confine(Role::Logs))
+        .map_err(|e| BootError::Prepare("start the log thread", e))?;
     let ports = Box::new(Ports {
         notifier: notifier.clone(),
         logs: logs.clone(),
@@ -190,8 +215,8 @@ fn start(
     let balloon = devices.add(Kind::Quick, "balloon", balloon)?;
 
     // It has had all the time of the other devices.
-    files::started(&files).map_err(BootError::FileServer)?;
-    let shared = Fs::new(files, SHARED_TAG).map_err(device_error("fs"))?;
+    files::started(&prepared.files).map_err(BootError::FileServer)?;
+    let shared = Fs::new(prepared.files, SHARED_TAG).map_err(device_error("fs"))?;
     devices.add(Kind::Shared, "fs", shared)?;
 
     let console = Console::new(fds.console, spec.console_limit_bytes)
@@ -199,13 +224,15 @@ fn start(
     let guest = Guest {
         kernel: fds.kernel,
         initramfs: fds.initramfs,
-        user_ns,
+        user_ns: prepared.user_ns,
     };
-    let wiring = devices.spawn(&notifier)?;
-    let started = start_machine(wiring, spec, guest, &notifier)?;
+    let wiring = devices.spawn(&notifier, confine)?;
+    let started = start_machine(wiring, spec, guest, &notifier, confine)?;
     let parts = Parts {
-        since,
-        jailed_us,
+        since: prepared.since,
+        jailed_us: prepared.jailed_us,
+        confine,
+        traps: prepared.traps,
         control: fds.control,
         console,
         notices,
@@ -214,7 +241,7 @@ fn start(
         disks,
         balloon,
     };
-    Supervisor::new(signals, parts, started)
+    Supervisor::new(prepared.signals, parts, started)
         .map_err(|e| BootError::Prepare("supervise the machine", e))
 }
 
@@ -230,6 +257,7 @@ fn start_machine(
     spec: VmSpec,
     guest: Guest,
     notifier: &Notifier,
+    confine: Confine,
 ) -> Result<Started, BootError> {
     match (wiring, spec.machine) {
         (Wiring::VhostUser { sockets, .. }, Machine::Uml(mode)) => Ok(uml::start(uml::Config {
@@ -250,7 +278,7 @@ fn start_machine(
                 initramfs: guest.initramfs,
                 args: spec.kernel_args,
             };
-            Ok(builder.start(guest, move |end| {
+            Ok(builder.start(guest, confine, move |end| {
                 notifier.send(Notice::Ended(end.into()));
             })?)
         }
@@ -303,9 +331,9 @@ impl Devices {
         let make =
             |name| EventLoop::new(name).map_err(|e| BootError::Prepare("make an event loop", e));
         Ok(Self {
-            quick: make("devices")?,
-            disk: make("disks")?,
-            shared: make("shared-dir")?,
+            quick: make(Role::Devices.name())?,
+            disk: make(Role::Disks.name())?,
+            shared: make(Role::SharedDir.name())?,
             wiring,
         })
     }
@@ -346,11 +374,17 @@ impl Devices {
     }
 
     /// Starts the loops.
-    fn spawn(self, notifier: &Notifier) -> Result<Wiring, BootError> {
-        for event_loop in [self.quick, self.disk, self.shared] {
+    fn spawn(self, notifier: &Notifier, confine: Confine) -> Result<Wiring, BootError> {
+        let loops = [
+            (self.quick, Role::Devices),
+            (self.disk, Role::Disks),
+            (self.shared, Role::SharedDir),
+        ];
+        for (event_loop, role) in loops {
             let notifier = notifier.clone();
+            let failed = move |reason| notifier.send(Notice::Ended(Ending::fault(reason)));
             event_loop
-                .spawn(move |reason| notifier.send(Notice::Ended(Ending::fault(reason))))
+                .spawn(move || confine(role), failed)
                 .map_err(|e| BootError::Prepare("start a thread", e))?;
         }
         Ok(self.wiring)

@@ -141,13 +141,19 @@ impl EventLoop {
         })
     }
 
-    /// Runs on a thread of its own until a device or its driver fails beyond
-    /// repair; then tells `failed` why.
-    pub fn spawn(mut self, failed: impl FnOnce(String) + Send + 'static) -> io::Result<()> {
+    /// Runs on a thread of its own, which begins by `confine`, until a device or
+    /// its driver fails beyond repair; then tells `failed` why.
+    pub fn spawn(
+        mut self,
+        confine: impl FnOnce() -> io::Result<()> + Send + 'static,
+        failed: impl FnOnce(String) + Send + 'static,
+    ) -> io::Result<()> {
         thread::Builder::new()
             .name(self.name.into())
             .spawn(move || {
-                if let Err(reason) = self.run() {
+                let confined =
+                    confine().map_err(|e| format!("{} loop: confine it: {e}", self.name));
+                if let Err(reason) = confined.and_then(|()| self.run()) {
                     failed(reason);
                 }
             })?;

@@ -15,6 +15,7 @@ const LOG_LIMIT_BYTES: u64 = 256 * 1024;
 
 fn main() -> ExitCode {
     let since = Instant::now();
+    share_one_heap();
     end_on_panic();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     // A file that the daemon has made in the pod's directory.
@@ -54,4 +55,13 @@ fn end_on_panic() {
         tell(panic);
         std::process::abort();
     }));
+}
+
+/// A heap for each thread costs memory, and to give some of it back libc opens
+/// files, which the threads' filters do not let it (`drupe_vmm::filter`).
+fn share_one_heap() {
+    // SAFETY: a setting of libc, made before there is a second thread.
+    if unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) } != 1 {
+        tracing::warn!("the threads cannot be made to share a heap");
+    }
 }

@@ -83,7 +83,7 @@ async fn serve(options: Options, control_socket: OwnedFd, streams: OwnedFd) -> R
     };
     let mut terminate = signal(SignalKind::terminate()).map_err(failed("serve"))?;
     let reaper = Reaper::start().map_err(failed("serve"))?;
-    let logs = LogService::start().map_err(failed("log for"))?;
+    let logs = LogService::start(|| Ok(())).map_err(failed("log for"))?;
     let containers = Containers::new(Parts {
         dir: options.dir.clone(),
         program: options.runtime.clone(),

@@ -203,7 +203,7 @@ impl<'m> Iov<'m> {
         self.transfer(offset, io::ErrorKind::UnexpectedEof, |iov, count, at| {
             // SAFETY: every iovec lies in guest memory that `self` borrows and
             // that is only ever accessed as volatile.
-            unsafe { libc::preadv(fd, iov, count, at) }
+            unsafe { libc::preadv2(fd, iov, count, at, 0) }
         })
     }
 
@@ -225,7 +225,7 @@ impl<'m> Iov<'m> {
         self.transfer(offset, io::ErrorKind::WriteZero, |iov, count, at| {
             // SAFETY: every iovec lies in guest memory that `self` borrows and
             // that is only ever accessed as volatile.
-            unsafe { libc::pwritev(fd, iov, count, at) }
+            unsafe { libc::pwritev2(fd, iov, count, at, 0) }
         })
     }
 
@@ -236,7 +236,7 @@ impl<'m> Iov<'m> {
         self.transfer_some(offset, |iov, count, at| {
             // SAFETY: every iovec lies in guest memory that `self` borrows and
             // that is only ever accessed as volatile.
-            unsafe { libc::preadv(fd, iov, count, at) }
+            unsafe { libc::preadv2(fd, iov, count, at, 0) }
         })
     }
 

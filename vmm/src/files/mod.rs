@@ -41,6 +41,7 @@ use vmm_client::{IdRange, packet};
 use self::buffers::Buffers;
 use self::channel::{Answer, Asked, NO_ANSWER};
 use self::checked::Checked;
+use crate::filter::{self, Role, trap};
 use crate::jail;
 
 /// How long the guest may believe a name or an attribute it has seen. The
@@ -104,6 +105,8 @@ pub enum FilesError {
     Openat2(#[source] io::Error),
     #[error("serving the shared directory {path}")]
     Root { path: PathBuf, source: io::Error },
+    #[error("its filter of system calls")]
+    Filter(#[source] io::Error),
     #[error("the FUSE server")]
     Server(#[from] virtiofsd::Error),
 }
@@ -113,12 +116,19 @@ pub fn run() -> Result<(), FilesError> {
     crate::close_surplus_descriptors();
     let channel = crate::handoff::take_stdin().map_err(FilesError::Channel)?;
     let received = crate::packet::recv::<FilesSpec>(&channel).map_err(FilesError::Channel)?;
-    let (spec, _) = received.ok_or(FilesError::Gone)?;
+    let (spec, mut teller) = received.ok_or(FilesError::Gone)?;
+    if let Some(teller) = teller.pop() {
+        trap::tell_through(teller).map_err(FilesError::Channel)?;
+    }
     let server = jail::enter_as_file_server(&spec, spec.files + OWN_FDS)
         .map_err(FilesError::from)
         .and_then(|jailed| {
             let files = jailed.files.saturating_sub(OWN_FDS);
-            FileServer::new(Path::new("/"), Some(jailed.own_fds), spec.ids, files)
+            let server = FileServer::new(Path::new("/"), Some(jailed.own_fds), spec.ids, files)?;
+            if filter::is_supported() {
+                filter::confine(Role::FileServer).map_err(FilesError::Filter)?;
+            }
+            Ok(server)
         });
     let reply = match &server {
         Ok(_) => Reply::Ok,
@@ -134,6 +144,7 @@ pub fn run() -> Result<(), FilesError> {
 /// changes with each request.
 pub struct FileServer {
     server: Server<Checked>,
+    buffers: Buffers,
     opened: checked::Opened,
 }
 
@@ -186,20 +197,20 @@ impl FileServer {
         let (checked, opened) = Checked::new(passthrough);
         Ok(Self {
             server: Server::new(checked),
+            buffers: Buffers::new().map_err(FilesError::Channel)?,
             opened,
         })
     }
 
     /// Answers what is asked on `channel`, one request after the other, until
     /// its other end is closed.
-    pub fn serve(&self, channel: &OwnedFd) -> Result<(), FilesError> {
-        let mut buffers = Buffers::new().map_err(FilesError::Channel)?;
+    pub fn serve(mut self, channel: &OwnedFd) -> Result<(), FilesError> {
         let mut asked = Asked::default();
         loop {
             if !asked.receive(channel).map_err(FilesError::Channel)? {
                 return Ok(());
             }
-            let answer = self.answer(&asked, &mut buffers)?;
+            let answer = self.answer(&asked)?;
             if asked.key() == NO_ANSWER {
                 continue;
             }
@@ -211,14 +222,15 @@ impl FileServer {
         }
     }
 
-    fn answer(&self, asked: &Asked, buffers: &mut Buffers) -> Result<Answer, FilesError> {
-        let (reader, writer) = buffers
+    fn answer(&mut self, asked: &Asked) -> Result<Answer, FilesError> {
+        let (reader, writer) = self
+            .buffers
             .hold(asked.request(), asked.room())
             .map_err(FilesError::Channel)?;
         // No DAX window: nothing to map.
         let mapper: Option<&mut ()> = None;
         let body = match self.server.handle_message(reader, writer, mapper) {
-            Ok(written) => buffers.reply(written).map_err(FilesError::Channel)?,
+            Ok(written) => self.buffers.reply(written).map_err(FilesError::Channel)?,
             Err(error) => {
                 tracing::debug!(%error, "a request could not be understood");
                 channel::error_reply(asked.request(), libc::EIO)

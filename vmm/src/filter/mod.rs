@@ -5,6 +5,11 @@
 //! as the kernel takes it (seccomp(2)). A filter stays for good, goes to all
 //! children, and further ones only take away.
 //!
+//! | whose | list | a call that it lacks |
+//! | --- | --- | --- |
+//! | the monitor's threads, the file server | [`of`] their [`Role`] | EPERM, and the pod ends: [`trap`] |
+//! | the process of a `uml` guest's kernel | [`uml`] | EPERM, and what becomes of it says so: [`Refusals`] |
+//!
 //! The crate `seccompiler` does the same and cannot serve here: it kills on a
 //! call of another architecture, which a guest's program may make; it has one
 //! answer for all that is refused, where clone3 needs one of its own; and it
@@ -14,6 +19,8 @@
 mod calls;
 mod program;
 mod refusals;
+mod roles;
+pub mod trap;
 pub mod uml;
 
 #[cfg(test)]
@@ -26,6 +33,7 @@ use nix::errno::Errno;
 pub use self::calls::{name, number};
 pub use self::program::{Program, can_ask, is_supported};
 pub use self::refusals::{Refusals, Refused};
+pub use self::roles::{Confine, Role, confine, leave_open, of};
 
 /// What the kernel does with a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,8 +42,8 @@ pub enum Answer {
     Refuse(Errno),
     /// Whoever holds the filter's listener answers; without one, ENOSYS.
     Ask,
-    /// The process ends as by SIGSYS.
-    EndProcess,
+    /// SIGSYS is raised in the thread, with this beside it; see [`trap`].
+    Trap(u16),
 }
 
 /// A condition on one argument. The kernel sees the value alone: what a
@@ -72,7 +80,8 @@ impl Argument {
         self.masked(bits, 0)
     }
 
-    const fn masked(self, mask: u64, value: u64) -> Check {
+    /// Of its bits those of `mask` are as in `value`.
+    pub const fn masked(self, mask: u64, value: u64) -> Check {
         Check {
             argument: self.0,
             mask,

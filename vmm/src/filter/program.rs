@@ -213,7 +213,7 @@ fn answer(answer: Answer) -> sock_filter {
             Answer::Allow => libc::SECCOMP_RET_ALLOW,
             Answer::Refuse(errno) => libc::SECCOMP_RET_ERRNO | errno as u32,
             Answer::Ask => libc::SECCOMP_RET_USER_NOTIF,
-            Answer::EndProcess => libc::SECCOMP_RET_KILL_PROCESS,
+            Answer::Trap(beside) => libc::SECCOMP_RET_TRAP | u32::from(beside),
         },
     )
 }

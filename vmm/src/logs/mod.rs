@@ -30,6 +30,7 @@ use std::sync::mpsc::{self, Sender};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use crate::filter::Role;
 use service::{Command, Service, Waits};
 use vmm_client::LogToken;
 
@@ -61,18 +62,27 @@ pub struct LogService;
 
 impl LogService {
     /// Starts the thread, which lives as long as a handle does.
-    pub fn start() -> io::Result<LogHandle> {
-        Self::start_with(Waits::default())
+    /// It begins by `confine`, without which it does nothing.
+    pub fn start(
+        confine: impl FnOnce() -> io::Result<()> + Send + 'static,
+    ) -> io::Result<LogHandle> {
+        Self::start_with(Waits::default(), confine)
     }
 
-    fn start_with(waits: Waits) -> io::Result<LogHandle> {
+    fn start_with(
+        waits: Waits,
+        confine: impl FnOnce() -> io::Result<()> + Send + 'static,
+    ) -> io::Result<LogHandle> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let wake = Arc::new(EventFd::from_value_and_flags(0, flags)?);
         let (sender, commands) = mpsc::channel();
         let service = Service::new(commands, wake.clone(), waits)?;
         std::thread::Builder::new()
-            .name("logs".into())
-            .spawn(move || service.run())?;
+            .name(Role::Logs.name().into())
+            .spawn(move || match confine() {
+                Ok(()) => service.run(),
+                Err(error) => tracing::error!(%error, "the log thread cannot be confined"),
+            })?;
         Ok(LogHandle(Arc::new(Line {
             sender: Some(sender),
             wake,

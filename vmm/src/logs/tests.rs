@@ -22,11 +22,11 @@ struct Logs {
 
 impl Logs {
     fn new() -> Self {
-        Self::of(LogService::start().unwrap())
+        Self::of(LogService::start(|| Ok(())).unwrap())
     }
 
     fn waiting(waits: Waits) -> Self {
-        Self::of(LogService::start_with(waits).unwrap())
+        Self::of(LogService::start_with(waits, || Ok(())).unwrap())
     }
 
     fn of(handle: LogHandle) -> Self {

@@ -31,7 +31,8 @@ use crate::devices::balloon::Balloon;
 use crate::devices::blk::Blk;
 use crate::devices::{Device, Io};
 use crate::event_loop::DeviceRef;
-use crate::filter::{Refusals, Refused};
+use crate::filter::trap::Traps;
+use crate::filter::{Confine, Refusals, Refused, Role};
 use crate::logs::{LogError, LogHandle};
 use crate::machine::{Ending, Machine, Started};
 
@@ -39,7 +40,8 @@ const SIGNALS: u64 = 0;
 const CONSOLE: u64 = 1;
 const WAKE: u64 = 2;
 const REFUSALS: u64 = 3;
-const LISTENER: u64 = 4;
+const TRAPS: u64 = 4;
+const LISTENER: u64 = 5;
 
 /// Read from the console at once.
 const CONSOLE_CHUNK: usize = 16 * 1024;
@@ -51,6 +53,9 @@ pub struct Parts {
     /// When the VMM was executed.
     pub since: Instant,
     pub jailed_us: u64,
+    /// How this thread takes its filter.
+    pub confine: Confine,
+    pub traps: Traps,
     pub control: OwnedFd,
     pub console: Console,
     pub notices: Notices,
@@ -63,6 +68,8 @@ pub struct Parts {
 
 pub struct Supervisor {
     epoll: Epoll,
+    confine: Confine,
+    traps: Traps,
     signals: SignalFd,
     machine: Box<dyn Machine>,
     pipe: Option<PipeReader>,
@@ -103,6 +110,7 @@ impl Supervisor {
         watch(&signals, SIGNALS)?;
         watch(&pipe, CONSOLE)?;
         watch(&*parts.notices.wake, WAKE)?;
+        watch(&parts.traps, TRAPS)?;
         if let Some(refusals) = &started.refusals {
             watch(refusals, REFUSALS)?;
         }
@@ -110,6 +118,8 @@ impl Supervisor {
         Ok(Self {
             clients,
             epoll,
+            confine: parts.confine,
+            traps: parts.traps,
             signals,
             machine: started.machine,
             pipe: Some(pipe),
@@ -134,11 +144,17 @@ impl Supervisor {
 
     /// Serves until the machine has ended and the subscribers know.
     pub fn run(mut self) -> io::Result<()> {
-        let Ending { mut cause, reason } = loop {
-            if let Some(ending) = self.step()? {
-                break ending;
+        (self.confine)(Role::Supervisor)?;
+        let ending = loop {
+            match self.step() {
+                Ok(None) => {}
+                Ok(Some(ending)) => break ending,
+                Err(error) => break Ending::fault(format!("the supervisor: {error}")),
             }
         };
+        // Of a call that was refused, what else has come is the consequence.
+        let trapped = self.traps.take()?.map(Ending::fault);
+        let Ending { mut cause, reason } = trapped.unwrap_or(ending);
         self.machine.kill();
         self.read_console(CONSOLE_REST)?;
         if let Err(error) = self.logs.finish() {
@@ -184,6 +200,7 @@ impl Supervisor {
                     self.take_refusal()?;
                     None
                 }
+                TRAPS => self.traps.take()?.map(Ending::fault),
                 LISTENER => {
                     self.clients.accept(&self.epoll)?;
                     None

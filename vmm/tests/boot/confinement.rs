@@ -8,6 +8,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Instant;
 
 use drupe_vmm::filter;
 use nix::errno::Errno;
@@ -225,16 +226,13 @@ async fn every_thread_of_a_guests_kernel_is_under_both_filters() {
         };
         let mut pod = Pod::start(&kernel, setup).await;
         pod.expect("up").await;
-        let vmm = pod.process.pid().to_string();
-        let (mut kernels, mut stubs) = (Vec::new(), Vec::new());
-        for process in namespace_of(pod.process.pid()) {
-            if process.ends_with(&vmm) || is_file_server(&process) {
-                continue;
-            }
-            // Some end meanwhile.
-            for (name, count) in filters(&process).unwrap_or_default() {
-                let stub = name == "uml-userspace";
-                if stub { &mut stubs } else { &mut kernels }.push(count);
+        let (mut kernels, mut stubs);
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            (kernels, stubs) = guests_filters(pod.process.pid());
+            // A stub that has just been forked does not have its name yet.
+            if kernels.len() <= vcpus as usize || Instant::now() > deadline {
+                break;
             }
         }
         assert_eq!(kernels, vec![2; vcpus as usize], "{mode:?}");
@@ -243,6 +241,23 @@ async fn every_thread_of_a_guests_kernel_is_under_both_filters() {
         assert!(stubs.len() >= 2, "{stubs:?}");
         assert!(stubs.iter().all(|&count| count == own), "{stubs:?}");
     }
+}
+
+/// How many filters each thread of the guest's kernel, and each of its stubs, is
+/// under.
+fn guests_filters(vmm: u32) -> (Vec<u32>, Vec<u32>) {
+    let (mut kernels, mut stubs) = (Vec::new(), Vec::new());
+    for process in namespace_of(vmm) {
+        if process.ends_with(vmm.to_string()) || is_file_server(&process) {
+            continue;
+        }
+        // Some end meanwhile.
+        for (name, count) in filters(&process).unwrap_or_default() {
+            let stub = name == "uml-userspace";
+            if stub { &mut stubs } else { &mut kernels }.push(count);
+        }
+    }
+    (kernels, stubs)
 }
 
 /// The name of each thread, and how many filters it is under.

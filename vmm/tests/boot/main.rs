@@ -4,9 +4,11 @@
 // Not all of a test's code is in functions that clippy takes for tests.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod attempts;
 mod common;
 mod confinement;
 mod devices;
 mod lifecycle;
 #[path = "../shared/mod.rs"]
 mod shared;
+mod takeover;

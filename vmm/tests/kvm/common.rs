@@ -187,7 +187,7 @@ pub fn start_with(
         initramfs,
         args: args.to_vec(),
     };
-    let started = builder.start(guest, move |end| {
+    let started = builder.start(guest, drupe_vmm::filter::confine, move |end| {
         // One that comes after the first has nobody to listen.
         let _ = sender.send(end);
     })?;

@@ -60,9 +60,12 @@ fn with<D: Device>(device: D) -> Option<Machine<D>> {
     let device = add(&mut builder, &mut event_loop, "device", device);
     let (sender, failed) = channel();
     event_loop
-        .spawn(move |reason| {
-            let _ = sender.send(reason);
-        })
+        .spawn(
+            || Ok(()),
+            move |reason| {
+                let _ = sender.send(reason);
+            },
+        )
         .unwrap();
     Some(Machine {
         builder,
@@ -318,7 +321,9 @@ fn many_devices_have_a_window_each() {
         add(&mut builder, &mut event_loop, &label, disk);
         script = script.expect(WINDOW + index * 0x1000 + 8, 2);
     }
-    event_loop.spawn(|reason| panic!("{reason}")).unwrap();
+    event_loop
+        .spawn(|| Ok(()), |reason| panic!("{reason}"))
+        .unwrap();
     let script = script.expect(WINDOW + 24 * 0x1000, u32::MAX).print("ok");
     let result = start(builder, &elf(&script.image())).unwrap().end();
     assert_eq!(result, (End::PowerOff, "ok".to_owned()));

@@ -3,4 +3,6 @@
 
 pub mod host;
 pub mod initramfs;
+#[cfg(target_arch = "x86_64")]
+pub mod takeover;
 pub mod watch;

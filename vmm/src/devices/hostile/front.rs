@@ -39,7 +39,7 @@ pub fn vhost_user(mut script: Script<'_>) -> io::Result<Ended> {
     let mut event_loop = EventLoop::new("hostile")?;
     event_loop.add("disk", Blk::empty("image")?, Box::new(transport))?;
     let (sender, failed) = channel();
-    event_loop.spawn(move |reason| drop(sender.send(reason)))?;
+    event_loop.spawn(|| Ok(()), move |reason| drop(sender.send(reason)))?;
     let mut front = Front {
         socket: UnixStream::connect(&path.0)?,
     };

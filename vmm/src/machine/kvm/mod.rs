@@ -40,6 +40,7 @@ use self::memory::MemoryError;
 use self::serial::Serial;
 use self::vcpu::{Running, Vcpu, VcpuError};
 use super::{Ending, Machine, Started};
+use crate::filter::{Confine, Role};
 use crate::transport::SharedSlot;
 use crate::transport::mmio::{Line, Mmio, NOTIFY, WINDOW};
 
@@ -199,11 +200,12 @@ impl Builder {
         Ok(())
     }
 
-    /// Loads the kernel and lets the processors run. `ended` is told when the
-    /// guest has ended by itself.
+    /// Loads the kernel and lets the processors run, each on a thread that begins
+    /// by `confine`. `ended` is told when the guest has ended by itself.
     pub fn start(
         self,
         guest: Guest,
+        confine: Confine,
         ended: impl Fn(End) + Clone + Send + 'static,
     ) -> Result<Started, StartError> {
         let command_line = self.command_line(&guest.args);
@@ -252,7 +254,8 @@ impl Builder {
         };
         for vcpu in vcpus {
             let (bus, stop, ended) = (bus.clone(), machine.stop.clone(), ended.clone());
-            let running = vcpu.start(bus, stop, ended)?;
+            let confine = move || confine(Role::Vcpu);
+            let running = vcpu.start(bus, stop, confine, ended)?;
             machine.vcpus.push(running);
         }
         Ok(Started {

@@ -155,19 +155,24 @@ impl Vcpu {
         }
     }
 
-    /// Runs it on a thread of its own until the machine ends, by the guest
-    /// (`ended` is told how) or by [`Running::stop`].
+    /// Runs it on a thread of its own, which begins by `confine`, until the
+    /// machine ends, by the guest (`ended` is told how) or by [`Running::stop`].
     pub fn start(
         mut self,
         bus: Arc<Bus>,
         stop: Arc<AtomicBool>,
+        confine: impl FnOnce() -> io::Result<()> + Send + 'static,
         ended: impl FnOnce(End) + Send + 'static,
     ) -> Result<Running, VcpuError> {
         let id = self.id;
         let thread = thread::Builder::new()
             .name(format!("vcpu{id}"))
             .spawn(move || {
-                if let Some(end) = run(&mut self.fd, &bus, &stop) {
+                let end = match confine() {
+                    Ok(()) => run(&mut self.fd, &bus, &stop),
+                    Err(e) => Some(End::Failed(format!("a processor cannot be confined: {e}"))),
+                };
+                if let Some(end) = end {
                     ended(end);
                 }
             })

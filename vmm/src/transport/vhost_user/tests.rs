@@ -43,7 +43,7 @@ impl FrontEnd {
             .unwrap();
         let (sender, failed) = channel();
         event_loop
-            .spawn(move |reason| sender.send(reason).unwrap())
+            .spawn(|| Ok(()), move |reason| sender.send(reason).unwrap())
             .unwrap();
         let socket = UnixStream::connect(&path).unwrap();
         socket.set_read_timeout(Some(PATIENCE)).unwrap();
