@@ -5,6 +5,8 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
+use nix::sys::wait::{Id, WaitPidFlag, waitid};
+use nix::unistd::Pid;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
 
@@ -14,6 +16,8 @@ pub struct ExitCode(pub i32);
 
 impl ExitCode {
     pub const KILLED: Self = Self(128 + libc::SIGKILL);
+    /// Somebody else has learnt it.
+    pub const UNKNOWN: Self = Self(255);
 
     fn from_status(status: i32) -> Self {
         if libc::WIFSIGNALED(status) {
@@ -45,11 +49,17 @@ struct State {
 pub struct Recording(Reaper);
 
 impl Recording {
-    /// The exit of process `pid`, which was made since the recording began.
+    /// The exit of process `pid`, which was made since the recording began by one
+    /// that has ended. If that has reaped it as well, the exit is unknown.
     pub fn watch(&self, pid: i32) -> oneshot::Receiver<ExitCode> {
         let (sender, receiver) = oneshot::channel();
         let mut state = self.0.state();
-        match state.unclaimed.remove(&pid) {
+        let told = match state.unclaimed.remove(&pid) {
+            Some(code) => Some(code),
+            None if is_child(pid) => None,
+            None => Some(ExitCode::UNKNOWN),
+        };
+        match told {
             Some(code) => drop(sender.send(code)),
             None => drop(state.waiting.insert(pid, sender)),
         }
@@ -122,6 +132,13 @@ impl Reaper {
             }
         }
     }
+}
+
+/// Whether it is one of ours, running or not reaped yet.
+fn is_child(pid: i32) -> bool {
+    let id = Id::Pid(Pid::from_raw(pid));
+    let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+    waitid(id, look) != Err(Errno::ECHILD)
 }
 
 #[cfg(test)]

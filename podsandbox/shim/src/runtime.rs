@@ -469,7 +469,8 @@ mod tests {
         let program = script(
             dir.path(),
             "#!/bin/sh\nwhile [ $# -gt 0 ]; do [ \"$1\" = --pid-file ] && file=$2; shift; done\n\
-             (sh -c 'exit 6' & echo $! > \"$file.new\"); pid=$(cat \"$file.new\")\n\
+             mkfifo gate; (sh -c 'read word < gate; exit 6' & echo $! > \"$file.new\")\n\
+             pid=$(cat \"$file.new\"); echo go > gate\n\
              while [ -e \"/proc/$pid\" ]; do :; done; mv \"$file.new\" \"$file\"\n",
         );
         let runtime = Runtime::new(program, dir.path().into(), Reaper::start().unwrap());
@@ -479,6 +480,23 @@ mod tests {
             .unwrap();
         assert_eq!(made.exit.await.unwrap(), ExitCode(6));
         nix::sys::prctl::set_child_subreaper(false).unwrap();
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_process_that_the_runtime_itself_has_reaped_is_not_waited_for() {
+        let _alone = ALONE.lock().await;
+        let dir = tempfile::tempdir().unwrap();
+        let program = script(
+            dir.path(),
+            "#!/bin/sh\nwhile [ $# -gt 0 ]; do [ \"$1\" = --pid-file ] && file=$2; shift; done\n\
+             sh -c 'exit 6' & echo $! > \"$file\"; wait\n",
+        );
+        let runtime = Runtime::new(program, dir.path().into(), Reaper::start().unwrap());
+        let made = runtime
+            .run("c", dir.path(), None, None, Deadline::of_request().work)
+            .await
+            .unwrap();
+        assert_eq!(made.exit.await.unwrap(), ExitCode::UNKNOWN);
     }
 
     #[tokio::test(flavor = "current_thread")]
