@@ -64,7 +64,7 @@ pub struct Slot {
     queues: Vec<Queue>,
     mem: GuestMemoryMmap,
     irq: Arc<dyn Interrupt>,
-    kicks: Vec<Option<File>>,
+    kicks: Vec<Option<Arc<File>>>,
     kick_poller: Poller,
 }
 
@@ -129,7 +129,7 @@ impl Slot {
     }
 
     /// The eventfd by which the driver kicks queue `index`.
-    pub fn set_kick(&mut self, index: usize, fd: Option<File>) -> io::Result<()> {
+    pub fn set_kick(&mut self, index: usize, fd: Option<Arc<File>>) -> io::Result<()> {
         self.queue(index)?;
         if let Some(old) = self.kicks[index].take() {
             self.kick_poller.remove(&old)?;
@@ -179,10 +179,10 @@ impl Slot {
 
     pub(crate) fn kick_ready(&mut self, token: u32) -> io::Result<()> {
         let index = token as usize;
-        let Some(Some(kick)) = self.kicks.get_mut(index) else {
+        let Some(Some(kick)) = self.kicks.get(index) else {
             return Ok(());
         };
-        match kick.read(&mut [0; 8]) {
+        match (&**kick).read(&mut [0; 8]) {
             // No eventfd: it would be ready for ever.
             Ok(0) => return self.set_kick(index, None),
             Ok(_) => {}

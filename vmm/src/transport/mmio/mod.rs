@@ -110,6 +110,8 @@ pub struct Mmio {
     slot: SharedSlot,
     line: Arc<Line>,
     kicks: Vec<EventFd>,
+    /// The same, for the device's loop.
+    kick_files: Vec<Arc<File>>,
     mem: GuestMemoryMmap,
 }
 
@@ -122,9 +124,12 @@ impl Mmio {
             (device.id(), device.queue_sizes().to_vec())
         };
         let kick = |_| EventFd::new(EFD_NONBLOCK);
+        let kicks: Vec<_> = (0..sizes.len()).map(kick).collect::<io::Result<_>>()?;
+        let kick_files = kicks.iter().map(|kick| Ok(Arc::new(file(kick)?)));
         Ok(Self {
             device_id,
-            kicks: (0..sizes.len()).map(kick).collect::<io::Result<_>>()?,
+            kick_files: kick_files.collect::<io::Result<_>>()?,
+            kicks,
             registers: Mutex::new(Registers::new(sizes.into_iter())),
             slot,
             line,
@@ -304,7 +309,6 @@ impl Mmio {
 
     /// Hands queue `index` to the device, whose loop then looks at it once.
     fn activate(&self, slot: &mut Slot, index: usize, queue: &QueueRegisters) -> io::Result<()> {
-        let kick = &self.kicks[index];
         if !queue.size.is_power_of_two() || queue.size > queue.max_size {
             return Err(super::invalid(format!(
                 "queue {index} of {} descriptors",
@@ -321,13 +325,13 @@ impl Mmio {
         let (low, high) = halves(queue.device);
         device_queue.set_used_ring_address(low, high);
         slot.enable(index, true)?;
-        slot.set_kick(index, Some(clone(kick)?))?;
-        kick.write(1)
+        slot.set_kick(index, Some(self.kick_files[index].clone()))?;
+        self.kicks[index].write(1)
     }
 }
 
 /// The same eventfd as a file.
-fn clone(eventfd: &EventFd) -> io::Result<File> {
+fn file(eventfd: &EventFd) -> io::Result<File> {
     // SAFETY: the descriptor is open for as long as `eventfd` is borrowed.
     let fd = unsafe { BorrowedFd::borrow_raw(eventfd.as_raw_fd()) };
     Ok(File::from(fd.as_fd().try_clone_to_owned()?))

@@ -140,7 +140,7 @@ impl VhostUser {
             Message::SetVringKick(index, fd) => {
                 let fd = fd.map(nonblocking).transpose()?;
                 let started = fd.is_some() && !self.enables;
-                slot.set_kick(index, fd)?;
+                slot.set_kick(index, fd.map(Arc::new))?;
                 if started {
                     slot.enable(index, true)?;
                     slot.kicked(index)?;
