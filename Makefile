@@ -8,6 +8,7 @@ CARGO ?= cargo
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 TIMED := deploy/timed.sh
 EMULATED_NODE := $(TIMED) "end-to-end tests on kvm, in an emulated node" env CARGO=$(CARGO) e2e/node/test.sh
+JAIL_ON_KVM := $(TIMED) "takeovers on kvm, in an emulated node" env CARGO=$(CARGO) e2e/node/jail.sh takeover table
 
 # Tests that run at once. A pod is a virtual machine; two keep two cores busy.
 TEST_THREADS ?= 2
@@ -19,7 +20,7 @@ export DRUPE_TEST_VMM := $(CURDIR)/out/bin/drupe-vmm
 # Tests of the image service unpack layers with this program.
 export DRUPE_TEST_UNPACKER := $(CURDIR)/out/bin/drupe-unpacker
 
-.PHONY: help setup build install uninstall deb image demo test e2e critest test-kvm test-cluster test-install test-fresh fuzz bench bench-cluster bench-kvm lint clean
+.PHONY: help setup build install uninstall deb image demo test e2e critest test-kvm jail test-cluster test-install test-fresh fuzz bench bench-cluster bench-kvm lint clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +61,7 @@ demo: setup build ## Run one pod on its own kernel and show it; IMAGE=... takes 
 test: setup build out/node ## Unit tests, the end-to-end tests, CRI's conformance tests, and tests on kvm in an emulated node
 	@$(TIMED) "all tests" $(CARGO) test --release --workspace -- --test-threads=$(TEST_THREADS)
 	@$(TIMED) "conformance tests of CRI" env PARALLEL=$(TEST_THREADS) $(TARGET_DIR)/release/critest
+	@$(JAIL_ON_KVM)
 	@$(EMULATED_NODE)
 
 e2e: setup build ## Only the end-to-end tests
@@ -86,6 +88,11 @@ test-install: deb image out/kubernetes ## The package and the DaemonSet on a Deb
 test-fresh: ## `make setup demo test` on a minimal Debian with Rust and Go alone; FRESH_CACHE=1 shares the cache of guest kernels, PART=setup takes one
 	@deploy/install-packages.sh
 	@$(TIMED) "a fresh machine" e2e/fresh/test.sh $(PART)
+
+jail: setup build out/node ## Take over each process of a pod in turn, try what an attacker would, and print what is open (docs/security.md)
+	@$(TIMED) "takeovers on uml" $(CARGO) test --release --workspace --test boot -- --nocapture takeover confinement table
+	@$(TIMED) "takeovers of what unpacks layers" $(CARGO) test --release --workspace --test jail
+	@$(JAIL_ON_KVM)
 
 test-kvm: setup build out/node ## End-to-end tests on kvm, in an emulated bare-metal node
 	@$(EMULATED_NODE)

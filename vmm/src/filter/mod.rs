@@ -196,6 +196,13 @@ impl List {
         open.map(|(number, _)| name(i64::from(*number)))
     }
 
+    /// How many of those for some arguments only.
+    #[must_use]
+    pub fn open_for_some(&self) -> usize {
+        let some = |rule: &&Rule| !rule.cases.is_empty() && !rule.cases.contains(&Vec::new());
+        self.rules.values().filter(some).count()
+    }
+
     /// The same list for whoever has `outer` already: it says nothing of what
     /// that refuses, so that the answer is the one of `outer`.
     #[must_use]

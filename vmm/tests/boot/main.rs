@@ -4,6 +4,7 @@
 // Not all of a test's code is in functions that clippy takes for tests.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+#[cfg(target_arch = "x86_64")]
 mod attempts;
 mod common;
 mod confinement;
@@ -11,4 +12,7 @@ mod devices;
 mod lifecycle;
 #[path = "../shared/mod.rs"]
 mod shared;
+#[cfg(target_arch = "x86_64")]
+mod table;
+#[cfg(target_arch = "x86_64")]
 mod takeover;

@@ -64,7 +64,7 @@ fn number_of(path: &Path) -> u32 {
     name.parse().unwrap()
 }
 
-async fn running(kernel: &Path) -> Pod {
+pub async fn running(kernel: &Path) -> Pod {
     let setup = Setup {
         network: true,
         script: "echo up; exec sleep 1000",
