@@ -74,11 +74,24 @@ fn no_process_of_a_pod_has_rights_over_the_node() -> Result<()> {
                 ensure!(field(&status, set)? == allowed, "{line}: {set} {status}");
             }
             ensure!(field(&status, "NoNewPrivs:")? == "1", "{line}: {status}");
+            every_thread_has_a_filter(*pid)?;
             let links = read("net/dev")?;
             ensure!(links.lines().count() == 3, "{line}: {links}");
         }
         Ok(())
     })
+}
+
+fn every_thread_has_a_filter(pid: u32) -> Result<()> {
+    for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
+        // One that has ended meanwhile.
+        let Ok(status) = fs::read_to_string(thread?.path().join("status")) else {
+            continue;
+        };
+        ensure!(field(&status, "Seccomp:")? == "2", "{status}");
+        ensure!(field(&status, "CapEff:")? == field(&status, "CapPrm:")?);
+    }
+    Ok(())
 }
 
 /// A container has the capability for it, as containers do by default.

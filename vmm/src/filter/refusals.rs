@@ -6,7 +6,7 @@ use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::epoll::EpollFlags;
 
 use super::calls;
 
@@ -50,17 +50,14 @@ impl Refusals {
         }
     }
 
-    /// Refuses one call, EPERM. Never waits; to be called when the listener is
-    /// readable or has hung up.
-    pub fn answer(&mut self) -> io::Result<Refused> {
+    /// Refuses one call, EPERM; to be called when epoll has just told of the
+    /// listener, or it may wait.
+    pub fn answer(&mut self, told: EpollFlags) -> io::Result<Refused> {
         if self.answered == ANSWERS {
             return Ok(Refused::Enough);
         }
-        let mut ready = [PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
-        poll(&mut ready, PollTimeout::ZERO)?;
-        let ready = ready[0].revents().unwrap_or(PollFlags::empty());
-        if !ready.contains(PollFlags::POLLIN) {
-            let alone = ready.contains(PollFlags::POLLHUP);
+        if !told.contains(EpollFlags::EPOLLIN) {
+            let alone = told.contains(EpollFlags::EPOLLHUP);
             return Ok(if alone {
                 Refused::Enough
             } else {

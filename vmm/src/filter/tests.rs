@@ -6,6 +6,7 @@ use std::thread;
 
 use libc::sock_filter;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::epoll::EpollFlags;
 use nix::sys::prctl::set_no_new_privs;
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -441,7 +442,9 @@ fn the_kernel_takes_a_program_and_refuses_by_it() {
 fn answer(refusals: &mut Refusals) -> Refused {
     let mut ready = [PollFd::new(refusals.as_fd(), PollFlags::POLLIN)];
     poll(&mut ready, PollTimeout::NONE).unwrap();
-    refusals.answer().unwrap()
+    let told = ready[0].revents().unwrap();
+    let as_epoll = EpollFlags::from_bits_retain(told.bits().into());
+    refusals.answer(as_epoll).unwrap()
 }
 
 /// Allows all but these.

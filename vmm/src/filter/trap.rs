@@ -134,3 +134,40 @@ impl AsFd for Traps {
         self.0.as_fd()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::filter::confine;
+
+    #[test]
+    fn a_call_that_a_list_lacks_fails_and_is_told_with_the_role() {
+        let (traps, writer) = pipe().unwrap();
+        tell_through(writer).unwrap();
+        let calls = std::thread::spawn(|| {
+            confine(Role::Logs).unwrap();
+            Errno::set_raw(0);
+            // SAFETY: it makes a socket at most.
+            let refused = unsafe { libc::socket(libc::AF_INET, libc::SOCK_STREAM, 0) };
+            (refused, Errno::last())
+        });
+        assert_eq!(calls.join().unwrap(), (-1, Errno::EPERM));
+        assert_eq!(
+            traps.take().unwrap().as_deref(),
+            Some("the monitor's thread \"logs\" made a system call that it has no use for: socket")
+        );
+        assert_eq!(traps.take().unwrap(), None);
+    }
+
+    #[test]
+    fn what_a_process_of_the_pod_writes_by_itself_is_words_all_the_same() {
+        let (traps, writer) = pipe().unwrap();
+        let say = |bytes: &[u8]| nix::unistd::write(&writer, bytes).unwrap();
+        say(&[0xff; MESSAGE]);
+        let told = traps.take().unwrap().unwrap();
+        assert!(told.starts_with("a thread of the pod's monitor"), "{told}");
+        say(&[1, 2, 3]);
+        let told = traps.take().unwrap().unwrap();
+        assert_eq!(told, "a call of the pod's processes was refused");
+    }
+}

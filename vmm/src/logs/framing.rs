@@ -128,12 +128,13 @@ pub(crate) fn decode(log: &[u8]) -> Vec<(StreamKind, u8, Vec<u8>)> {
     for line in log.split_inclusive(|&b| b == b'\n') {
         let line = line.strip_suffix(b"\n").expect("a record ends its line");
         let mut parts = line.splitn(4, |&b| b == b' ');
-        let stamp = std::str::from_utf8(parts.next().unwrap()).unwrap();
+        let mut part = || parts.next().expect("a record of four parts");
+        let (stamp, kind, tag, content) = (part(), part(), part(), part());
+        let stamp = std::str::from_utf8(stamp).expect("a time in ASCII");
         humantime::parse_rfc3339(stamp).expect("a time in RFC 3339");
-        let kind = StreamKind::parse(parts.next().unwrap()).expect("a stream");
-        let tag = parts.next().unwrap();
+        let kind = StreamKind::parse(kind).expect("a stream");
         assert!(tag == b"P" || tag == b"F", "{tag:?}");
-        records.push((kind, tag[0], parts.next().unwrap().to_vec()));
+        records.push((kind, tag[0], content.to_vec()));
     }
     records
 }

@@ -197,7 +197,7 @@ impl Supervisor {
                 }
                 WAKE => self.take_notices()?,
                 REFUSALS => {
-                    self.take_refusal()?;
+                    self.take_refusal(event.events())?;
                     None
                 }
                 TRAPS => self.traps.take()?.map(Ending::fault),
@@ -262,11 +262,11 @@ impl Supervisor {
     /// One at a time: a guest cannot keep us from the rest. What is refused is
     /// shown among the kernel's own words too, since they may be all that is
     /// left of a guest that does not come up.
-    fn take_refusal(&mut self) -> io::Result<()> {
+    fn take_refusal(&mut self, told: EpollFlags) -> io::Result<()> {
         let Some(refusals) = &mut self.refusals else {
             return Ok(());
         };
-        match refusals.answer() {
+        match refusals.answer(told) {
             Ok(Refused::First(call)) => {
                 tracing::warn!(call, "the guest kernel's process was refused a system call");
                 let line = format!("\ndrupe-vmm: the node refuses this kernel {call}\n");

@@ -7,7 +7,7 @@ use libc::{
     SOCK_SEQPACKET, SOCK_STREAM,
 };
 
-use crate::shared::takeover::Arg::{self, Number, Page, Text, Words, Zeroes};
+use crate::taken::Arg::{self, Number, Page, Text, Words, Zeroes};
 
 pub struct Attempt {
     pub name: &'static str,

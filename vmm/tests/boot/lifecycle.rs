@@ -134,6 +134,12 @@ fn check_rights(process: &Path) -> io::Result<()> {
         assert_eq!(number(set), allowed, "{set} {status}");
     }
     assert_eq!((number("CapInh:"), number("CapAmb:")), (0, 0), "{status}");
+    for thread in fs::read_dir(process.join("task"))? {
+        // Some end meanwhile.
+        let status = fs::read_to_string(thread?.path().join("status")).unwrap_or_default();
+        let filtered = status.contains("\nSeccomp:\t2\n");
+        assert!(filtered || status.is_empty(), "{status}");
+    }
     let root = entries("")?;
     if is_file_server(process) {
         assert!(root.is_empty(), "{root:?}");

@@ -15,4 +15,6 @@ mod shared;
 #[cfg(target_arch = "x86_64")]
 mod table;
 #[cfg(target_arch = "x86_64")]
+mod taken;
+#[cfg(target_arch = "x86_64")]
 mod takeover;

@@ -11,8 +11,8 @@ use vmm_client::protocol::EndCause;
 
 use crate::attempts;
 use crate::common::{Pod, Setup, is_file_server, is_kvm, kernel, namespace_of};
-use crate::shared::takeover::Arg::{self, Number};
-use crate::shared::takeover::{Outcome, Taken};
+use crate::taken::Arg::{self, Number};
+use crate::taken::{Outcome, Taken};
 
 /// A thread of a pod and what it is there for.
 struct Thread {

@@ -3,6 +3,4 @@
 
 pub mod host;
 pub mod initramfs;
-#[cfg(target_arch = "x86_64")]
-pub mod takeover;
 pub mod watch;

@@ -109,7 +109,7 @@ impl World {
         world.rotate(Some(token))?;
         world.open(OPEN, None)?;
         let mut own = world.connect()?;
-        write!(own, "{GUARDED} stdout {token}\n")?;
+        writeln!(own, "{GUARDED} stdout {token}")?;
         // The log thread has read it once it comes to this.
         world.logs.close("nobody").map_err(io::Error::other)?;
         world.own = Some(own);

@@ -105,11 +105,10 @@ impl Vsock {
     }
 
     /// Ends a connection that the guest has no more to do with; bytes taken
-    /// from the guest still go to the host.
+    /// from the guest still go to the host, when the loop finds that they can:
+    /// this may be a processor's thread, which writes to no socket.
     pub(super) fn retire(&mut self, slot: usize) -> io::Result<()> {
-        let connection = &mut self.table[slot];
-        connection.flush_backlog();
-        if connection.backlog_is_empty() {
+        if self.table[slot].backlog_is_empty() {
             return self.remove(slot);
         }
         self.table.start_draining(slot);

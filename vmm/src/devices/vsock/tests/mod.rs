@@ -13,6 +13,7 @@ use std::time::Duration;
 use super::packet::{Header, Ports, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, op};
 use super::{BUFFER_FEW, RX, TX};
 use crate::devices::Device;
+use crate::filter::{Role, confine};
 use driver::{Driver, PATIENCE};
 
 const PORT: u32 = 1024;
@@ -306,8 +307,14 @@ fn bytes_taken_before_a_reset_still_reach_the_host() {
         driver.send_packet(driver.header(ports, op::RW), &[b'k'; 32 * 1024]);
         sent += 32 * 1024;
     }
-    driver.device.reset();
-    driver.device.reset();
+    // As on `kvm`.
+    let device = &mut driver.device;
+    let reset = move || {
+        confine(Role::Vcpu).unwrap();
+        device.reset();
+        device.reset();
+    };
+    std::thread::scope(|scope| scope.spawn(reset).join().unwrap());
     let reader = std::thread::spawn(move || read_to_end(&end));
     while driver.device.table.len() > 0 {
         driver.turn(Duration::from_millis(5));
