@@ -172,6 +172,8 @@ fn pods_that_have_had_kvm_are_not_given_uml_unless_somebody_says_so() -> Result<
         node.edit_config(|config| {
             config["runtimes"]["microvm"]["machine"] = json!(machine);
             config["runtimes"]["microvm"]["kernel"] = json!(kernels);
+            // The mode that an emulated CPU, which has no XSAVE, can as well.
+            config["runtimes"]["microvm"]["uml_mode"] = json!("ptrace");
         })
     };
     choose("auto")?;
