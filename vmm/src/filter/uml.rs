@@ -136,6 +136,9 @@ pub fn boot(mode: UmlMode, unnamed: Answer) -> List {
         .allow_if("clone", &[&[arg(0).has_none_of(NAMESPACES)]])
         .allow_if("socket", &[&[arg(0).is_int(libc::AF_UNIX)]])
         .allow_if("seccomp", FILTER)
+        // Where a memfd cannot be said to be a program (Linux before 6.3), the
+        // stub's is a file of its own memory's directory.
+        .allow_if("fchmod", &[&[arg(1).is_int(0o500)]])
         .allow_if("personality", &[&[arg(0).is_int(PERSONALITY)]])
         .allow_if("prlimit64", &[&[arg(0).is_int(0)]]);
     match mode {

@@ -47,7 +47,10 @@ async fn the_table_in_the_docs_is_what_is_measured() {
         let guest = guest.expect("a guest's kernel");
         let of_mode = |mode| calls(&uml::sealed(mode));
         let (seccomp, ptrace) = (of_mode(UmlMode::Seccomp), of_mode(UmlMode::Ptrace));
-        rows.push(row("guest's kernel, `seccomp`", &seccomp, &guest));
+        // It has a descriptor for each address space, which come and go.
+        let guests = row("guest's kernel, `seccomp`", &seccomp, &guest);
+        let (guests, _) = guests.trim_end_matches(" |").rsplit_once(' ').unwrap();
+        rows.push(format!("{guests} |"));
         rows.push(format!("| guest's kernel, `ptrace` | {ptrace} | | |"));
     }
     let measured = rows.join("\n");
