@@ -27,12 +27,15 @@ pub enum ErrorKind {
     /// The registry sent nothing for too long.
     DeadlineExceeded,
     Cancelled,
+    /// The node's kernel lacks a part of the unpackers' jail, all of which is
+    /// required.
+    Unconfined,
     /// The node's own fault, such as an I/O error.
     Internal,
 }
 
 impl ErrorKind {
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::InvalidArgument,
         Self::NotFound,
         Self::Unauthorized,
@@ -42,6 +45,7 @@ impl ErrorKind {
         Self::ResourceExhausted,
         Self::DeadlineExceeded,
         Self::Cancelled,
+        Self::Unconfined,
         Self::Internal,
     ];
 }
@@ -200,4 +204,25 @@ fn is_full(error: &io::Error) -> bool {
         error.kind(),
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use unpacker_client::Failure;
+
+    use super::*;
+
+    #[test]
+    fn a_jail_that_is_not_whole_is_told_with_the_key_that_wants_it() {
+        let failure = Failure::Unconfined {
+            reason: "the node's kernel lacks Landlock".to_owned(),
+        };
+        let error = LayerError::from(failure);
+        assert_eq!(error.kind(), ErrorKind::Unconfined);
+        let text = error.to_string();
+        assert!(
+            text.contains("lacks Landlock") && text.contains("`confinement: required`"),
+            "{text}"
+        );
+    }
 }

@@ -10,6 +10,7 @@
 mod attempts;
 mod call;
 mod ends;
+mod lacking;
 
 use std::os::fd::AsFd;
 use std::process::ExitCode;
@@ -45,7 +46,7 @@ fn main() -> ExitCode {
             parts.retain(|argument| !argument.starts_with('-'));
             let wanted =
                 |name: &str| parts.is_empty() || parts.iter().any(|part| name.contains(part));
-            let failures = table(&wanted) + ends::all(&wanted);
+            let failures = table(&wanted) + ends::all(&wanted) + lacking::all(&wanted);
             if failures == 0 {
                 return ExitCode::SUCCESS;
             }
@@ -152,7 +153,7 @@ fn taken_over(name: &str) -> ExitCode {
         Ok(missing) => missing,
         Err(error) => {
             return session.end(&Word::Failed {
-                fault: Fault::Node,
+                fault: error.fault(),
                 reason: error.to_string(),
             });
         }
