@@ -1,10 +1,13 @@
 //! `drupe check`: what this node can do, what is missing, and the remedy.
 
+mod kernel;
+
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
+use podsandbox::confinement::Facilities;
 use podsandbox::host::find_program;
 use podsandbox::machine::{Decision, Kept, NodeFacts};
 use podsandbox::{Exempt, Network};
@@ -71,6 +74,7 @@ pub fn report(config: &Config) -> bool {
             device("/dev/net/tun", "load the tun module: modprobe tun"),
         ),
     ];
+    let mut default_is = None;
     for (name, runtime) in &config.runtimes {
         if let Some(program) = &runtime.oci {
             rows.push((
@@ -82,6 +86,9 @@ pub fn report(config: &Config) -> bool {
         let is_default = *name == config.default_runtime;
         let decision = runtime.decide(&node, &kept.of(name));
         let verdict = machine(&decision, &node).of_handler(is_default);
+        if is_default {
+            default_is = Some(decision.machine);
+        }
         rows.push((format!("handler {name}"), verdict));
         if decision.usable {
             rows.push((
@@ -98,6 +105,7 @@ pub fn report(config: &Config) -> bool {
             .of_handler(is_default),
         ));
     }
+    rows.extend(kernel::rows(&Facilities::read(), config, default_is));
     rows.push(("source check".to_owned(), source_check(config)));
     rows.push(("CNI plugins".to_owned(), plugins(config)));
     rows.push(("CNI configuration".to_owned(), cni(config)));

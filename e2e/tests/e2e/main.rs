@@ -22,6 +22,7 @@ mod identity;
 mod image_volumes;
 mod images;
 mod kubelet_volumes;
+mod lacking;
 mod logs;
 mod lost_monitors;
 mod machine;

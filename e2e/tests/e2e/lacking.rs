@@ -1,0 +1,101 @@
+//! Nodes that lack a part of pods' confinement, and operators who want all of it.
+
+use anyhow::{Context, Result, ensure};
+use cri_api::v1::{ContainerState, PodSandboxState};
+use e2e::{Node, Server};
+use serde_json::json;
+use tonic::Code;
+
+use crate::command_line::drupe_command;
+use crate::pod_refused;
+
+/// The line of `drupe check` about `name`.
+fn line_of(node: &Node, name: &str) -> Result<String> {
+    let output = drupe_command(node, &["check"])?.output()?;
+    let said = String::from_utf8(output.stdout)?;
+    let line = said
+        .lines()
+        .find(|line| line[4.min(line.len())..].trim_start().starts_with(name));
+    Ok(line.with_context(|| said.clone())?.to_owned())
+}
+
+#[test]
+fn where_all_confinement_is_required_pods_run_if_the_node_has_it_and_are_refused_if_not()
+-> Result<()> {
+    let node = Node::builder()
+        .server(Server::Drupe)
+        .config(|config| config["confinement"] = json!("required"))
+        .start()?;
+    for part in ["seccomp filters", "Landlock", "control groups"] {
+        let line = line_of(&node, part)?;
+        ensure!(line.starts_with("ok"), "{line}");
+    }
+    // Its unpackers want all of their jail as well.
+    node.pull_busybox()?;
+    let pod = node.run_pod("whole")?;
+    let container = pod.start_idle("one")?;
+
+    node.stop_server()?;
+    node.let_have_filters(false);
+    node.start_server()?;
+    let words = [
+        "no seccomp filters",
+        "`confinement: required`",
+        "CONFIG_SECCOMP_FILTER",
+    ];
+    pod_refused(&node, "lacking", Code::FailedPrecondition, &words)?;
+    ensure!(
+        node.log()?
+            .contains("the node's kernel has no seccomp filters"),
+        "no word of it when the daemon started"
+    );
+    // What runs is not touched.
+    assert_eq!(pod.status()?.state(), PodSandboxState::SandboxReady);
+    assert_eq!(
+        container.status()?.state(),
+        ContainerState::ContainerRunning
+    );
+
+    // The same kernel, and an operator who takes what there is.
+    node.stop_server()?;
+    node.edit_config(|config| config["confinement"] = json!("best_effort"))?;
+    node.start_server()?;
+    let before = times_told(&node)?;
+    for name in ["first", "second"] {
+        node.run_pod(name)?.remove()?;
+    }
+    assert_eq!(times_told(&node)?, before, "not for every pod");
+    pod.remove()?;
+    node.finish()
+}
+
+fn times_told(node: &Node) -> Result<usize> {
+    Ok(node.log()?.matches("no seccomp filters").count())
+}
+
+#[test]
+fn pods_that_are_to_have_cores_for_themselves_say_so_where_there_is_no_such_thing() -> Result<()> {
+    let node = Node::builder()
+        .server(Server::Drupe)
+        .config(|config| config["runtimes"]["microvm"]["core_scheduling"] = json!(true))
+        .start()?;
+    let line = line_of(&node, "core scheduling")?;
+    let has_none = line.contains("no core scheduling");
+    ensure!(
+        line.starts_with(if has_none { "note" } else { "ok" }),
+        "{line}"
+    );
+    node.pull_busybox()?;
+    node.run_pod("apart")?.remove()?;
+
+    node.stop_server()?;
+    node.edit_config(|config| config["confinement"] = json!("required"))?;
+    node.start_server()?;
+    if has_none {
+        let words = ["no core scheduling", "CONFIG_SCHED_CORE"];
+        pod_refused(&node, "shared", Code::FailedPrecondition, &words)?;
+    } else {
+        node.run_pod("alone")?.remove()?;
+    }
+    node.finish()
+}
