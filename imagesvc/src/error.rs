@@ -20,7 +20,8 @@ pub enum ErrorKind {
     Unavailable,
     /// Content that is not what its digest names, or no valid layer.
     Corrupt,
-    /// An image of a kind that drupe does not run.
+    /// An image of a kind that drupe does not run, or a setting that the node's
+    /// file system cannot keep.
     Unsupported,
     /// A full disk, or an image beyond the configured bounds.
     ResourceExhausted,
@@ -85,6 +86,15 @@ pub enum Error {
     },
     #[error("image store: {0}")]
     Store(#[from] StoreError),
+    #[error(
+        "{} cannot be opened apart from the node's cached pages: `images.private_cache` takes a \
+         file system with clones, Btrfs or XFS with reflink: {source}",
+        path.display()
+    )]
+    PrivateCache {
+        path: PathBuf,
+        source: Arc<io::Error>,
+    },
     #[error("the pull of image {image} was stopped")]
     Stopped { image: String },
 }
@@ -137,6 +147,8 @@ impl Error {
             Self::Manifest { source, .. } => manifest_kind(source),
             Self::Layer { source, .. } | Self::Directories { source, .. } => source.kind(),
             Self::Store(error) => error.kind(),
+            Self::PrivateCache { source, .. } if is_full(source) => ErrorKind::ResourceExhausted,
+            Self::PrivateCache { .. } => ErrorKind::Unsupported,
             Self::Stopped { .. } => ErrorKind::Cancelled,
         }
     }

@@ -424,7 +424,9 @@ fn image_kind(error: &imagesvc::Error) -> ErrorKind {
         imagesvc::ErrorKind::NotFound => ErrorKind::NotFound,
         imagesvc::ErrorKind::InvalidArgument => ErrorKind::InvalidArgument,
         imagesvc::ErrorKind::ResourceExhausted => ErrorKind::ResourceExhausted,
-        imagesvc::ErrorKind::Unconfined => ErrorKind::FailedPrecondition,
+        imagesvc::ErrorKind::Unconfined | imagesvc::ErrorKind::Unsupported => {
+            ErrorKind::FailedPrecondition
+        }
         _ => ErrorKind::Internal,
     }
 }

@@ -1,5 +1,6 @@
 //! `drupe check`: what this node can do, what is missing, and the remedy.
 
+mod cache;
 mod kernel;
 
 use std::fs;
@@ -106,6 +107,9 @@ pub fn report(config: &Config) -> bool {
         ));
     }
     rows.extend(kernel::rows(&Facilities::read(), config, default_is));
+    if let Some(verdict) = cache::verdict(config) {
+        rows.push(("private cache".to_owned(), verdict));
+    }
     rows.push(("source check".to_owned(), source_check(config)));
     rows.push(("CNI plugins".to_owned(), plugins(config)));
     rows.push(("CNI configuration".to_owned(), cni(config)));

@@ -7,7 +7,7 @@ use serde_json::json;
 use tonic::Code;
 
 use crate::command_line::drupe_command;
-use crate::pod_refused;
+use crate::{pod_refused, refused};
 
 /// The line of `drupe check` about `name`.
 fn line_of(node: &Node, name: &str) -> Result<String> {
@@ -26,9 +26,19 @@ fn where_all_confinement_is_required_pods_run_if_the_node_has_it_and_are_refused
         .server(Server::Drupe)
         .config(|config| config["confinement"] = json!("required"))
         .start()?;
-    for part in ["seccomp filters", "Landlock", "control groups"] {
+    for part in ["seccomp filters", "control groups"] {
         let line = line_of(&node, part)?;
         ensure!(line.starts_with("ok"), "{line}");
+    }
+    let landlock = line_of(&node, "Landlock")?;
+    if !landlock.starts_with("ok") {
+        // Linux before 6.12.
+        ensure!(landlock.starts_with("BAD"), "{landlock}");
+        let words = ["Landlock", "`confinement: required`", "Linux 6.12"];
+        pod_refused(&node, "partly", Code::FailedPrecondition, &words)?;
+        let pull = node.cri()?.pull(e2e::node::BUSYBOX);
+        refused(pull, Code::FailedPrecondition, &["a part of Landlock"])?;
+        return node.finish();
     }
     // Its unpackers want all of their jail as well.
     node.pull_busybox()?;
@@ -94,7 +104,7 @@ fn pods_that_are_to_have_cores_for_themselves_say_so_where_there_is_no_such_thin
     if has_none {
         let words = ["no core scheduling", "CONFIG_SCHED_CORE"];
         pod_refused(&node, "shared", Code::FailedPrecondition, &words)?;
-    } else {
+    } else if line_of(&node, "Landlock")?.starts_with("ok") {
         node.run_pod("alone")?.remove()?;
     }
     node.finish()

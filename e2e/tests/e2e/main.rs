@@ -30,6 +30,7 @@ mod metrics;
 mod networks;
 mod overhead;
 mod pods;
+mod private_cache;
 mod privileged;
 mod processes;
 mod prometheus;
