@@ -39,6 +39,11 @@ fn settle(
 
 #[cfg(test)]
 mod tests {
+    use std::process::Command;
+
+    use rustix::process::Pid;
+    use rustix::thread::core_scheduling_cookie;
+
     use super::*;
 
     #[test]
@@ -51,5 +56,22 @@ mod tests {
         settle(Err(Errno::INVAL), true, Confinement::BestEffort).unwrap();
         let refused = settle(Err(Errno::INVAL), true, Confinement::Required).unwrap_err();
         assert!(refused.to_string().contains("core scheduling"));
+    }
+
+    #[test]
+    fn what_has_taken_a_cookie_hands_it_on() {
+        let cookie = |pid| core_scheduling_cookie(pid, CoreSchedulingScope::Thread);
+        let Ok(before) = cookie(getpid()) else {
+            // This kernel has none, or no hyperthreads are in use.
+            return take_cookie(Confinement::BestEffort).unwrap();
+        };
+        take_cookie(Confinement::Required).unwrap();
+        let ours = cookie(getpid()).unwrap();
+        assert_ne!(ours, before);
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let of_child = cookie(Pid::from_child(&child));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(of_child, Ok(ours));
     }
 }

@@ -1,13 +1,27 @@
 //! Nodes that lack a part of pods' confinement, and operators who want all of it.
 
+use std::collections::BTreeSet;
+use std::fs;
+
 use anyhow::{Context, Result, ensure};
 use cri_api::v1::{ContainerState, PodSandboxState};
-use e2e::{Node, Server};
+use e2e::cgroup::lock_parent_of_daemon;
+use e2e::{Node, Pod, Server};
+use rustix::process::Pid;
+use rustix::thread::{CoreSchedulingScope, core_scheduling_cookie};
 use serde_json::json;
 use tonic::Code;
 
 use crate::command_line::drupe_command;
 use crate::{pod_refused, refused};
+
+/// A pod in a control group that has all controllers: on cgroup v2 the groups of
+/// tests' own have none.
+fn run_limited(node: &Node, name: &str) -> Result<Pod> {
+    let mut config = node.pod_config(name);
+    config.linux.get_or_insert_default().cgroup_parent.clear();
+    node.run_pod_with(config)
+}
 
 /// The line of `drupe check` about `name`.
 fn line_of(node: &Node, name: &str) -> Result<String> {
@@ -42,7 +56,8 @@ fn where_all_confinement_is_required_pods_run_if_the_node_has_it_and_are_refused
     }
     // Its unpackers want all of their jail as well.
     node.pull_busybox()?;
-    let pod = node.run_pod("whole")?;
+    let other_tests_look_later = lock_parent_of_daemon();
+    let pod = run_limited(&node, "whole")?;
     let container = pod.start_idle("one")?;
 
     node.stop_server()?;
@@ -76,6 +91,8 @@ fn where_all_confinement_is_required_pods_run_if_the_node_has_it_and_are_refused
     }
     assert_eq!(times_told(&node)?, before, "not for every pod");
     pod.remove()?;
+    // The node does, now.
+    drop(other_tests_look_later);
     node.finish()
 }
 
@@ -83,8 +100,25 @@ fn times_told(node: &Node) -> Result<usize> {
     Ok(node.log()?.matches("no seccomp filters").count())
 }
 
+/// The core scheduling cookie of a process; an error where there are none.
+fn cookie(pid: u32) -> rustix::io::Result<u64> {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    core_scheduling_cookie(
+        pid.ok_or(rustix::io::Errno::SRCH)?,
+        CoreSchedulingScope::Thread,
+    )
+}
+
+/// Those of the pod's processes on the node; some end meanwhile.
+fn cookies_of_pods(node: &Node) -> Result<BTreeSet<u64>> {
+    // A thread of the node's kernel that works for KVM is none, and runs no program.
+    let runs = |pid: &u32| fs::read_link(format!("/proc/{pid}/exe")).is_ok();
+    let pids = node.pod_processes()?.into_keys().filter(runs);
+    Ok(pids.filter_map(|pid| cookie(pid).ok()).collect())
+}
+
 #[test]
-fn pods_that_are_to_have_cores_for_themselves_say_so_where_there_is_no_such_thing() -> Result<()> {
+fn pods_that_are_to_have_cores_for_themselves_have_a_cookie_each() -> Result<()> {
     let node = Node::builder()
         .server(Server::Drupe)
         .config(|config| config["runtimes"]["microvm"]["core_scheduling"] = json!(true))
@@ -96,7 +130,21 @@ fn pods_that_are_to_have_cores_for_themselves_say_so_where_there_is_no_such_thin
         "{line}"
     );
     node.pull_busybox()?;
-    node.run_pod("apart")?.remove()?;
+    let mut cookies = BTreeSet::new();
+    if let Ok(ours) = cookie(std::process::id()) {
+        cookies.insert(ours);
+    }
+    for number in 1..=2 {
+        let pod = node.run_pod(&format!("apart-{number}"))?;
+        pod.start_idle("one")?;
+        if !cookies.is_empty() {
+            let of_pod = cookies_of_pods(&node)?;
+            ensure!(of_pod.len() == 1, "{of_pod:?}");
+            ensure!(cookies.is_disjoint(&of_pod), "{cookies:?} {of_pod:?}");
+            cookies.extend(of_pod);
+        }
+        pod.remove()?;
+    }
 
     node.stop_server()?;
     node.edit_config(|config| config["confinement"] = json!("required"))?;
@@ -105,7 +153,8 @@ fn pods_that_are_to_have_cores_for_themselves_say_so_where_there_is_no_such_thin
         let words = ["no core scheduling", "CONFIG_SCHED_CORE"];
         pod_refused(&node, "shared", Code::FailedPrecondition, &words)?;
     } else if line_of(&node, "Landlock")?.starts_with("ok") {
-        node.run_pod("alone")?.remove()?;
+        let _other_tests_look_later = lock_parent_of_daemon();
+        run_limited(&node, "alone")?.remove()?;
     }
     node.finish()
 }
