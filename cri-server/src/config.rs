@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use podsandbox::config::{HostPods, RuntimeConfig};
+use podsandbox::confinement::Confinement;
 use serde::{Deserialize, Serialize};
 
 use crate::debug::DebugConfig;
@@ -31,6 +32,7 @@ pub struct Config {
     pub shim: PathBuf,
     pub unpacker: PathBuf,
     pub uid_base: u32,
+    pub confinement: Confinement,
     pub cdi_spec_dirs: Vec<PathBuf>,
     pub default_runtime: String,
     pub runtimes: BTreeMap<String, RuntimeConfig>,
@@ -98,6 +100,7 @@ impl Default for Config {
             shim: "/usr/lib/drupe/drupe-shim".into(),
             unpacker: "/usr/lib/drupe/drupe-unpacker".into(),
             uid_base: 1_879_048_192,
+            confinement: Confinement::BestEffort,
             cdi_spec_dirs: vec!["/etc/cdi".into(), "/var/run/cdi".into()],
             default_runtime: "microvm".to_owned(),
             runtimes: BTreeMap::from([
@@ -199,6 +202,21 @@ mod tests {
     fn the_printed_default_is_the_default() {
         assert_eq!(load(DEFAULT_YAML).unwrap(), Config::default());
         assert_eq!(load("").unwrap(), Config::default());
+    }
+
+    #[test]
+    fn confinement_is_one_of_two_words() {
+        assert!(
+            load("confinement: required")
+                .unwrap()
+                .confinement
+                .is_required()
+        );
+        let error = load("confinement: strict").unwrap_err().to_string();
+        assert!(
+            error.contains("best_effort") && error.contains("required"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -13,6 +13,7 @@ use cri_api::v1::image_service_server::ImageServiceServer;
 use cri_api::v1::runtime_service_server::RuntimeServiceServer;
 use imagesvc::{ImageService, Unpacker};
 use podsandbox::config::{Engine, UIDS};
+use podsandbox::confinement::{Confinement, Facilities};
 use podsandbox::machine::{Kept, NodeFacts};
 use podsandbox::{Exempt, Network, NetworkOptions, PodManager};
 use sd_notify::NotifyState;
@@ -207,8 +208,27 @@ fn unpacker(config: &Config) -> Unpacker {
         program: config.unpacker.clone(),
         uid: behind_pods,
         gid: behind_pods,
-        strict: false,
+        strict: config.confinement.is_required(),
     }
+}
+
+/// What of pods' confinement the node's kernel has. What it lacks is told here,
+/// once for all pods.
+fn facilities(config: &Config) -> Facilities {
+    let facilities = Facilities::read();
+    for lack in facilities.lacks(config.runtimes.values()) {
+        let (meaning, remedy) = (&lack.meaning, &lack.remedy);
+        match config.confinement {
+            Confinement::BestEffort => tracing::warn!(meaning, remedy, "{lack}"),
+            Confinement::Required => {
+                tracing::error!(
+                    remedy,
+                    "{lack}, and `confinement: required` starts no pod with less than all"
+                );
+            }
+        }
+    }
+    facilities
 }
 
 fn pod_config(
@@ -222,6 +242,8 @@ fn pod_config(
         vmm: config.vmm.clone(),
         shim: config.shim.clone(),
         uid_base: config.uid_base,
+        confinement: config.confinement,
+        facilities: facilities(config),
         cdi_spec_dirs: config.cdi_spec_dirs.clone(),
         default_runtime: config.default_runtime.clone(),
         runtimes,

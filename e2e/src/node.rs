@@ -50,6 +50,7 @@ pub struct Node {
     pub netns: Arc<NetNs>,
     pub server: Server,
     without_kvm: AtomicBool,
+    without_filters: AtomicBool,
     cgroup: Arc<Cgroup>,
     /// Links and host port rules that are there without any pod.
     standing_links: Vec<String>,

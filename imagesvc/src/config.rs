@@ -27,6 +27,9 @@ pub struct ImageServiceConfig {
     /// How many bytes one byte of a layer may decompress to, beyond the first
     /// 2 GiB: more is taken for a decompression bomb. Default: 200.
     pub max_layer_ratio: u64,
+    /// Whether no container reads a layer through pages that the node has cached
+    /// for another one. Takes a file system with clones. Default: false.
+    pub private_cache: bool,
     /// Images (references) that the kubelet's garbage collection must spare,
     /// such as the pause image. Default: none.
     pub pinned: Vec<String>,
@@ -62,6 +65,7 @@ impl Default for ImageServiceConfig {
             max_layer_bytes: Limits::DEFAULT_MAX_UNCOMPRESSED_BYTES,
             max_layer_entries: Limits::DEFAULT_MAX_ENTRIES,
             max_layer_ratio: Limits::DEFAULT_MAX_RATIO,
+            private_cache: false,
             pinned: Vec::new(),
         }
     }

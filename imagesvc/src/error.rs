@@ -20,19 +20,23 @@ pub enum ErrorKind {
     Unavailable,
     /// Content that is not what its digest names, or no valid layer.
     Corrupt,
-    /// An image of a kind that drupe does not run.
+    /// An image of a kind that drupe does not run, or a setting that the node's
+    /// file system cannot keep.
     Unsupported,
     /// A full disk, or an image beyond the configured bounds.
     ResourceExhausted,
     /// The registry sent nothing for too long.
     DeadlineExceeded,
     Cancelled,
+    /// The node's kernel lacks a part of the unpackers' jail, all of which is
+    /// required.
+    Unconfined,
     /// The node's own fault, such as an I/O error.
     Internal,
 }
 
 impl ErrorKind {
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::InvalidArgument,
         Self::NotFound,
         Self::Unauthorized,
@@ -42,6 +46,7 @@ impl ErrorKind {
         Self::ResourceExhausted,
         Self::DeadlineExceeded,
         Self::Cancelled,
+        Self::Unconfined,
         Self::Internal,
     ];
 }
@@ -81,6 +86,15 @@ pub enum Error {
     },
     #[error("image store: {0}")]
     Store(#[from] StoreError),
+    #[error(
+        "{} cannot be opened apart from the node's cached pages: `images.private_cache` takes a \
+         file system with clones, Btrfs or XFS with reflink: {source}",
+        path.display()
+    )]
+    PrivateCache {
+        path: PathBuf,
+        source: Arc<io::Error>,
+    },
     #[error("the pull of image {image} was stopped")]
     Stopped { image: String },
 }
@@ -133,6 +147,8 @@ impl Error {
             Self::Manifest { source, .. } => manifest_kind(source),
             Self::Layer { source, .. } | Self::Directories { source, .. } => source.kind(),
             Self::Store(error) => error.kind(),
+            Self::PrivateCache { source, .. } if is_full(source) => ErrorKind::ResourceExhausted,
+            Self::PrivateCache { .. } => ErrorKind::Unsupported,
             Self::Stopped { .. } => ErrorKind::Cancelled,
         }
     }
@@ -200,4 +216,25 @@ fn is_full(error: &io::Error) -> bool {
         error.kind(),
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use unpacker_client::Failure;
+
+    use super::*;
+
+    #[test]
+    fn a_jail_that_is_not_whole_is_told_with_the_key_that_wants_it() {
+        let failure = Failure::Unconfined {
+            reason: "the node's kernel lacks Landlock".to_owned(),
+        };
+        let error = LayerError::from(failure);
+        assert_eq!(error.kind(), ErrorKind::Unconfined);
+        let text = error.to_string();
+        assert!(
+            text.contains("lacks Landlock") && text.contains("`confinement: required`"),
+            "{text}"
+        );
+    }
 }

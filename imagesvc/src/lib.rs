@@ -23,6 +23,7 @@ mod lock;
 mod manifest;
 mod observer;
 mod platform;
+pub mod private_cache;
 mod pull;
 mod reference;
 mod registry;

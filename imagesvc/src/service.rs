@@ -2,7 +2,8 @@
 
 use std::{
     collections::HashSet,
-    path::Path,
+    fs::File,
+    path::{Path, PathBuf},
     sync::Arc,
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -16,8 +17,9 @@ use crate::{
     digest::Digest,
     error::{Error, StoreError},
     flight::Flights,
-    image::{FsInfo, Image, Lease},
+    image::{FsInfo, Image, LayerFile, Lease},
     observer::{Observer, PullOutcome},
+    private_cache,
     pull::{Layers, Pull, Run, blocking},
     reference::Reference,
     store::{Store, record::Stored},
@@ -207,6 +209,27 @@ impl ImageService {
             image: ref_or_id.to_owned(),
         })?;
         Ok(Lease::new(self.image(&leased.image), leased.layers))
+    }
+
+    /// Opens the files of leased layers for one container, in their order. With
+    /// `private_cache` each is a clone of its own.
+    ///
+    /// # Errors
+    /// [`Error::PrivateCache`]; else only of the disk.
+    pub async fn open_layers(&self, layers: &[LayerFile]) -> Result<Vec<File>, Error> {
+        let is_private = self.inner.config.private_cache;
+        let paths: Vec<_> = layers.iter().map(|layer| layer.path.clone()).collect();
+        let opened = blocking(move || {
+            let open = |path: PathBuf| match is_private {
+                false => File::open(&path).map_err(|e| Error::from(StoreError::io(path, e))),
+                true => private_cache::open_alone(&path).map_err(|source| Error::PrivateCache {
+                    path,
+                    source: Arc::new(source),
+                }),
+            };
+            Ok(paths.into_iter().map(open).collect())
+        });
+        opened.await?
     }
 
     /// Ends the lease of `owner`; one that is not there is no error.

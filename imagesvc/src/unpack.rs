@@ -304,14 +304,14 @@ fn out_of_turn(done: &Done) -> Failure {
 }
 
 /// Starts an unpacker; the first that the node's kernel cannot confine in full
-/// is told of.
+/// is told of, beside what the daemon knows of its node.
 fn start(parent: Parent, job: &Job<'_>, watch: &Watch<'_>) -> Result<Process, Failure> {
     static TOLD: Once = Once::new();
     let process = Process::start(parent, job, watch)?;
     if !process.missing().is_empty() {
         TOLD.call_once(|| {
             let missing: Vec<String> = process.missing().iter().map(Missing::to_string).collect();
-            tracing::warn!(
+            tracing::info!(
                 missing = missing.join(", "),
                 "the node's kernel lacks a part of the jail in which image layers are unpacked"
             );
@@ -372,8 +372,15 @@ impl From<Failure> for LayerError {
                     Fault::Layer => ErrorKind::Corrupt,
                     Fault::Resources => ErrorKind::ResourceExhausted,
                     Fault::Node => ErrorKind::Internal,
+                    Fault::Unconfined => ErrorKind::Unconfined,
                 },
                 reason,
+            },
+            Failure::Unconfined { reason } => Self::Content {
+                kind: ErrorKind::Unconfined,
+                reason: format!(
+                    "{reason}: `confinement: required` unpacks no layer with less than all"
+                ),
             },
             Failure::Limit(limit) => Self::Content {
                 kind: ErrorKind::ResourceExhausted,

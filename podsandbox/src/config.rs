@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use vmm_client::{HugePages, RateLimit, UmlMode};
 
+use crate::confinement::{Confinement, Facilities};
 use crate::machine::Decision;
 use crate::spec::HostNamespaces;
 
@@ -23,6 +24,8 @@ pub struct RuntimeConfig {
     /// Whether `uml` may run a guest kernel that keeps the node's system calls
     /// that it needed for its own start.
     pub uml_unsealed: bool,
+    /// Whether a pod shares the hyperthreads of a core with nobody at a time.
+    pub core_scheduling: bool,
     /// `{machine}` in it stands for `kvm` or `uml`.
     pub kernel: PathBuf,
     pub initramfs: PathBuf,
@@ -61,6 +64,7 @@ impl Default for RuntimeConfig {
             machine: MachineChoice::Auto,
             uml_mode: UmlMode::Seccomp,
             uml_unsealed: false,
+            core_scheduling: false,
             kernel: "/usr/lib/drupe/kernel-{machine}".into(),
             initramfs: "/usr/lib/drupe/initramfs".into(),
             kernel_args: Vec::new(),
@@ -172,6 +176,11 @@ pub struct Config {
     pub shim: PathBuf,
     /// First of the [`UIDS`] uids and gids that VMMs run under.
     pub uid_base: u32,
+    /// What becomes of pods with a kernel of their own where the node lacks a
+    /// part of their confinement.
+    pub confinement: Confinement,
+    /// What of it the node's kernel has.
+    pub facilities: Facilities,
     /// Where CDI files are; a later directory wins.
     pub cdi_spec_dirs: Vec<PathBuf>,
     pub default_runtime: String,
@@ -179,6 +188,23 @@ pub struct Config {
 }
 
 impl Config {
+    /// Fails where a pod's confinement has to be whole and this node's kernel
+    /// lacks a part of it, or of what the pod's handler adds.
+    pub fn check_confinement(&self, handler: &RuntimeConfig) -> crate::Result<()> {
+        let lacks = self.facilities.lacks([handler]);
+        if lacks.is_empty() || !self.confinement.is_required() {
+            return Ok(());
+        }
+        let (lacks, remedies) = lacks
+            .into_iter()
+            .map(|lack| (lack.to_string(), lack.remedy))
+            .unzip::<_, _, Vec<_>, Vec<_>>();
+        Err(crate::Error::Unconfined {
+            lacks: lacks.join(", and "),
+            remedy: remedies.join("; "),
+        })
+    }
+
     /// The configuration that serves `handler`; empty means the default.
     pub fn runtime(&self, handler: &str) -> crate::Result<(&str, &Runtime)> {
         let name = if handler.is_empty() {
@@ -269,10 +295,36 @@ mod tests {
             vmm: path("vmm"),
             shim: path("shim"),
             uid_base: 1,
+            confinement: Confinement::default(),
+            facilities: Facilities::whole(),
             cdi_spec_dirs: Vec::new(),
             default_runtime: "microvm".to_owned(),
             runtimes,
         }
+    }
+
+    #[test]
+    fn a_node_that_lacks_a_wall_refuses_pods_only_if_all_are_required() {
+        let mut config = config(HostPods::default(), true);
+        config.confinement = Confinement::Required;
+        let usual = RuntimeConfig::default();
+        config.check_confinement(&usual).unwrap();
+        config.facilities = Facilities::none();
+        let refused = config.check_confinement(&usual).unwrap_err();
+        assert_eq!(refused.kind(), crate::ErrorKind::FailedPrecondition);
+        let text = refused.sentence();
+        for word in ["seccomp", "Landlock", "`confinement: required`"] {
+            assert!(text.contains(word), "{word}: {text}");
+        }
+        assert!(!text.contains("core scheduling"), "{text}");
+        let apart = RuntimeConfig {
+            core_scheduling: true,
+            ..RuntimeConfig::default()
+        };
+        let refused = config.check_confinement(&apart).unwrap_err();
+        assert!(refused.sentence().contains("core scheduling"));
+        config.confinement = Confinement::BestEffort;
+        config.check_confinement(&apart).unwrap();
     }
 
     #[test]

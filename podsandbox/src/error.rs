@@ -104,6 +104,17 @@ pub enum Error {
         why: String,
         remedy: String,
     },
+    /// Of `confinement: required`.
+    #[error(
+        "{lacks}: `confinement: required` starts no pod with less than all; what helps: {remedy}"
+    )]
+    Unconfined { lacks: String, remedy: String },
+    /// Likewise.
+    #[error(
+        "the node has no limit {path:?} for the pod's control group: `confinement: required` starts \
+         no pod with less than all"
+    )]
+    NoLimit { path: PathBuf },
     #[error("{field}: {what} is not supported in a pod with its own kernel")]
     NotInMicroVm { field: String, what: &'static str },
     #[error(
@@ -324,6 +335,9 @@ impl Error {
             | Self::NoHostHandler { .. }
             | Self::NoOciRuntime { .. }
             | Self::MachineWithheld { .. }
+            | Self::Unconfined { .. }
+            | Self::NoLimit { .. }
+            | Self::Spawn(vmm_client::SpawnError::Unconfined { .. })
             | Self::NotOnHost { .. }
             | Self::NoRecursiveReadOnly { .. }
             | Self::NoSourceCheck { .. }
@@ -410,6 +424,9 @@ fn image_kind(error: &imagesvc::Error) -> ErrorKind {
         imagesvc::ErrorKind::NotFound => ErrorKind::NotFound,
         imagesvc::ErrorKind::InvalidArgument => ErrorKind::InvalidArgument,
         imagesvc::ErrorKind::ResourceExhausted => ErrorKind::ResourceExhausted,
+        imagesvc::ErrorKind::Unconfined | imagesvc::ErrorKind::Unsupported => {
+            ErrorKind::FailedPrecondition
+        }
         _ => ErrorKind::Internal,
     }
 }

@@ -10,6 +10,7 @@ mod agent;
 pub mod cdi;
 mod cgroup;
 pub mod config;
+pub mod confinement;
 mod context;
 pub mod devices;
 mod driver;

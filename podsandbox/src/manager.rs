@@ -152,6 +152,7 @@ impl PodManager {
         let (handler, runtime) = config.runtime_for(&spec.handler, spec.host_namespaces)?;
         let (kind, machine, size) = match &runtime.engine {
             Engine::Machine(decision) => {
+                config.check_confinement(&runtime.settings)?;
                 if let Some(now) = runtime.settings.still_withheld(decision) {
                     return Err(Error::MachineWithheld {
                         handler: handler.to_owned(),

@@ -10,10 +10,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use nix::sys::signalfd::SignalFd;
-use vmm_client::protocol::{LOG_PORT, READY_PORT};
+use vmm_client::protocol::{LOG_PORT, READY_PORT, Reply};
 use vmm_client::{Machine, VmSpec, packet};
 
+use crate::confinement::{Lacking, go_without};
 use crate::console::Console;
+use crate::core_scheduling;
 use crate::devices::Device;
 use crate::devices::balloon::Balloon;
 use crate::devices::blk::{Blk, Workers};
@@ -52,11 +54,26 @@ pub enum BootError {
     #[error(transparent)]
     Jail(#[from] jail::JailError),
     #[error(transparent)]
+    Lacking(#[from] Lacking),
+    #[error(transparent)]
     Handoff(#[from] HandoffError),
     #[error("machine uml")]
     Uml(#[from] uml::StartError),
     #[error("machine kvm")]
     Kvm(#[from] kvm::StartError),
+}
+
+impl BootError {
+    /// What the daemon is told.
+    fn answer(&self) -> Reply {
+        let message = chain(self);
+        match self {
+            Self::Lacking(_) | Self::Jail(jail::JailError::Lacking(_)) => {
+                Reply::Unconfined { message }
+            }
+            _ => Reply::Error { message },
+        }
+    }
 }
 
 /// Runs the VM that the daemon hands over on standard input, until it ends.
@@ -66,12 +83,12 @@ pub fn run(since: Instant) -> Result<(), BootError> {
     let supervisor = match boot(&answer, since) {
         Ok(supervisor) => supervisor,
         Err(error) => {
-            answer.send(Err(chain(&error)))?;
+            answer.send(&error.answer())?;
             return Err(error);
         }
     };
     // A daemon that died meanwhile finds the machine by its control socket.
-    if let Err(error) = answer.send(Ok(())) {
+    if let Err(error) = answer.send(&Reply::Ok) {
         tracing::warn!(error = chain(&error), "the daemon has gone");
     }
     supervisor
@@ -84,13 +101,20 @@ fn boot(answer: &Answer, since: Instant) -> Result<Supervisor, BootError> {
     tracing::info!(pod = spec.pod_id, machine = ?spec.machine, "starting");
     let signals =
         supervisor::block_signals().map_err(|e| BootError::Prepare("block signals", e))?;
+    // Whatever it starts has the cookie as well.
+    if spec.core_scheduling {
+        core_scheduling::take_cookie(spec.confinement)?;
+    }
     // All before this process loses the right to.
-    jail::refuse_devices(std::mem::take(&mut fds.control_groups));
+    if let Err(error) = jail::refuse_devices(&std::mem::take(&mut fds.control_groups)) {
+        let lacks = format!("devices cannot be refused by the pod's control group ({error})");
+        go_without(spec.confinement, lacks)?;
+    }
     let (traps, teller) = trap::pipe().map_err(|e| BootError::Prepare("make a pipe", e))?;
     let files = start_file_server(&spec, &teller).map_err(BootError::FileServer)?;
     trap::tell_through(teller).map_err(|e| BootError::Prepare("handle SIGSYS", e))?;
     let user_ns = match spec.machine {
-        Machine::Uml(_) => guests_user_ns(&spec),
+        Machine::Uml(_) => guests_user_ns(&spec)?,
         Machine::Kvm => None,
     };
     jail::enter(&spec, fds.kernel.as_fd(), fds.initramfs.as_fd())?;
@@ -99,7 +123,7 @@ fn boot(answer: &Answer, since: Instant) -> Result<Supervisor, BootError> {
         files,
         signals,
         traps,
-        confine: filters_of_node(),
+        confine: filter::of_node(spec.confinement)?,
         since,
         jailed_us,
         user_ns,
@@ -116,14 +140,6 @@ struct Prepared {
     since: Instant,
     jailed_us: u64,
     user_ns: Option<OwnedFd>,
-}
-
-fn filters_of_node() -> Confine {
-    if filter::is_supported() {
-        return filter::confine;
-    }
-    tracing::warn!("the node's kernel lacks seccomp filters: all its calls are open");
-    filter::leave_open
 }
 
 /// Executes this program again as the pod's file server; the channel to it.
@@ -144,6 +160,7 @@ fn start_file_server(spec: &VmSpec, teller: &OwnedFd) -> io::Result<OwnedFd> {
         files: files::guest_files(spec.memory_mib),
         uid: spec.uid,
         gid: spec.gid,
+        confinement: spec.confinement,
     };
     packet::send(&ours, &told, &[teller.as_fd()])?;
     Ok(ours)
@@ -151,12 +168,13 @@ fn start_file_server(spec: &VmSpec, teller: &OwnedFd) -> io::Result<OwnedFd> {
 
 /// A node may be set up to have no user namespaces; the jail is none the less
 /// one.
-fn guests_user_ns(spec: &VmSpec) -> Option<OwnedFd> {
+fn guests_user_ns(spec: &VmSpec) -> Result<Option<OwnedFd>, Lacking> {
     match jail::user_ns::make(spec.uid, spec.gid) {
-        Ok(made) => Some(made),
+        Ok(made) => Ok(Some(made)),
         Err(error) => {
-            tracing::warn!(%error, "the guest's kernel gets no user namespace of its own");
-            None
+            let lacks = format!("the guest's kernel gets no user namespace of its own ({error})");
+            go_without(spec.confinement, lacks)?;
+            Ok(None)
         }
     }
 }

@@ -81,12 +81,8 @@ impl Answer {
     }
 
     /// Tells the daemon how the start went, and lets go of it.
-    pub fn send(self, outcome: Result<(), String>) -> Result<(), HandoffError> {
-        let reply = match outcome {
-            Ok(()) => Reply::Ok,
-            Err(message) => Reply::Error { message },
-        };
-        sender::send(&self.0, &reply, &[]).map_err(HandoffError::Answer)
+    pub fn send(self, outcome: &Reply) -> Result<(), HandoffError> {
+        sender::send(&self.0, outcome, &[]).map_err(HandoffError::Answer)
     }
 }
 
@@ -194,7 +190,7 @@ fn sort(spec: &VmSpec, fds: Vec<OwnedFd>) -> Result<Fds, HandoffError> {
 
 #[cfg(test)]
 mod tests {
-    use vmm_client::{HugePages, RateLimit};
+    use vmm_client::{Confinement, HugePages, RateLimit};
 
     use super::*;
 
@@ -208,6 +204,8 @@ mod tests {
             huge_pages: HugePages::Off,
             kernel_args: Vec::new(),
             unsealed: false,
+            confinement: Confinement::default(),
+            core_scheduling: false,
             mac: None,
             mtu: None,
             image_slots: 4,

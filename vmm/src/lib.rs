@@ -15,7 +15,9 @@
 
 mod boot;
 pub mod bounded;
+pub mod confinement;
 pub mod console;
+pub mod core_scheduling;
 pub mod devices;
 pub mod event_loop;
 pub mod files;

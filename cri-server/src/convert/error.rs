@@ -26,7 +26,7 @@ pub fn image(error: imagesvc::Error) -> Status {
         ImageKind::Unauthorized => Code::Unauthenticated,
         ImageKind::Unavailable => Code::Unavailable,
         ImageKind::Corrupt => Code::DataLoss,
-        ImageKind::Unsupported => Code::FailedPrecondition,
+        ImageKind::Unsupported | ImageKind::Unconfined => Code::FailedPrecondition,
         ImageKind::ResourceExhausted => Code::ResourceExhausted,
         ImageKind::DeadlineExceeded => Code::DeadlineExceeded,
         ImageKind::Cancelled => Code::Cancelled,

@@ -85,6 +85,7 @@ pub(super) fn pull(outcome: PullOutcome) -> &'static str {
             ErrorKind::ResourceExhausted => "resource-exhausted",
             ErrorKind::DeadlineExceeded => "deadline-exceeded",
             ErrorKind::Cancelled => "cancelled",
+            ErrorKind::Unconfined => "unconfined",
             ErrorKind::Internal => "internal",
         },
     }

@@ -148,6 +148,7 @@ impl NodeBuilder {
         let mut node = Node {
             server: self.server,
             without_kvm: AtomicBool::new(self.without_kvm),
+            without_filters: AtomicBool::new(false),
             standing_links,
             standing_rules: leaks::port_forwards(&netns)?,
             bridge_to_remove: self.machine_network.then_some(bridge),

@@ -26,6 +26,11 @@ const HIDE_KVM: &str = r#"
     exec "$@"
 "#;
 
+/// Shows a kernel without seccomp filters to what it executes alone. It has them
+/// all the same.
+const HIDE_FILTERS: &str =
+    r#"mount --bind /dev/null /proc/sys/kernel/seccomp/actions_avail && exec "$0" "$@""#;
+
 /// Lines of the server's log that a failed test prints.
 const LOG_TAIL_LINES: usize = 60;
 
@@ -70,6 +75,9 @@ impl Node {
             command.args(["unshare", "--mount", "sh", "-c", HIDE_KVM]);
             command.arg(self.dir.join("nodev"));
         }
+        if self.without_filters.load(Ordering::Relaxed) {
+            command.args(["unshare", "--mount", "sh", "-c", HIDE_FILTERS]);
+        }
         match self.server {
             Server::Drupe => command
                 .arg(self.program("drupe", artifacts::daemon)?)
@@ -97,6 +105,11 @@ impl Node {
     /// one.
     pub fn let_have_kvm(&self, may: bool) {
         self.without_kvm.store(!may, Ordering::Relaxed);
+    }
+
+    /// Whether the server that is started next finds seccomp filters.
+    pub fn let_have_filters(&self, may: bool) {
+        self.without_filters.store(!may, Ordering::Relaxed);
     }
 
     /// Starts a server that is expected to end by itself, and returns what it

@@ -9,7 +9,7 @@ use unpacker_client::{Failure, stopper};
 use super::ingest::{Feed, Ingested, Told, ingest};
 use crate::{
     digest::Digest,
-    error::{LayerError, StoreError},
+    error::{ErrorKind, LayerError, StoreError},
     flight::Flights,
     manifest::LayerBlob,
     observer::Observer,
@@ -114,10 +114,11 @@ async fn run(
         }
         let path = store.files().ingest(&layer.blob.digest);
         blocking(move || remove_file(&path)).await?;
-        let damaged = matches!(
-            error,
-            LayerError::Digest { .. } | LayerError::Content { .. }
-        );
+        let damaged = match error {
+            LayerError::Digest { .. } => true,
+            LayerError::Content { kind, .. } => kind != ErrorKind::Unconfined,
+            _ => false,
+        };
         if !(resumed && damaged) {
             return Err(error);
         }

@@ -21,7 +21,7 @@ use std::process::ExitCode;
 
 use jail::Filters;
 use session::Session;
-use unpacker_client::{Fault, Word};
+use unpacker_client::Word;
 
 /// What the program does.
 #[must_use]
@@ -37,7 +37,7 @@ pub fn run() -> ExitCode {
         Ok(missing) => missing,
         Err(error) => {
             return session.end(&Word::Failed {
-                fault: Fault::Node,
+                fault: error.fault(),
                 reason: error.to_string(),
             });
         }

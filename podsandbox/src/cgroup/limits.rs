@@ -4,14 +4,16 @@
 //! They are no part of a pod's resources. A guest keeps within them by what it
 //! is; whoever has broken out of one, or makes its kernel multiply, does not.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
-use vmm_client::Machine;
+use vmm_client::{Confinement, Machine};
 
-use super::{ROOT, dirs_of, failed, is_unified};
-use crate::Result;
+use super::{ROOT, dirs_of, failed, has_controller, is_unified};
+use crate::{Error, Result};
 
 /// Threads and processes of the monitor and the file server: a thread for each
 /// of up to 32 vCPUs, event loops, disk workers, requests to the log.
@@ -47,9 +49,9 @@ impl Limits {
         }
     }
 
-    /// Sets them in `group`, which exists. A controller that the node does not
-    /// have for this group sets nothing; what it has and refuses is an error.
-    pub(super) fn set(self, group: &Path) -> Result<()> {
+    /// Sets them in `group`, which exists. Fails where the node refuses one, and,
+    /// if all are `wanted`, where it does not have one for this group.
+    pub(super) fn set(self, group: &Path, wanted: Confinement) -> Result<()> {
         for (controller, file, value) in self.files() {
             let path = dir(controller, group).join(file);
             // Not made where it is not: control groups refuse that as not permitted.
@@ -57,7 +59,7 @@ impl Limits {
             match opened.and_then(|mut file| file.write_all(value.as_bytes())) {
                 // The controller is not there, or off for this group.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                    tracing::debug!(path = %path.display(), "no such limit here");
+                    go_without(file, &path, wanted)?;
                 }
                 written => written.map_err(|error| failed(&path, error))?,
             }
@@ -86,6 +88,36 @@ impl Limits {
         }
         files
     }
+}
+
+/// Of each limit the first time is told: other pods' groups are as this one's.
+fn go_without(file: &'static str, path: &Path, wanted: Confinement) -> Result<()> {
+    static TOLD: Mutex<BTreeSet<&'static str>> = Mutex::new(BTreeSet::new());
+    if wanted.is_required() {
+        return Err(Error::NoLimit {
+            path: path.to_owned(),
+        });
+    }
+    let mut told = TOLD.lock().unwrap_or_else(PoisonError::into_inner);
+    if told.insert(file) {
+        tracing::warn!(path = %path.display(), "pods go without a limit: their control groups do not have it");
+    }
+    Ok(())
+}
+
+/// The controllers that keep a pod's limits.
+fn controllers() -> &'static [&'static str] {
+    match is_unified() {
+        true => &["pids", "memory"],
+        false => &["pids", "memory", "devices"],
+    }
+}
+
+/// Those of them that no group of the node has, and all.
+pub fn lacking_controllers() -> (Vec<&'static str>, &'static [&'static str]) {
+    let all = controllers();
+    let lacking = all.iter().copied().filter(|name| !has_controller(name));
+    (lacking.collect(), all)
 }
 
 fn dir(controller: &str, group: &Path) -> PathBuf {
@@ -125,6 +157,22 @@ mod tests {
         assert!(uml(512).processes * 7 < 32768);
     }
 
+    #[test]
+    fn a_group_that_does_not_have_a_limit_is_one_where_all_are_required() {
+        let limits = Limits::of_machine(Machine::Kvm, 512);
+        // There is no such group, so it has none.
+        let group = Path::new("/drupe-unit-test-none");
+        limits.set(group, Confinement::BestEffort).unwrap();
+        let refused = limits.set(group, Confinement::Required).unwrap_err();
+        assert_eq!(refused.kind(), crate::ErrorKind::FailedPrecondition);
+        let text = refused.sentence();
+        assert!(
+            text.contains("pids.max") && text.contains("`confinement: required`"),
+            "{text}"
+        );
+        assert!(!lacking_controllers().0.contains(&"memory"));
+    }
+
     #[tokio::test]
     async fn what_is_in_the_group_opens_no_device_and_does_not_multiply() {
         let parent = Path::new("/drupe-unit-test-limits");
@@ -134,7 +182,10 @@ mod tests {
             memory_bytes: 64 << 20,
         };
         limits
-            .set(&crate::cgroup::group(parent, "p").unwrap())
+            .set(
+                &crate::cgroup::group(parent, "p").unwrap(),
+                Confinement::Required,
+            )
             .unwrap();
         let dir = tempfile::tempdir().unwrap();
         let node = dir.path().join("node");

@@ -24,10 +24,11 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use vmm_client::Confinement;
 
 use crate::{Error, Result};
 pub use charge::{Charge, charge, proportional_bytes};
-pub use limits::Limits;
+pub use limits::{Limits, lacking_controllers};
 
 /// A killed process leaves its group once the kernel has freed its memory.
 const EMPTY_WITHIN: Duration = Duration::from_secs(5);
@@ -64,8 +65,14 @@ pub fn make_for_boot(parent: &Path, id: &str) -> Result<Vec<PathBuf>> {
 }
 
 /// Makes the groups in which a pod's machine boots and runs, all with `limits`:
-/// two in a parent that was asked for, in our own one for both.
-pub fn make_for_machine(parent: &Path, id: &str, limits: Limits) -> Result<MachineGroups> {
+/// two in a parent that was asked for, in our own one for both. `wanted` says
+/// what becomes of the pod where they do not have a limit.
+pub fn make_for_machine(
+    parent: &Path,
+    id: &str,
+    limits: Limits,
+    wanted: Confinement,
+) -> Result<MachineGroups> {
     let mut procs = make(parent, id)?;
     let mut made = vec![group(parent, id)?];
     if parent != Path::new(OWN_PARENT) {
@@ -74,7 +81,7 @@ pub fn make_for_machine(parent: &Path, id: &str, limits: Limits) -> Result<Machi
     }
     let mut without_device_rule = Vec::new();
     for group in made {
-        limits.set(&group)?;
+        limits.set(&group, wanted)?;
         without_device_rule.extend(limits::without_device_rule(&group));
     }
     Ok(MachineGroups {

@@ -167,9 +167,10 @@ impl Driver {
             let kvm = opened.map_err(Error::Kvm)?;
             fds.push((FdRole::Kvm, kvm.into()));
         }
+        let wanted = self.context.config.confinement;
         let limits = cgroup::Limits::of_machine(decision.machine, self.record.machine_mib());
         let groups = match &self.record.cgroup {
-            Some(parent) => cgroup::make_for_machine(parent, &self.record.id, limits)?,
+            Some(parent) => cgroup::make_for_machine(parent, &self.record.id, limits, wanted)?,
             None => cgroup::MachineGroups::default(),
         };
         for dir in &groups.without_device_rule {
@@ -184,6 +185,8 @@ impl Driver {
             huge_pages: runtime.settings.huge_pages,
             kernel_args: runtime.settings.kernel_args.clone(),
             unsealed: runtime.settings.uml_unsealed,
+            confinement: wanted,
+            core_scheduling: runtime.settings.core_scheduling,
             mac: Some(boot_mac(&self.record.id)),
             mtu: None,
             image_slots: runtime.settings.disk_slots,

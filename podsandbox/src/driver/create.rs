@@ -223,12 +223,13 @@ impl Driver {
         let devices = self.attach_devices(record, devices, &user).await?;
         let log_token = self.new_log_token(record).await?;
         self.open_log(record, log_token).await?;
+        let images = self.context.images.clone();
         let machine = self.machine_mut()?;
-        let root = root.attach(&mut machine.control).await?;
+        let root = root.attach(&images, &mut machine.control).await?;
         let mut image_volumes = Vec::with_capacity(volumes.len());
         for (disk, (mount, volume)) in volumes.iter().zip(spec::image_volumes(&spec.mounts)) {
             image_volumes.push(agent_api::ImageVolume {
-                disk: Some(disk.attach(&mut machine.control).await?),
+                disk: Some(disk.attach(&images, &mut machine.control).await?),
                 sub_path: volume.sub_path.clone(),
                 container_path: mount.container_path.to_string_lossy().into_owned(),
             });

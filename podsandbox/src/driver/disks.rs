@@ -3,10 +3,9 @@
 //! block devices take slots of the same ones.
 
 use std::collections::BTreeSet;
-use std::fs;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 
-use imagesvc::Lease;
+use imagesvc::{ImageService, LayerFile, Lease};
 use vmm_client::Control;
 
 use super::Driver;
@@ -45,8 +44,13 @@ pub(super) struct Disk {
 
 impl Disk {
     /// Hands the image's layers to the VMM; how the agent finds them.
-    pub(super) async fn attach(&self, control: &mut Control) -> Result<agent_api::RootDisk> {
-        let (files, layers) = layer_disk(&self.lease)?;
+    pub(super) async fn attach(
+        &self,
+        images: &ImageService,
+        control: &mut Control,
+    ) -> Result<agent_api::RootDisk> {
+        let files = images.open_layers(&self.lease.layers).await?;
+        let layers = places(&self.lease.layers);
         let files: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
         control.attach_disk(self.slot, &files).await?;
         Ok(agent_api::RootDisk {
@@ -196,23 +200,15 @@ pub(super) fn slots_of(container: &ContainerRecord) -> impl Iterator<Item = u32>
     container.slot.into_iter().chain(volumes).chain(devices)
 }
 
-/// The image's layer files, opened, and where each lies on the disk they form.
-fn layer_disk(lease: &Lease) -> Result<(Vec<OwnedFd>, Vec<agent_api::Layer>)> {
-    let mut offset = 0;
-    let mut files = Vec::with_capacity(lease.layers.len());
-    let mut layers = Vec::with_capacity(lease.layers.len());
-    for layer in &lease.layers {
-        let file = fs::File::open(&layer.path).map_err(|source| Error::File {
-            what: "image layer",
-            path: layer.path.clone(),
-            source,
-        })?;
-        let length = layer.len.next_multiple_of(LAYER_ALIGN);
-        layers.push(agent_api::Layer { offset, length });
-        files.push(file.into());
-        offset += length;
-    }
-    Ok((files, layers))
+/// Where each layer lies on the disk that they form.
+fn places(layers: &[LayerFile]) -> Vec<agent_api::Layer> {
+    let mut next = 0;
+    let place = |layer: &LayerFile| {
+        let (offset, length) = (next, layer.len.next_multiple_of(LAYER_ALIGN));
+        next += length;
+        agent_api::Layer { offset, length }
+    };
+    layers.iter().map(place).collect()
 }
 
 #[cfg(test)]

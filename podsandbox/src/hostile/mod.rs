@@ -19,6 +19,7 @@ use self::agent::Guest;
 use self::daemon::{Measured, run_daemon};
 use self::monitor::Monitor;
 use crate::config::Config;
+use crate::confinement::{Confinement, Facilities};
 use crate::context::now_nanos;
 use crate::paths::PodPaths;
 use crate::record::tests::{container, pod};
@@ -89,6 +90,8 @@ fn config(root: &Path) -> Config {
         vmm: root.join("vmm"),
         shim: root.join("shim"),
         uid_base: 1,
+        confinement: Confinement::default(),
+        facilities: Facilities::whole(),
         cdi_spec_dirs: Vec::new(),
         default_runtime: "microvm".to_owned(),
         runtimes: BTreeMap::new(),

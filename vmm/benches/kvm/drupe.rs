@@ -10,7 +10,8 @@ use anyhow::{Context, Result, bail};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use vmm_client::protocol::{Event, VmState};
 use vmm_client::{
-    Control, Events, FdRole, HugePages, Machine, RateLimit, SpawnRequest, VmSpec, VmmProcess, spawn,
+    Confinement, Control, Events, FdRole, HugePages, Machine, RateLimit, SpawnRequest, VmSpec,
+    VmmProcess, spawn,
 };
 
 use crate::shared::host;
@@ -81,6 +82,8 @@ impl Drupe {
             huge_pages: HugePages::Off,
             kernel_args: Vec::new(),
             unsealed: false,
+            confinement: Confinement::default(),
+            core_scheduling: false,
             mac: vm.tap.map(|tap| tap.mac),
             mtu: vm.tap.map(|_| 1500),
             image_slots: 0,

@@ -4,6 +4,7 @@
 //! [`Control`] and [`dial_vsock`].
 #![forbid(unsafe_code)]
 
+mod confinement;
 mod control;
 mod dial;
 mod log_token;
@@ -13,6 +14,7 @@ mod spawn;
 mod spec;
 mod text;
 
+pub use confinement::{Confinement, LANDLOCK_ASKED, has_hyperthreads};
 pub use control::{Control, ControlError, Events};
 pub use dial::{DialError, dial_vsock};
 pub use log_token::{LogToken, NoToken};

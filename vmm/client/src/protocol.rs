@@ -76,7 +76,15 @@ pub enum Request {
 pub enum Reply {
     Ok,
     Status(Status),
-    Error { message: String },
+    Error {
+        message: String,
+    },
+    /// The pod was not started: its confinement has to be whole
+    /// ([`Confinement::Required`](crate::Confinement)), and the node lacks what
+    /// the message says.
+    Unconfined {
+        message: String,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -62,6 +62,9 @@ pub enum SpawnError {
     Handoff(#[source] io::Error),
     #[error("the VMM failed to start: {message}")]
     Failed { message: String },
+    /// Asked for by [`Confinement::Required`](crate::Confinement).
+    #[error("{message}")]
+    Unconfined { message: String },
     #[error("the VMM ended during its start; its log says why")]
     Ended,
     #[error("the VMM did not start in {} s", START_TIMEOUT.as_secs())]
@@ -200,6 +203,9 @@ pub async fn spawn(request: SpawnRequest) -> Result<VmmProcess, SpawnError> {
     let error = match timeout(START_TIMEOUT, handoff).await {
         Ok(Ok(Some(Reply::Ok))) => return undo.keep(),
         Ok(Ok(Some(Reply::Error { message }))) => SpawnError::Failed {
+            message: plain(&message),
+        },
+        Ok(Ok(Some(Reply::Unconfined { message }))) => SpawnError::Unconfined {
             message: plain(&message),
         },
         Ok(Ok(Some(Reply::Status(_)))) => SpawnError::Handoff(io::Error::new(

@@ -11,6 +11,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::Confinement;
+
 /// The virtual machine to run. File descriptors travel beside it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -34,6 +36,13 @@ pub struct VmSpec {
     /// calls of its start, instead of ending when its agent reports ready.
     #[serde(default)]
     pub unsealed: bool,
+    /// What becomes of the pod where the node lacks a part of its confinement.
+    #[serde(default)]
+    pub confinement: Confinement,
+    /// Whether no one else runs on the hyperthreads of a core while the pod runs
+    /// on one of them.
+    #[serde(default)]
+    pub core_scheduling: bool,
     /// The guest NIC's address; absent in a pod without a network.
     pub mac: Option<[u8; 6]>,
     /// The network MTU to announce (virtio 1.2 §5.1.4).

@@ -36,7 +36,7 @@ use virtiofsd::passthrough::{
 use virtiofsd::server::Server;
 use virtiofsd::soft_idmap::cmdline::IdMap;
 use vmm_client::protocol::Reply;
-use vmm_client::{IdRange, packet};
+use vmm_client::{Confinement, IdRange, packet};
 
 use self::buffers::Buffers;
 use self::channel::{Answer, Asked, NO_ANSWER};
@@ -89,6 +89,7 @@ pub struct FilesSpec {
     /// The pod's: what it is once it has entered its jail.
     pub uid: u32,
     pub gid: u32,
+    pub confinement: Confinement,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -125,9 +126,8 @@ pub fn run() -> Result<(), FilesError> {
         .and_then(|jailed| {
             let files = jailed.files.saturating_sub(OWN_FDS);
             let server = FileServer::new(Path::new("/"), Some(jailed.own_fds), spec.ids, files)?;
-            if filter::is_supported() {
-                filter::confine(Role::FileServer).map_err(FilesError::Filter)?;
-            }
+            let confine = filter::of_node(spec.confinement).map_err(jail::JailError::from)?;
+            confine(Role::FileServer).map_err(FilesError::Filter)?;
             Ok(server)
         });
     let reply = match &server {

@@ -33,7 +33,7 @@ use nix::errno::Errno;
 pub use self::calls::{name, number};
 pub use self::program::{Program, can_ask, is_supported};
 pub use self::refusals::{Refusals, Refused};
-pub use self::roles::{Confine, Role, confine, leave_open, of};
+pub use self::roles::{Confine, Role, confine, leave_open, of, of_node};
 
 /// What the kernel does with a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -12,8 +12,10 @@ use std::io;
 
 use libc::{c_int, c_ulong};
 use nix::errno::Errno;
+use vmm_client::Confinement;
 
-use super::{Answer, Check, List, Program, arg};
+use super::{Answer, Check, List, Program, arg, is_supported};
+use crate::confinement::{Lacking, go_without};
 
 /// What a thread is there for. Those that it starts are as it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,6 +77,19 @@ pub fn confine(role: Role) -> io::Result<()> {
 
 pub fn leave_open(_: Role) -> io::Result<()> {
     Ok(())
+}
+
+/// How threads take their filters on this node. Fails where its kernel has none
+/// and that is not to be done without.
+pub fn of_node(wanted: Confinement) -> Result<Confine, Lacking> {
+    if is_supported() {
+        return Ok(confine);
+    }
+    go_without(
+        wanted,
+        "the node's kernel has no seccomp filters, so all its system calls are open",
+    )?;
+    Ok(leave_open)
 }
 
 /// The list of a role, in this process.

@@ -75,19 +75,14 @@ const RULE: [Instruction; 14] = [
     EXIT,
 ];
 
-/// Sets the rule in each of `groups`. Where it cannot be set, a node in a
-/// container perhaps, the pod does without this one of its walls.
-pub fn refuse_devices(groups: Vec<OwnedFd>) {
+/// Sets the rule in each of `groups`. Fails where it cannot be set, on a node in
+/// a container perhaps.
+pub fn refuse_devices(groups: &[OwnedFd]) -> io::Result<()> {
     if groups.is_empty() {
-        return;
+        return Ok(());
     }
-    let set = load_rule().and_then(|program| {
-        let mut groups = groups.iter();
-        groups.try_for_each(|group| attach(&program, group))
-    });
-    if let Err(error) = set {
-        tracing::warn!(%error, "devices cannot be refused by the pod's control group");
-    }
+    let program = load_rule()?;
+    groups.iter().try_for_each(|group| attach(&program, group))
 }
 
 /// The part of `union bpf_attr` that BPF_PROG_LOAD takes here.

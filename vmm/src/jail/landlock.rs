@@ -2,21 +2,17 @@
 //! node's kernel for (landlock(7)): a second wall behind its roots and
 //! namespaces, which holds where those turn out to have a hole.
 //!
-//! Best effort: what the node's kernel does not know is left out, and said.
+//! What the node's kernel does not know is left out, and told ([`Enforced`]).
 
 use std::os::fd::{AsFd, BorrowedFd};
 
 use landlock::{
-    ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd,
-    Ruleset, RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
+    Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset,
+    RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
 };
-use vmm_client::Machine;
+use vmm_client::{LANDLOCK_ASKED, Machine};
 
 use super::{JailError, RUN_DIR, TMP_DIR};
-
-/// Linux 6.12. Each later one has rights that would have to be thought about
-/// first.
-const ABI_ASKED: ABI = ABI::V6;
 
 /// What the monitor and what it starts may still open.
 ///
@@ -36,7 +32,7 @@ pub(super) fn restrict_monitor(
     let read = AccessFs::ReadFile;
     let mut rules = Rules::new()?.rule("/dev", read | AccessFs::WriteFile)?;
     if let Machine::Uml(_) = machine {
-        let memory = AccessFs::from_file(ABI_ASKED)
+        let memory = AccessFs::from_file(LANDLOCK_ASKED)
             | AccessFs::ReadDir
             | AccessFs::MakeReg
             | AccessFs::MakeDir
@@ -61,7 +57,7 @@ pub(super) fn restrict_file_server() -> Result<Enforced, JailError> {
     // is made is for the checks of requests to see to, and for the missing
     // capability.
     Rules::new()?
-        .rule("/", AccessFs::from_all(ABI_ASKED) & !refused)?
+        .rule("/", AccessFs::from_all(LANDLOCK_ASKED) & !refused)?
         .enforce()
 }
 
@@ -74,6 +70,19 @@ pub enum Enforced {
     /// It has no Landlock, has it turned off, or is older than Linux 5.19, whose
     /// Landlock lets nobody rename a file into another directory.
     No,
+}
+
+impl Enforced {
+    /// What is lacking, as a clause.
+    pub fn lacks(self) -> Option<&'static str> {
+        match self {
+            Self::Fully => None,
+            Self::Partly => {
+                Some("the node's kernel has a part of Landlock only, less than that of Linux 6.12")
+            }
+            Self::No => Some("the node's kernel has no Landlock, or less than that of Linux 5.19"),
+        }
+    }
 }
 
 /// None where the node's kernel has none that could be used.
@@ -91,9 +100,9 @@ impl Rules {
         let create = || {
             asked
                 .set_compatibility(CompatLevel::BestEffort)
-                .handle_access(AccessFs::from_all(ABI_ASKED))?
-                .handle_access(AccessNet::from_all(ABI_ASKED))?
-                .scope(Scope::from_all(ABI_ASKED))?
+                .handle_access(AccessFs::from_all(LANDLOCK_ASKED))?
+                .handle_access(AccessNet::from_all(LANDLOCK_ASKED))?
+                .scope(Scope::from_all(LANDLOCK_ASKED))?
                 .create()
         };
         Ok(Self(Some(create().map_err(failed)?)))

@@ -29,8 +29,9 @@ use std::path::PathBuf;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::{Mode, umask};
-use vmm_client::VmSpec;
+use vmm_client::{Confinement, VmSpec};
 
+use crate::confinement::{Lacking, go_without};
 use crate::files::FilesSpec;
 
 /// Inside the monitor's jail: where it binds its devices' sockets.
@@ -56,6 +57,8 @@ pub enum JailError {
         "jail: {path} is not on a shared mount, so volumes mounted later would not reach the guest"
     )]
     NotShared { path: PathBuf },
+    #[error(transparent)]
+    Lacking(#[from] Lacking),
 }
 
 fn step<E: Into<io::Error>>(step: &'static str) -> impl FnOnce(E) -> JailError {
@@ -80,17 +83,15 @@ pub fn enter(
     own_namespaces()?;
     mounts::pivot(spec)?;
     creds::become_the_pod(spec.uid, spec.gid)?;
-    tell(landlock::restrict_monitor(spec.machine, kernel, initramfs)?);
-    Ok(())
+    let enforced = landlock::restrict_monitor(spec.machine, kernel, initramfs)?;
+    settle(enforced, spec.confinement)
 }
 
-fn tell(enforced: Enforced) {
-    match enforced {
-        Enforced::Fully => {}
-        Enforced::Partly => tracing::info!("the node's kernel knows a part of Landlock only"),
-        Enforced::No => {
-            tracing::warn!("the node's kernel has no Landlock to restrict this process by")
-        }
+/// Whether so much of Landlock does.
+fn settle(enforced: Enforced, wanted: Confinement) -> Result<(), JailError> {
+    match enforced.lacks() {
+        Some(lacks) => Ok(go_without(wanted, lacks)?),
+        None => Ok(()),
     }
 }
 
@@ -112,7 +113,7 @@ pub fn enter_as_file_server(spec: &FilesSpec, files: u64) -> Result<FileServerJa
     let own_fds = mounts::own_fds()?;
     mounts::pivot_into(&spec.shared_dir, &spec.root)?;
     creds::become_the_file_server(spec.uid, spec.gid)?;
-    tell(landlock::restrict_file_server()?);
+    settle(landlock::restrict_file_server()?, spec.confinement)?;
     Ok(FileServerJail { own_fds, files })
 }
 

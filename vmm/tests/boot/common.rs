@@ -21,8 +21,8 @@ use nix::sched::{CloneFlags, setns};
 use tempfile::TempDir;
 use vmm_client::protocol::{EndCause, Event, VmState};
 use vmm_client::{
-    Control, Events, FdRole, HugePages, Machine, RateLimit, SpawnRequest, UmlMode, VmSpec,
-    VmmProcess, spawn,
+    Confinement, Control, Events, FdRole, HugePages, Machine, RateLimit, SpawnRequest, UmlMode,
+    VmSpec, VmmProcess, spawn,
 };
 
 use crate::shared::watch::Watch;
@@ -62,6 +62,11 @@ pub fn is_kvm() -> bool {
     machine(UmlMode::Seccomp) == Machine::Kvm
 }
 
+/// The kernel to test with, if it is a process of its own.
+pub fn uml_kernel() -> Option<PathBuf> {
+    kernel().filter(|_| !is_kvm())
+}
+
 pub fn tempdir() -> TempDir {
     tempfile::Builder::new()
         .prefix("drupe-vmm-test-")
@@ -84,6 +89,8 @@ pub struct Setup {
     pub kernel_args: Vec<String>,
     /// Whether a kernel may run that does not seal itself.
     pub unsealed: bool,
+    pub confinement: Confinement,
+    pub core_scheduling: bool,
 }
 
 impl Default for Setup {
@@ -99,6 +106,8 @@ impl Default for Setup {
             tools: &[],
             kernel_args: Vec::new(),
             unsealed: false,
+            confinement: Confinement::default(),
+            core_scheduling: false,
         }
     }
 }
@@ -320,6 +329,8 @@ pub fn prepare(kernel: &Path, setup: &Setup, dir: &Path) -> (SpawnRequest, Clean
             huge_pages: HugePages::Off,
             kernel_args: kernel_args(setup),
             unsealed: setup.unsealed,
+            confinement: setup.confinement,
+            core_scheduling: setup.core_scheduling,
             mac: setup.network.then_some(MAC),
             mtu: setup.network.then_some(1400),
             image_slots: setup.image_slots,

@@ -9,6 +9,7 @@ mod attempts;
 mod common;
 mod confinement;
 mod devices;
+mod lacking;
 mod lifecycle;
 #[path = "../shared/mod.rs"]
 mod shared;

@@ -50,6 +50,9 @@ pub enum Failure {
     Start { program: PathBuf, source: io::Error },
     #[error("the unpacker cannot confine itself: {reason}")]
     Jail { reason: String },
+    /// It is strict, and the node's kernel lacks a part of its jail.
+    #[error("{reason}")]
+    Unconfined { reason: String },
     #[error("its unpacker ({task}) {death}")]
     Died { task: &'static str, death: Death },
     #[error("{reason}")]
@@ -196,9 +199,12 @@ impl Process {
         }
         match process.word(watch, START_TIMEOUT)? {
             Word::Ready { missing } => process.missing = missing,
-            Word::Failed { reason, .. } => {
+            Word::Failed { fault, reason } => {
                 let reason = plain(&reason);
-                return Err(Failure::Jail { reason });
+                return Err(match fault {
+                    Fault::Unconfined => Failure::Unconfined { reason },
+                    _ => Failure::Jail { reason },
+                });
             }
             other => return Err(nonsense(&other)),
         }

@@ -92,7 +92,10 @@ pub enum Word {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Missing {
     Seccomp,
+    /// All of it.
     Landlock,
+    /// Some of what Linux 6.12 has.
+    PartOfLandlock,
 }
 
 impl fmt::Display for Missing {
@@ -100,6 +103,7 @@ impl fmt::Display for Missing {
         f.write_str(match self {
             Self::Seccomp => "seccomp",
             Self::Landlock => "Landlock",
+            Self::PartOfLandlock => "a part of Landlock",
         })
     }
 }
@@ -136,6 +140,8 @@ pub enum Fault {
     Resources,
     /// The node's own, such as an I/O error.
     Node,
+    /// The node's kernel's, which lacks a part of the jail ([`Order::strict`]).
+    Unconfined,
 }
 
 impl Task {

@@ -27,22 +27,44 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl;
 use nix::sys::signal::Signal;
 use nix::unistd::sethostname;
-use unpacker_client::{Missing, Order};
+use unpacker_client::{Fault, Missing, Order};
 
 /// A pull can be done again, unlike a pod's work: of the node's memory an
 /// unpacker's goes early.
 const OOM_SCORE: &str = "500";
 
-/// A step on the way into the jail that did not succeed.
+/// Why a process is not in its jail. It is not to go on.
 #[derive(Debug)]
-pub struct JailError {
-    step: &'static str,
-    source: io::Error,
+pub enum JailError {
+    /// A step on the way did not succeed.
+    Step {
+        step: &'static str,
+        source: io::Error,
+    },
+    /// The node's kernel lacks parts, and they are not to be done without.
+    Lacking(Vec<Missing>),
+}
+
+impl JailError {
+    /// Whose fault it is.
+    #[must_use]
+    pub fn fault(&self) -> Fault {
+        match self {
+            Self::Step { .. } => Fault::Node,
+            Self::Lacking(_) => Fault::Unconfined,
+        }
+    }
 }
 
 impl fmt::Display for JailError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "cannot {}: {}", self.step, self.source)
+        match self {
+            Self::Step { step, source } => write!(f, "cannot {step}: {source}"),
+            Self::Lacking(missing) => {
+                let names: Vec<String> = missing.iter().map(ToString::to_string).collect();
+                write!(f, "the node's kernel lacks {}", names.join(", "))
+            }
+        }
     }
 }
 
@@ -54,7 +76,7 @@ impl std::error::Error for JailError {
 }
 
 fn step<E: Into<io::Error>>(step: &'static str) -> impl FnOnce(E) -> JailError {
-    move |source| JailError {
+    move |source| JailError::Step {
         step,
         source: source.into(),
     }
@@ -88,19 +110,15 @@ pub fn enter(order: &Order, filters: Filters) -> Result<Vec<Missing>, JailError>
     prctl::set_pdeathsig(Signal::SIGKILL).map_err(step("end with the daemon"))?;
     prctl::set_dumpable(false).map_err(step("keep its memory from others"))?;
     let mut missing = Vec::new();
-    if filters == Filters::All && !landlock::restrict()? {
-        missing.push(Missing::Landlock);
+    if filters == Filters::All {
+        missing.extend(landlock::restrict()?);
     }
     limits::set(&order.bounds)?;
     if filters == Filters::All && !filter::install()? {
         missing.push(Missing::Seccomp);
     }
     if order.strict && !missing.is_empty() {
-        let names: Vec<String> = missing.iter().map(ToString::to_string).collect();
-        return Err(JailError {
-            step: "do without a part of its jail",
-            source: io::Error::other(format!("the node's kernel has no {}", names.join(", "))),
-        });
+        return Err(JailError::Lacking(missing));
     }
     Ok(missing)
 }

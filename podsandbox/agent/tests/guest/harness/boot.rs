@@ -20,8 +20,8 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint, Uri};
 use vmm_client::protocol::{AGENT_PORT, Event as VmEvent, VmState};
 use vmm_client::{
-    Control, FdRole, HugePages, Machine, RateLimit, SpawnRequest, UmlMode, VmSpec, dial_vsock,
-    spawn,
+    Confinement, Control, FdRole, HugePages, Machine, RateLimit, SpawnRequest, UmlMode, VmSpec,
+    dial_vsock, spawn,
 };
 
 use super::{Guest, PATIENCE, read};
@@ -132,6 +132,8 @@ impl Guest {
                 huge_pages: HugePages::Off,
                 kernel_args: Vec::new(),
                 unsealed: false,
+                confinement: Confinement::default(),
+                core_scheduling: false,
                 mac,
                 mtu: mac.map(|_| 1400),
                 image_slots: 4,

@@ -1,10 +1,14 @@
 //! `drupe check`: what this node can do, what is missing, and the remedy.
 
+mod cache;
+mod kernel;
+
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
+use podsandbox::confinement::Facilities;
 use podsandbox::host::find_program;
 use podsandbox::machine::{Decision, Kept, NodeFacts};
 use podsandbox::{Exempt, Network};
@@ -71,6 +75,7 @@ pub fn report(config: &Config) -> bool {
             device("/dev/net/tun", "load the tun module: modprobe tun"),
         ),
     ];
+    let mut default_is = None;
     for (name, runtime) in &config.runtimes {
         if let Some(program) = &runtime.oci {
             rows.push((
@@ -82,6 +87,9 @@ pub fn report(config: &Config) -> bool {
         let is_default = *name == config.default_runtime;
         let decision = runtime.decide(&node, &kept.of(name));
         let verdict = machine(&decision, &node).of_handler(is_default);
+        if is_default {
+            default_is = Some(decision.machine);
+        }
         rows.push((format!("handler {name}"), verdict));
         if decision.usable {
             rows.push((
@@ -97,6 +105,10 @@ pub fn report(config: &Config) -> bool {
             )
             .of_handler(is_default),
         ));
+    }
+    rows.extend(kernel::rows(&Facilities::read(), config, default_is));
+    if let Some(verdict) = cache::verdict(config) {
+        rows.push(("private cache".to_owned(), verdict));
     }
     rows.push(("source check".to_owned(), source_check(config)));
     rows.push(("CNI plugins".to_owned(), plugins(config)));
