@@ -3,16 +3,16 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::AsFd;
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
 
 /// A file that is open for append and read. What is no regular file (a pipe, a
 /// terminal) bounds itself and is written to as it is.
 pub struct BoundedLog<W> {
     to: W,
-    /// The same file, if it is one to be cut.
-    file: Option<File>,
     limit: u64,
+    is_regular: bool,
     /// What may be written before its size is looked at again.
     room: u64,
 }
@@ -21,24 +21,33 @@ impl<W: Write + AsFd> BoundedLog<W> {
     /// Beyond `limit` bytes the file is cut to the newer half of that. What is
     /// written must not be buffered by `to`.
     pub fn new(to: W, limit: u64) -> io::Result<Self> {
-        let file = File::from(to.as_fd().try_clone_to_owned()?);
-        let is_regular = file.metadata()?.is_file();
-        Ok(Self {
+        let mut log = Self {
             to,
-            file: is_regular.then_some(file),
             limit,
+            is_regular: false,
             room: 0,
-        })
+        };
+        log.is_regular = log.file().metadata()?.is_file();
+        Ok(log)
+    }
+
+    /// What is written to, as a file. No descriptor more: who writes may not be
+    /// let to have one made, and may have closed all but a few.
+    fn file(&self) -> ManuallyDrop<File> {
+        // SAFETY: `to` owns the descriptor and lives longer than what is made
+        // here, which does not close it.
+        ManuallyDrop::new(unsafe { File::from_raw_fd(self.to.as_fd().as_raw_fd()) })
     }
 
     fn wrote(&mut self, bytes: usize) -> io::Result<()> {
-        let Some(file) = &self.file else {
+        if !self.is_regular {
             return Ok(());
-        };
+        }
         if let Some(room) = self.room.checked_sub(bytes as u64) {
             self.room = room;
             return Ok(());
         }
+        let file = self.file();
         let mut size = file.metadata()?.len();
         if size > self.limit {
             let keep = self.limit / 2;
